@@ -1,0 +1,246 @@
+"""The data (§3.1): manifest row -> one container, one decode pass -> the views of one clip -> batches.
+
+    rows = read_manifest("manifest.csv")                              # python -m prepare.manifest makes it
+    clips = AudioVisualClips(rows, frames=30, fps=30, size=128, max_speed=4)
+    for video, audio, failures in make_loader(clips, batch_size=8): ...   # (B, K, T, H, W, 3) uint8, (B, K, L) float32
+
+A view at speed s covers s times the source in the same number of frames and samples (§2.1):
+
+    source       t0 |----------------|----------------|----------------|----------------|   T / fps seconds each
+    view 0          |x x x x x x x x |
+    view 1, s = 3   |x     x     x     x     x     x     x     x |
+
+B clips, K views, T frames, H, W pixels, L samples. Nothing is opened in the parent process.
+"""
+
+import csv
+from collections import namedtuple
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from augment import center_crop, crop_flip, sample_speeds, speed_up_audio, speed_up_video
+
+RATE = 24000                                              # Hz, mono (paper silent; GDT)
+TRIES = 10                                                # files that may fail in a row before a run stops
+
+Row = namedtuple("Row", "path label split duration has_audio reason")
+
+
+def read_manifest(path, split=None):
+    """The usable rows of a manifest.csv, those of one split if it is named, and the others as {path: reason}.
+
+    A manifest without splits has one part, taken whatever `split` says. Raises ValueError where nothing is left.
+    """
+    path = Path(path)
+    with open(path, newline="") as file:
+        table = list(csv.DictReader(file))
+    if not table or not set(Row._fields) <= table[0].keys():
+        raise ValueError(f"{path} is no manifest with rows: make one with python -m prepare.manifest")
+    splits = sorted({line["split"] for line in table})
+    if split is not None and splits != [""]:
+        if split not in splits:
+            raise ValueError(f"{path} has no {split!r} part, it has {', '.join(map(repr, splits))}: name one with --split")
+        table = [line for line in table if line["split"] == split]
+    usable = [Row(line["path"], line["label"], line["split"], float(line["duration"]), line["has_audio"] == "1", "")
+              for line in table if not line["reason"]]
+    return usable, {line["path"]: line["reason"] for line in table if line["reason"]}
+
+
+def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=160):
+    """All views of one clip from one container in one decode pass over [t0, t0 + max(tau) * frames / fps).
+
+    Args:
+        t0: start in s after the beginning of the file. Frames are picked by time stamp (the nearest), so any source
+            frame rate serves; past the end the last frame stands and the sound is silent.
+        tau_v, tau_a: speeds of the video and of the audio views, integers >= 1.
+        frames, fps: T frames, taken 1/fps s apart at speed 1; the sound of a view lasts as long.
+        short_side: of the frames in pixels; the longer side keeps the aspect.
+    Returns:
+        video (K, T, H, W, 3) uint8, audio (K, L) float32 at 24 kHz, L = 24000 frames / fps.
+        Raises ValueError naming the path and the cause where the file does not give them.
+    """
+    steps = torch.stack([speed_up_video(torch.arange(frames * s), s) for s in tau_v])   # (K, T), in 1/fps s
+    steps, where = steps.unique(return_inverse=True)                                # (n,), (K, T)
+    times = (t0 + steps / fps).tolist()                                             # s, the frames to convert
+    L = round(RATE * frames / fps)
+    try:
+        with av.open(str(path)) as container:
+            images, wave = decode_window(container, t0, times, max(tau_a) * L, short_side)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from error
+    video = torch.from_numpy(np.stack(images))[where]                               # (K, T, H, W, 3)
+    audio = torch.stack([speed_up_audio(torch.from_numpy(wave[:s * L]), s) for s in tau_a])  # (K, L)
+    return video, audio
+
+
+def decode_window(container, t0, times, samples, short_side):
+    """images at `times` (s, ascending) and `samples` samples of sound from t0 on, both on the container's clock."""
+    video, audio = container.streams.best("video"), container.streams.best("audio")
+    if video is None or audio is None:
+        raise ValueError(f"no {'video' if video is None else 'audio'} stream")
+    for stream in (video, audio):
+        stream.codec_context.thread_count = 1             # frame threads hang when a decode is left early
+    origin = container.start_time / av.time_base          # s; not 0 in every file
+    if t0 > 0:
+        container.seek(int((origin + t0) * av.time_base))  # to the keyframe before
+    resampler = av.AudioResampler("fltp", "mono", RATE)
+    reformatter = VideoReformatter()                      # shared, so that its scaler is set up once
+    images, wave = [], np.zeros(samples, np.float32)
+    before, before_time, image, at = None, None, None, None
+    for packet in container.demux(video, audio):
+        if packet.stream is video and len(images) < len(times):
+            for frame in packet.decode():
+                now = frame.time - origin
+                while before and len(images) < len(times) and times[len(images)] < (before_time + now) / 2:
+                    image = convert(before, reformatter, short_side) if image is None else image
+                    images.append(image)                  # the nearest frame
+                before, before_time, image = frame, now, None
+        elif packet.stream is audio and (at is None or at < samples):
+            if packet.pts is not None and packet.pts * packet.time_base - origin < t0 - 0.2:
+                continue                                  # between the keyframe and the window; 0.2 s warm the codec up
+            for frame in packet.decode():
+                for part in resampler.resample(frame):
+                    at = place(wave, part, (part.pts * part.time_base - origin - t0) * RATE, at)
+        if len(images) == len(times) and at is not None and at >= samples:
+            break
+    else:                                                 # the end of the file
+        if before is None:
+            raise ValueError(f"no frame decodes at {t0:.2f} s")
+        images += [convert(before, reformatter, short_side)] * (len(times) - len(images))
+        for part in resampler.resample(None):
+            at = place(wave, part, (part.pts * part.time_base - origin - t0) * RATE, at)
+        if at is None or at <= 0:
+            raise ValueError(f"no sound decodes at {t0:.2f} s")
+    return images, wave
+
+
+def place(wave, part, due, at):
+    """Write a decoded piece of sound where its time stamp says (due, in samples), and return where the next begins.
+
+    Pieces follow each other without a seam; only a gap of over 20 ms counts as one, smaller ones are time stamps
+    rounded by the container.
+    """
+    if at is None or abs(due - at) > RATE / 50:
+        at = round(due)
+    samples = part.to_ndarray()[0]
+    lo, hi = max(at, 0), min(at + len(samples), len(wave))
+    if lo < hi:
+        wave[lo:hi] = samples[lo - at:hi - at]
+    return at + len(samples)
+
+
+def convert(frame, reformatter, short_side):
+    """One frame as (H, W, 3) uint8, upright, its shorter side short_side pixels."""
+    scale = short_side / min(frame.width, frame.height)
+    width, height = round(frame.width * scale), round(frame.height * scale)
+    image = reformatter.reformat(frame, width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
+    return np.rot90(image, frame.rotation // 90) if frame.rotation % 360 else image
+
+
+class AudioVisualClips(Dataset):
+    """The co-augmented views of a clip for pre-training, or its evenly spaced clips at speed 1 for evaluation.
+
+    Args:
+        rows: from read_manifest. Rows without sound or shorter than one clip are left out, see `left_out`.
+        frames, fps, size: T frames, 1/fps s apart, size x size pixels.
+        max_speed: S of §2.1. A file too short for S draws from the speeds that fit it.
+        seed: what is drawn (place, speeds, scale, crop, flip) is a function of (seed, epoch, index) alone.
+        clips: None to train; n to evaluate: n clips from the first to the last second of the file, centre crop.
+    Items:
+        training, of key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32, failures, a list of str.
+        A file that fails is replaced by another draw and named in failures; RuntimeError when 10 in a row fail.
+        evaluation, of key index: video (n, T, H, W, 3), audio (n, L), index. Raises ValueError where the file fails.
+    """
+
+    def __init__(self, rows, frames=30, fps=30, size=128, max_speed=4, seed=0, clips=None):
+        self.frames, self.fps, self.size, self.max_speed, self.seed, self.clips = frames, fps, size, max_speed, seed, clips
+        self.seconds = frames / fps
+        self.rows, self.left_out = [], {}
+        for row in rows:
+            if not row.has_audio:
+                self.left_out[row.path] = "no audio stream"
+            elif row.duration < self.seconds - 0.5 / fps:
+                self.left_out[row.path] = f"shorter than one clip of {self.seconds:.2f} s"
+            else:
+                self.rows.append(row)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        if self.clips is not None:
+            return self.evenly_spaced(key)
+        epoch, index = key
+        seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        failures = []
+        while len(failures) < TRIES:
+            row = self.rows[index]
+            try:
+                return *self.draw(row, generator), failures
+            except ValueError as error:
+                failures.append(str(error))
+                index = int(torch.randint(len(self.rows), (), generator=generator))
+        raise RuntimeError(f"{TRIES} files in a row failed, the last: {failures[-1]}")
+
+    def draw(self, row, generator):
+        fits = max(1, int(row.duration / self.seconds + 1e-3))
+        K = 1 if self.max_speed == 1 else 2               # without co-augmentation there is one view
+        tau_v, tau_a = (tau[:K] for tau in sample_speeds(min(self.max_speed, fits), generator))
+        room = row.duration - max(tau_v + tau_a) * self.seconds
+        t0 = max(0, room) * float(torch.rand((), generator=generator))
+        short_side = int(self.size * (8 + 2 * float(torch.rand((), generator=generator))) / 7)   # 128..160 for 112: GDT
+        video, audio = read_clip(row.path, t0, tau_v, tau_a, self.frames, self.fps, short_side)
+        return crop_flip(video, self.size, generator).contiguous(), audio
+
+    def evenly_spaced(self, index):
+        row = self.rows[index]
+        room = max(0, row.duration - self.seconds)
+        views = [read_clip(row.path, room * n / max(1, self.clips - 1) if self.clips > 1 else room / 2,
+                           frames=self.frames, fps=self.fps, short_side=self.size * 8 // 7) for n in range(self.clips)]
+        video, audio = (torch.cat(x) for x in zip(*views))                          # (n, T, H, W, 3), (n, L)
+        return center_crop(video, self.size).contiguous(), audio, index
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, index) for one of several processes: a permutation by (seed, epoch), dealt out in turn.
+
+    The keys carry the epoch, so that workers which live through all epochs draw anew in each. Clips that do not
+    fill a batch on every process are left to other epochs. Set `epoch` and `start` (the first batch) before iterating.
+    """
+
+    def __init__(self, clips, batch_size, rank=0, world=1, seed=0):
+        self.clips, self.batch_size, self.rank, self.world, self.seed = clips, batch_size, rank, world, seed
+        self.epoch = self.start = 0
+
+    def __len__(self):
+        return self.clips // (self.batch_size * self.world)
+
+    def __iter__(self):
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.clips)
+        mine = order[:len(self) * self.batch_size * self.world][self.rank::self.world].reshape(len(self), -1)
+        for batch in mine[self.start:].tolist():
+            yield [(self.epoch, index) for index in batch]
+
+
+def collate(samples):
+    """[(video, audio, last)] -> video (B, ...), audio (B, ...), [last]."""
+    video, audio, last = zip(*samples)
+    return torch.stack(video), torch.stack(audio), last
+
+
+def make_loader(clips, batch_size, workers=0, rank=0, world=1):
+    """DataLoader over AudioVisualClips: shuffled by epoch to train, in order (every world-th) to evaluate.
+
+    Workers stay alive between epochs. `loader.batch_sampler.epoch` and `.start` say where training goes on.
+    """
+    common = dict(num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available())
+    if clips.clips is not None:
+        return DataLoader(clips, batch_size, sampler=range(rank, len(clips), world), **common)
+    batches = EpochBatches(len(clips), batch_size, rank, world, clips.seed)
+    return DataLoader(clips, batch_sampler=batches, persistent_workers=workers > 0, **common)

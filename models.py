@@ -1,0 +1,81 @@
+"""The networks of §2 and §2.3: encoders f and g, projectors h_v and h_a, the mapping l of Eq. 2.
+
+    model = SvaCLR()
+    y_v, y_a, z_v, z_a = model(video, audio)           # (B, K, 3, T, H, W), (B, K, 1, M, F)
+
+f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)). B clips, K views, C = 512 encoder width, D projection
+width, T frames, H, W pixels, M mel bands, F spectrogram frames. Needs torch and torchvision alone.
+"""
+
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.video import resnet as video_resnet
+
+C = 512
+
+
+def video_encoder(arch="r2plus1d_18"):
+    """f: (n, 3, T, H, W) -> (n, 512). Parameter names are torchvision's, all but the head `fc`.
+
+    "r2plus1d_18" (§2.3; Tables 1 and 2) | "r3d_18" (Table 2) | "r2plus1d_10", one block per stage instead of two,
+    for CPUs (not in the paper).
+    """
+    if arch == "r3d_18":
+        conv, stem = video_resnet.Conv3DSimple, video_resnet.BasicStem
+    elif arch in ("r2plus1d_18", "r2plus1d_10"):
+        conv, stem = video_resnet.Conv2Plus1D, video_resnet.R2Plus1dStem
+    else:
+        raise ValueError(f"arch={arch!r}: choose 'r2plus1d_18', 'r3d_18' or 'r2plus1d_10'")
+    blocks = 1 if arch == "r2plus1d_10" else 2
+    net = video_resnet.VideoResNet(video_resnet.BasicBlock, [conv] * 4, [blocks] * 4, stem)
+    net.fc = nn.Identity()
+    return net
+
+
+def audio_encoder():
+    """g: (n, 1, M, F) -> (n, 512). "9-layered 2D ResNet" (§2.3): conv1 1 -> 64, then one BasicBlock per stage (GDT)."""
+    net = ResNet(BasicBlock, [1, 1, 1, 1])
+    net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.fc = nn.Identity()
+    return net
+
+
+def projector(width=512, D=256):
+    """h: (n, C) -> (n, D). "Two-layered MLP" (§2.3); widths and the BatchNorm between are GDT's."""
+    return nn.Sequential(nn.Linear(C, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True), nn.Linear(width, D))
+
+
+class Affinity(nn.Sequential):
+    """l of Eq. 2, one for both modalities: (..., C) -> (..., C). "identity" (the paper's best) | "linear" | "mlp"."""
+
+    def __init__(self, mapping="identity"):
+        layers = {"identity": [], "linear": [nn.Linear(C, C)],
+                  "mlp": [nn.Linear(C, C), nn.ReLU(inplace=True), nn.Linear(C, C)]}
+        if mapping not in layers:
+            raise ValueError(f"mapping={mapping!r}: choose 'identity', 'linear' or 'mlp'")
+        super().__init__(*layers[mapping])
+
+
+class SvaCLR(nn.Module):
+    """video (B, K, 3, T, H, W), audio (B, K, 1, M, F) -> y_v, y_a (B, K, C), z_v, z_a (B, K, D).
+
+    One forward per modality over all views, so that BatchNorm sees both speeds together. y is l(encoder output),
+    which with the identity mapping is the encoder output itself; z = h(encoder output), brought to unit length.
+    """
+
+    def __init__(self, arch="r2plus1d_18", mapping="identity"):
+        super().__init__()
+        self.f, self.g = video_encoder(arch), audio_encoder()
+        self.h_v, self.h_a = projector(), projector()
+        self.l = Affinity(mapping)
+
+    def forward(self, video, audio):
+        B, K = video.shape[:2]
+        y_v = self.f(video.flatten(0, 1))                                           # (B K, C)
+        y_a = self.g(audio.flatten(0, 1))                                           # (B K, C)
+        z_v = F.normalize(self.h_v(y_v).float(), dim=1)                             # (B K, D)
+        z_a = F.normalize(self.h_a(y_a).float(), dim=1)                             # (B K, D)
+        return tuple(x.unflatten(0, (B, K)) for x in (self.l(y_v), self.l(y_a), z_v, z_a))
