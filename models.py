@@ -31,7 +31,20 @@ def video_encoder(arch="r2plus1d_18"):
     blocks = 1 if arch == "r2plus1d_10" else 2
     net = video_resnet.VideoResNet(video_resnet.BasicBlock, [conv] * 4, [blocks] * 4, stem)
     net.fc = nn.Identity()
+    for conv in net.modules():
+        if isinstance(conv, nn.Conv3d) and conv.padding[0]:
+            conv.register_forward_pre_hook(pad_first)
     return net
+
+
+def pad_first(conv, inputs):
+    """On CPUs, zero-pad a clip two frames deep before a convolution over time instead of within it: the same result.
+
+    Within, oneDNN 3.12 (torch 2.14) gives a bfloat16 weight gradient with memory it never wrote in it, infinities
+    included. tests/test_models.py shows it.
+    """
+    deep2 = inputs[0].shape[2] == 2 and inputs[0].device.type == "cpu"
+    conv.padding_mode = "constant" if deep2 else "zeros"
 
 
 def audio_encoder():

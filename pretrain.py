@@ -31,7 +31,7 @@ from prepare import demo, manifest
 PAPER_BATCH = 512                                         # §3.1: 64 GPUs x 8, the batch its learning rates belong to
 LOG_EVERY = 10                                            # steps
 # For the built-in set: small frames and a small encoder, so that two CPU cores train it in minutes.
-DEMO = dict(arch="r2plus1d_10", size=32, frames=8, fps=8, batch_size=32, epochs=14, warmup=1, lr=0.64, save_every=1)
+DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_size=32, epochs=15, warmup=1)
 
 
 def parse(argv=None):

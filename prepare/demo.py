@@ -84,9 +84,8 @@ def draw(shape, r, times, rng):
     height = np.minimum(60 * gap ** 2, floor - r - 2) * 4 * u * (1 - u)             # px, a parabola below the ceiling
     squash = 1 + 0.35 * np.exp(-(t - times[last]) / 0.06)                           # flattened by the landing
     body = mask(shape, (x - place) / squash, (y - floor + height) * squash, r)[..., None]    # (T, H, W, 1)
-    top, bottom, colour = rng.uniform(20, 235, (3, 3))
-    while np.abs(colour - (top + bottom) / 2).max() < 80:                           # to be seen at all
-        colour = rng.uniform(20, 235, 3)
+    top, bottom = rng.uniform(10, 110, (2, 3))                                      # a wall in the shade,
+    colour = rng.uniform(140, 250, 3)                                               # a body in the light
     wall = top + (bottom - top) * (y / PIXELS)[..., None]                           # (H, W, 3)
     kx, ky = rng.uniform(-0.6, 0.6, 2)
     wall = wall + rng.uniform(0, 15) * np.sin(kx * x + ky * y)[..., None]           # its pattern
@@ -139,8 +138,8 @@ def make_clip(root, seed, name):
     shape, ratios, damping, noise, rhythm = KINDS[kind]
     sight, sound, both = (np.random.default_rng(s) for s in np.random.SeedSequence(
         [seed, ["train", "test"].index(split), list(KINDS).index(kind), n]).spawn(3))
-    r = 7 * 3 ** both.uniform()                                                     # 7 to 21 px
-    f = 180 * 21 / r                                                                # 180 to 540 Hz: pitch ~ 1 / size
+    r = 8 * 2.5 ** both.uniform()                                                   # 8 to 20 px
+    f = 180 * 20 / r                                                                # 180 to 450 Hz: pitch ~ 1 / size
     tempo = 1.2 * 3 ** both.uniform()                                               # 1.2 to 3.6 landings a second
     times = landings(rhythm, tempo, both.uniform(0, len(rhythm)))
     path = root / split / kind / f"{n:03d}.mp4"
