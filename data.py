@@ -55,8 +55,8 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
     """All views of one clip from one container in one decode pass over [t0, t0 + max(tau) * frames / fps).
 
     Args:
-        t0: start in s after the beginning of the file. Frames are picked by time stamp (the nearest), so any source
-            frame rate serves; past the end the last frame stands and the sound is silent.
+        t0: start in s after the moment at which both streams have begun. Frames are picked by time stamp (the
+            nearest), so any source frame rate serves; past the end the last frame stands and the sound is silent.
         tau_v, tau_a: speeds of the video and of the audio views, integers >= 1.
         frames, fps: T frames, taken 1/fps s apart at speed 1; the sound of a view lasts as long.
         short_side: of the frames in pixels; the longer side keeps the aspect.
@@ -70,53 +70,59 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
     L = round(RATE * frames / fps)
     try:
         with av.open(str(path)) as container:
-            images, wave = decode_window(container, t0, times, max(tau_a) * L, short_side)
+            for stream in container.streams.video:        # threads hang when a decode is left early
+                stream.codec_context.thread_count = 1
+            images, wave, late = decode_window(container, t0, times, max(tau_a) * L, short_side, t0)
+            if late and t0 > 0:                           # some containers lead past the window: go through them
+                images, wave, _ = decode_window(container, t0, times, max(tau_a) * L, short_side, 0)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error.strerror if isinstance(error, OSError) else error}") from error
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     video = torch.from_numpy(np.stack(images))[where]                               # (K, T, H, W, 3)
     audio = torch.stack([speed_up_audio(torch.from_numpy(wave[:s * L]), s) for s in tau_a])  # (K, L)
     return video, audio
 
 
-def decode_window(container, t0, times, samples, short_side):
-    """images at `times` (s, ascending) and `samples` samples of sound from t0 on, both on the container's clock."""
+def decode_window(container, t0, times, samples, short_side, seek):
+    """images at `times` (s, ascending) and `samples` samples of sound from t0 on, decoded from the keyframe before
+    `seek` on. late: what the container gave begins over 0.1 s after t0."""
     video, audio = container.streams.best("video"), container.streams.best("audio")
     if video is None or audio is None:
         raise ValueError(f"no {'video' if video is None else 'audio'} stream")
-    for stream in (video, audio):
-        stream.codec_context.thread_count = 1             # frame threads hang when a decode is left early
-    origin = container.start_time / av.time_base          # s; not 0 in every file
-    if t0 > 0:
-        container.seek(int((origin + t0) * av.time_base))  # to the keyframe before
+    start = max((stream.start_time or 0) * stream.time_base for stream in (video, audio))
+    zero = float(start) + t0                              # s on the container's clock, where the window begins
+    container.seek(int((start + seek) * av.time_base) if seek else container.start_time or 0)
     resampler = av.AudioResampler("fltp", "mono", RATE)
     reformatter = VideoReformatter()                      # shared, so that its scaler is set up once
     images, wave = [], np.zeros(samples, np.float32)
-    before, before_time, image, at = None, None, None, None
+    first_frame = first_sound = before = image = at = None
+    before_time, tick = 0.0, float(audio.time_base)
     for packet in container.demux(video, audio):
         if packet.stream is video and len(images) < len(times):
             for frame in packet.decode():
-                now = frame.time - origin
+                now = frame.time - zero + t0              # s on the clock of `times`
+                first_frame = now if first_frame is None else first_frame
                 while before and len(images) < len(times) and times[len(images)] < (before_time + now) / 2:
                     image = convert(before, reformatter, short_side) if image is None else image
                     images.append(image)                  # the nearest frame
                 before, before_time, image = frame, now, None
         elif packet.stream is audio and (at is None or at < samples):
-            if packet.pts is not None and packet.pts * packet.time_base - origin < t0 - 0.2:
+            if packet.pts is not None and (packet.pts + (packet.duration or 0)) * tick < zero - 0.2:
                 continue                                  # between the keyframe and the window; 0.2 s warm the codec up
             for frame in packet.decode():
                 for part in resampler.resample(frame):
-                    at = place(wave, part, (part.pts * part.time_base - origin - t0) * RATE, at)
+                    due = (part.pts / RATE - zero) * RATE
+                    first_sound = due if first_sound is None else first_sound
+                    at = place(wave, part, due, at)
         if len(images) == len(times) and at is not None and at >= samples:
             break
     else:                                                 # the end of the file
-        if before is None:
-            raise ValueError(f"no frame decodes at {t0:.2f} s")
-        images += [convert(before, reformatter, short_side)] * (len(times) - len(images))
-        for part in resampler.resample(None):
-            at = place(wave, part, (part.pts * part.time_base - origin - t0) * RATE, at)
-        if at is None or at <= 0:
-            raise ValueError(f"no sound decodes at {t0:.2f} s")
-    return images, wave
+        for part in resampler.resample(None) if at is not None else []:
+            at = place(wave, part, at, at)
+        images += [convert(before, reformatter, short_side)] * (len(times) - len(images)) if before else []
+    late = first_frame is None or first_frame > t0 + 0.1 or first_sound is None or first_sound > 0.1 * RATE
+    if not seek and (len(images) < len(times) or at is None or at <= 0):
+        raise ValueError(f"no {'frame' if len(images) < len(times) else 'sound'} decodes at {t0:.2f} s")
+    return images, wave, late
 
 
 def place(wave, part, due, at):

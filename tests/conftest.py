@@ -1,0 +1,81 @@
+"""Real media for the tests, made with PyAV: the picture tells the time, the sound tells its pitch."""
+
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(2)
+
+
+BITS = 9
+
+
+def barcode(n, size):
+    """The number n as 9 black or white columns."""
+    width, height = size
+    bits = (n >> np.arange(BITS)) & 1
+    return np.tile((235 * bits[np.arange(width) * BITS // width])[None, :, None], (height, 1, 3)).astype(np.uint8)
+
+
+def read_barcode(video):
+    """(..., H, W, 3) uint8 -> (...) the numbers."""
+    W = video.shape[-2]
+    columns = torch.tensor([(2 * b + 1) * W // (2 * BITS) for b in range(BITS)])
+    bits = video.float().mean((-3, -1))[..., columns] > 120
+    return (bits * 2 ** torch.arange(BITS)).sum(-1)
+
+
+def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, rate=44100, layout="mono", codec="libx264",
+               audio_codec="aac", gray=None, wave=None, start=0.0, gop=12):
+    """One file. Each frame shows its number as a barcode unless gray(t) gives one gray value at time t (s); the sound
+    is a tone (Hz) unless wave(t) gives samples. start: the first time stamp. tone=None: no sound track."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as out:
+        options = {"g": str(gop), "crf": "5"} if codec == "libx264" else {}
+        video = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), width=size[0], height=size[1],
+                               pix_fmt="yuv420p", options=options)
+        video.bit_rate = 2_000_000
+        audio = out.add_stream(audio_codec, rate=rate, layout=layout) if tone is not None else None
+        offset = round(start * fps)
+        for n in range(round(seconds * fps)):
+            image = np.full((size[1], size[0], 3), gray(n / fps), np.uint8) if gray else barcode(n, size)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = n + offset, 1 / Fraction(fps).limit_denominator(1001)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+        if audio is not None:
+            t = np.arange(round(seconds * rate)) / rate
+            sound = wave(t) if wave else 0.5 * np.sin(2 * np.pi * tone * t)
+            channels = {"mono": 1, "stereo": 2}[layout]
+            planes = np.ascontiguousarray(np.tile(sound.astype(np.float32), (channels, 1)))
+            resampler = av.AudioResampler(audio.format.name, layout, rate)      # to the format the encoder takes
+            frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=layout)
+            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), round(start * rate)
+            for part in resampler.resample(frame):
+                out.mux(audio.encode(part))
+            out.mux(audio.encode(None))
+    return path
+
+
+def peak_hz(wave, rate=24000):
+    """The strongest frequency of a waveform, Hz."""
+    wave = np.asarray(wave) * np.hanning(len(wave))
+    return np.abs(np.fft.rfft(wave)).argmax() * rate / len(wave)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """ROOT/train/{low,high}/ 10 films, ROOT/test/... 24 films of 3 s, of two classes told apart by sight and sound."""
+    root = tmp_path_factory.mktemp("tree")
+    for split, many in (("train", 5), ("test", 12)):
+        for label, tone, level in (("low", 300, 60), ("high", 900, 190)):
+            for n in range(many):
+                make_video(root / split / label / f"{n}.mp4", 3.0, 10, tone=tone + 20 * n, gray=lambda t: level + 3 * n)
+    return root

@@ -1,0 +1,87 @@
+"""Speeds, crops and the log-mel, on signals whose answer is known."""
+
+import math
+from collections import Counter
+
+import torch
+from conftest import peak_hz
+
+from augment import LogMel, center_crop, crop_flip, normalize_frames, sample_speeds, speed_up_audio, speed_up_video
+
+
+def tone(hz, seconds=1.0, rate=24000):
+    return torch.sin(2 * math.pi * hz * torch.arange(round(seconds * rate)) / rate)
+
+
+def test_speeds_are_uniform_and_independent():
+    g = torch.Generator().manual_seed(0)
+    drawn = Counter()
+    for _ in range(8000):
+        (one_v, tau_v), (one_a, tau_a) = sample_speeds(4, g)
+        assert one_v == one_a == 1
+        drawn[tau_v, tau_a] += 1
+    assert set(drawn) == {(v, a) for v in range(1, 5) for a in range(1, 5)}
+    assert all(abs(n - 500) < 5 * math.sqrt(500) for n in drawn.values())
+    assert sample_speeds(1) == ([1, 1], [1, 1])
+
+
+def test_speed_up_video_takes_every_sth_frame():
+    frames = torch.arange(12).reshape(12, 1, 1, 1)
+    assert speed_up_video(frames, 3).flatten().tolist() == [0, 3, 6, 9]
+    assert speed_up_video(frames, 1).equal(frames)
+
+
+def test_speed_up_audio_raises_the_pitch_and_keeps_the_length():
+    for s in (1, 2, 3, 4):
+        fast = speed_up_audio(tone(500, s), s)            # s L samples -> L
+        assert fast.shape == (24000,)
+        assert abs(peak_hz(fast) - 500 * s) < 2
+        assert abs(fast[2000:-2000].std() - tone(500).std()) < 0.01
+
+
+def test_speed_up_audio_is_low_passed():
+    """At speed 2 a tone of 8 kHz belongs at 16 kHz, past the limit: it goes, and does not come back at 8 kHz."""
+    assert speed_up_audio(tone(8000, 2), 2)[500:-500].abs().max() < 0.01
+    assert speed_up_audio(tone(4100, 2), 2)[500:-500].abs().max() > 0.9
+
+
+def test_crop_flip_is_shared_by_all_frames_and_views():
+    H, W = 10, 14
+    place = torch.arange(H * W, dtype=torch.int32).reshape(H, W, 1)
+    frames = place.expand(2, 5, H, W, 3)                  # (K, T, H, W, 3), each pixel tells where it comes from
+    seen = set()
+    for seed in range(60):
+        out = crop_flip(frames, 8, torch.Generator().manual_seed(seed))
+        assert out.shape == (2, 5, 8, 8, 3)
+        assert (out == out[0, 0]).all()
+        first, right, below = (int(out[0, 0, r, c, 0]) for r, c in ((0, 0), (0, 1), (1, 0)))
+        assert abs(right - first) == 1 and below - first == W
+        seen.add((first, right - first))
+    assert {step for _, step in seen} == {1, -1} and len(seen) > 20
+    assert crop_flip(frames, 8, torch.Generator().manual_seed(3)).equal(
+        crop_flip(frames, 8, torch.Generator().manual_seed(3)))
+    assert center_crop(frames, 8)[0, 0, 0, 0, 0] == 1 * W + 3
+
+
+def test_normalize_frames():
+    frames = torch.randint(0, 256, (2, 2, 4, 6, 6, 3), dtype=torch.uint8)           # (B, K, T, H, W, 3)
+    x = normalize_frames(frames)
+    assert x.shape == (2, 2, 3, 4, 6, 6)
+    torch.testing.assert_close(x[0, 1, 2, 3], (frames[0, 1, 3, :, :, 2] / 255 - 0.45) / 0.225)
+    assert x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def test_log_mel():
+    log_mel = LogMel()
+    waves = torch.stack([tone(300), tone(1200), torch.zeros(24000)])
+    x = log_mel(waves)                                    # (3, 1, M, F)
+    assert x.shape == (3, 1, 40, 101) and torch.isfinite(x).all()
+    centre = [700 * (10 ** (m / 2595) - 1) for m in torch.linspace(0, 2595 * math.log10(1 + 12000 / 700), 42)[1:-1].tolist()]
+    for row, hz in ((0, 300), (1, 1200)):                 # the band nearest to the tone is the loudest
+        band = int(x[row, 0, :, 50].argmax())
+        assert abs(centre[band] - hz) == min(abs(c - hz) for c in centre)
+    torch.testing.assert_close(log_mel(waves[1]), x[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(log_mel(waves), x)
+    torch.testing.assert_close(log_mel(10 * waves[:1])[0, 0, :, 50].max() - x[0, 0, :, 50].max(),
+                               torch.tensor(2 * math.log(10) / 4.3), atol=1e-3, rtol=0)

@@ -1,0 +1,181 @@
+"""From real files to batches: frames by time stamp, pitch by speed, sound in step with sight, failures named."""
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import make_video, peak_hz, read_barcode
+
+from data import AudioVisualClips, EpochBatches, make_loader, read_clip, read_manifest
+from prepare import manifest
+
+
+def rows_of(root, out, split=None):
+    manifest.write(manifest.scan(root), out)
+    return read_manifest(out, split)
+
+
+@pytest.mark.parametrize("fps,suffix,codec,start", [
+    (30, "mp4", "libx264", 0), (10, "mp4", "libx264", 0), (60, "mkv", "libx264", 0), (24000 / 1001, "mp4", "libx264", 0),
+    (25, "avi", "mpeg4", 0), (30, "mkv", "libx264", 1.5), (25, "mpg", "mpeg2video", 0), (30, "webm", "libvpx", 0)])
+def test_views_come_from_their_times(tmp_path, fps, suffix, codec, start):
+    audio_codec = {"avi": "libmp3lame", "mpg": "mp2", "webm": "libopus"}.get(suffix, "aac")
+    path = make_video(tmp_path / f"a.{suffix}", 7, fps, codec=codec, audio_codec=audio_codec, rate=48000, start=start)
+    with av.open(str(path)) as container:                 # what the file itself says of its frames
+        times = torch.tensor([frame.time for frame in container.decode(video=0)])
+        times -= max(float(s.start_time * s.time_base) for s in container.streams)
+    assert abs(times - torch.arange(7 * fps) / fps).max() < 0.05
+    for t0 in (0, 0.73, 2.4):
+        video, audio = read_clip(path, t0, (1, 2, 4), (1, 3, 4), frames=12, fps=12, short_side=48)
+        assert video.shape == (3, 12, 48, 64, 3) and video.dtype == torch.uint8
+        assert audio.shape == (3, 24000) and audio.dtype == torch.float32
+        for k, tau in enumerate((1, 2, 4)):               # the nearest frame in time
+            error = times[read_barcode(video)[k]] - (t0 + tau * torch.arange(12) / 12)
+            off = 1 if suffix == "mpg" else 0.5           # MPEG-PS: after a seek FFmpeg's stamps are half a frame out
+            assert error.abs().max() < off / fps + 0.002, (t0, tau)
+        for k, tau in enumerate((1, 3, 4)):
+            assert abs(peak_hz(audio[k]) - 400 * tau) < 3
+            assert abs(audio[k][2000:-2000].std() - 0.5 / 2 ** 0.5) < 0.02
+
+
+@pytest.mark.parametrize("rate,layout,audio_codec", [
+    (8000, "mono", "pcm_s16le"), (22050, "stereo", "pcm_s16le"), (44100, "stereo", "aac"), (48000, "mono", "aac")])
+def test_flash_and_beep_coincide(tmp_path, rate, layout, audio_codec):
+    """A white frame and a click every second from 0.5 s on: seen and heard together from every start, at every speed."""
+    on = lambda t: abs(t % 1 - 0.5) < 1e-6
+    click = lambda t: 0.9 * np.sin(2 * np.pi * 1500 * t) * ((t % 1 >= 0.5) & (t % 1 < 0.52))
+    path = make_video(tmp_path / "a.mkv", 9, 30, rate=rate, layout=layout, audio_codec=audio_codec, wave=click,
+                      gray=lambda t: 255 if on(t) else 0)
+    for t0 in (0.0, 0.2, 1.37, 3.9):
+        for tau in (1, 2, 3, 4):
+            video, audio = read_clip(path, t0, (tau,), (tau,), frames=30, fps=30, short_side=16)
+            light, loud = video[0].float().mean((1, 2, 3)), audio[0].abs()
+            # at speed tau every tau-th frame is taken, so a flash may fall between two: look at those that were met
+            for n in (light > 128).nonzero().flatten().tolist():
+                heard = loud[max(0, 800 * n - 1200):800 * n + 1200] > 0.3
+                assert heard.any(), (t0, tau, n)
+            onset = int((loud > 0.3).float().argmax()) / 24000 * tau + t0           # s in the file
+            assert abs(onset % 1 - 0.5) < 1 / 30, (t0, tau, onset)
+
+
+def test_past_the_end_the_last_frame_stands(tmp_path):
+    path = make_video(tmp_path / "a.mp4", 1.0, 30)
+    video, audio = read_clip(path, 0.5, frames=30, fps=30, short_side=48)
+    assert read_barcode(video)[0].tolist() == [*range(15, 30), *[29] * 15]
+    assert audio[0, :11000].std() > 0.3 and audio[0, 14000:].abs().max() == 0
+
+
+def test_failures_name_path_and_cause(tmp_path):
+    silent = make_video(tmp_path / "silent.mp4", 1, tone=None)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video at all" * 100)
+    for path, cause in ((silent, "no audio stream"), (broken, "Invalid data"), (tmp_path / "gone.mp4", "No such file")):
+        with pytest.raises(ValueError, match=f"{path.name}: {cause}"):
+            read_clip(path, 0)
+
+
+@pytest.fixture(scope="module")
+def clips(tree, tmp_path_factory):
+    rows, _ = rows_of(tree, tmp_path_factory.mktemp("m") / "m.csv", "train")
+    return AudioVisualClips(rows, frames=4, fps=8, size=24, max_speed=4, seed=1)
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone(clips):
+    video, audio, failures = clips[3, 5]
+    assert video.shape == (2, 4, 24, 24, 3) and audio.shape == (2, 12000) and failures == []
+    again = clips[3, 5]
+    assert again[0].equal(video) and again[1].equal(audio)
+    other_seed = AudioVisualClips(clips.rows, 4, 8, 24, 4, seed=2)
+    for other in (clips[4, 5], clips[3, 6], other_seed[3, 5]):
+        assert not other[1].equal(audio)
+    batches = []
+    for workers in (0, 2):
+        loader = make_loader(clips, 3, workers)
+        loader.batch_sampler.epoch = 7
+        batches.append(list(loader))
+        assert len(batches[-1]) == 3
+    for (v0, a0, _), (v2, a2, _) in zip(*batches):
+        assert v0.equal(v2) and a0.equal(a2)
+
+
+def test_one_view_without_co_augmentation(clips):
+    video, audio, _ = AudioVisualClips(clips.rows, 4, 8, 24, max_speed=1)[0, 0]
+    assert video.shape[0] == audio.shape[0] == 1
+
+
+def test_speeds_that_do_not_fit_are_not_drawn(tmp_path):
+    """1.3 s hold a window of 0.5 s at speed 2, not at 3 or 4: the tone rises to 800 Hz and never further."""
+    make_video(tmp_path / "c" / "a.mp4", 1.3, 30)
+    rows, _ = rows_of(tmp_path, tmp_path / "m.csv")
+    clips = AudioVisualClips(rows, frames=8, fps=16, size=24, max_speed=4)
+    heard = {round(peak_hz(clips[e, 0][1][1]) / 400) for e in range(20)}
+    assert heard == {1, 2}
+
+
+def test_left_out_and_replaced(tmp_path):
+    root = tmp_path / "root"
+    for n in range(3):
+        make_video(root / "c" / f"good{n}.mp4", 2)
+    make_video(root / "c" / "short.mp4", 0.3)
+    make_video(root / "c" / "silent.mp4", 2, tone=None)
+    (root / "c" / "broken.mp4").write_bytes(b"\0" * 5000)
+    (root / "c" / "notes.txt").write_text("not a video")
+    rows, left_out = rows_of(root, tmp_path / "m.csv")
+    clips = AudioVisualClips(rows, frames=8, fps=16, size=24, max_speed=2)
+    reasons = {path.rsplit("/")[-1]: reason for path, reason in (left_out | clips.left_out).items()}
+    assert len(clips) == 3 and reasons.keys() == {"short.mp4", "silent.mp4", "broken.mp4"}
+    assert reasons["short.mp4"].startswith("shorter than one clip of 0.50 s")
+    assert reasons["silent.mp4"] == "no audio stream" and reasons["broken.mp4"].startswith("cannot be read: Invalid data")
+
+    (root / "c" / "good1.mp4").write_bytes(b"overwritten")
+    for index in range(3):
+        video, _, failures = clips[0, index]
+        assert len(failures) == (index == 1) or "good1.mp4: Invalid data" in failures[0]
+        assert video.shape[0] == 2
+    assert clips[0, 1][2][0].endswith("Invalid data found when processing input")
+    for n in (0, 2):
+        (root / "c" / f"good{n}.mp4").unlink()
+    with pytest.raises(RuntimeError, match="10 files in a row failed, the last: .*good"):
+        clips[0, 0]
+
+
+def test_every_clip_is_dealt_to_one_process_once():
+    for world in (1, 2, 3):
+        parts = [EpochBatches(50, 4, rank, world, seed=5) for rank in range(world)]
+        dealt = []
+        for part in parts:
+            part.epoch = 2
+            assert len(list(part)) == len(part) == 50 // (4 * world)
+            dealt += [key for batch in part for key in batch]
+            whole, part.start = list(part), 2
+            assert list(part) == whole[2:]
+        assert len(set(dealt)) == len(dealt) == 50 // (4 * world) * 4 * world and {e for e, _ in dealt} == {2}
+    orders = []
+    for part.epoch in (0, 1):
+        part.start = 0
+        orders.append([index for batch in part for _, index in batch])
+    assert orders[0] != orders[1]
+
+
+def test_evaluation_clips_are_evenly_spaced(tmp_path):
+    make_video(tmp_path / "c" / "a.mp4", 5, gray=lambda t: 20 + 40 * t)
+    rows, _ = rows_of(tmp_path, tmp_path / "m.csv")
+    video, audio, index = AudioVisualClips(rows, frames=4, fps=8, size=24, clips=4)[0]
+    assert video.shape == (4, 4, 24, 24, 3) and audio.shape == (4, 12000) and index == 0
+    assert (video[:, 0].float().mean((1, 2, 3)) - 20 - 40 * torch.tensor([0, 1.5, 3.0, 4.5])).abs().max() < 4
+
+
+def test_manifest_of_a_folder(tree, tmp_path):
+    rows = manifest.scan(tree)
+    assert len(rows) == 34 and [row["path"] for row in rows] == sorted(row["path"] for row in rows)
+    assert {(row["split"], row["label"]) for row in rows} == {(s, c) for s in ("train", "test") for c in ("low", "high")}
+    assert all(abs(row["duration"] - 3) < 0.05 and row["fps"] == 10 and row["has_audio"] == 1 for row in rows)
+    manifest.write(rows, tmp_path / "m.csv")
+    assert len(read_manifest(tmp_path / "m.csv", "train")[0]) == 10
+    with pytest.raises(ValueError, match="no 'val' part, it has 'test', 'train'"):
+        read_manifest(tmp_path / "m.csv", "val")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no video in .*empty"):
+        manifest.scan(tmp_path / "empty")
+    with pytest.raises(ValueError, match="no folder .*gone"):
+        manifest.scan(tmp_path / "gone")

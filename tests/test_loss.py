@@ -1,0 +1,192 @@
+"""Eq. 1 to 3 against NumPy copies written as sums over every index, and against one process with the whole batch."""
+
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from loss import all_gather, cross_affinity, info_nce, soft_info_nce
+
+AFFINITIES = ("none", "clip", "view", "batch")
+
+
+def batch(N=5, K=2, C=6, D=4, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    y_a, y_v = (torch.randn(N, K, C, generator=g, dtype=torch.float64).relu() * 2 for _ in range(2))
+    z_a, z_v = (F.normalize(torch.randn(N, K, D, generator=g, dtype=torch.float64), dim=2) for _ in range(2))
+    return tuple(x.to(dtype) for x in (y_a, y_v, z_a, z_v))
+
+
+def eq1(z_a, z_v, i, p, j, q, eta):
+    """-log of Eq. 1 for audio view p of clip i and video view q of clip j, negatives from all clips but i."""
+    e = lambda n, r: np.exp(z_a[i, p] @ z_v[n, r] / eta)
+    others = sum(e(n, r) for n in range(len(z_v)) if n != i for r in range(z_v.shape[1]))
+    return -np.log(e(j, q) / (e(j, q) + others))
+
+
+def eq3(y_a, y_v, z_a, z_v, eta, affinity, temperature, normalize):
+    """Eq. 3, audio -> video, one term at a time."""
+    N, K, _ = z_a.shape
+    unit = (lambda y: y / np.linalg.norm(y)) if normalize else (lambda y: y)
+    w = lambda i, p, j, q: np.exp(unit(y_a[i, p]) @ unit(y_v[j, q]) / temperature)
+    total = 0
+    for i, p in product(range(N), range(K)):
+        for j, q in product(range(N), range(K)):
+            if affinity == "batch":
+                lam = w(i, p, j, q) / sum(w(i, p, n, r) for n in range(N) for r in range(K)) / K
+            elif j != i:
+                continue
+            elif affinity == "none":
+                lam = 1 / K ** 2
+            elif affinity == "view":
+                lam = w(i, p, i, q) / sum(w(i, p, i, r) for r in range(K)) / K
+            else:
+                lam = w(i, p, i, q) / sum(w(i, o, i, r) for o in range(K) for r in range(K))
+            total += lam * eq1(z_a, z_v, i, p, j, q, eta) / N
+    return total
+
+
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_info_nce_is_eq_1(K):
+    _, _, z_a, z_v = batch(K=K)
+    own = torch.tensor([3, 1])                            # two local clips, at positions 3 and 1 of the global batch
+    L = info_nce(z_a[own], z_v, own, 0.07)
+    for b, p, q in product(range(2), range(K), range(K)):
+        assert abs(L[b, p, q] - eq1(z_a.numpy(), z_v.numpy(), int(own[b]), p, int(own[b]), q, 0.07)) < 1e-10
+
+
+@pytest.mark.parametrize("scope", ["clip", "view"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_cross_affinity_is_eq_2(scope, normalize):
+    y_a, y_v, _, _ = batch()
+    lam = cross_affinity(y_a, y_v, scope, 0.3, normalize)
+    a, v = ((y / np.linalg.norm(y, axis=2, keepdims=True) if normalize else y) for y in (y_a.numpy(), y_v.numpy()))
+    for i in range(len(lam)):
+        e = np.exp(a[i] @ v[i].T / 0.3)
+        expected = e / (e.sum() if scope == "clip" else e.sum(1, keepdims=True))
+        assert np.abs(lam[i].numpy() - expected).max() < 1e-10
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("K", [1, 2])
+def test_soft_info_nce_is_eq_3(affinity, normalize, K):
+    y_a, y_v, z_a, z_v = batch(K=K)
+    n = [x.numpy() for x in (y_a, y_v, z_a, z_v)]
+    a_to_v = eq3(*n, 0.07, affinity, 0.5, normalize)
+    v_to_a = eq3(n[1], n[0], n[3], n[2], 0.07, affinity, 0.5, normalize)
+    common = dict(affinity=affinity, affinity_temperature=0.5, normalize=normalize)
+    assert abs(soft_info_nce(y_a, y_v, z_a, z_v, symmetric=False, **common) - a_to_v) < 1e-10
+    assert abs(soft_info_nce(y_a, y_v, z_a, z_v, **common) - (a_to_v + v_to_a) / 2) < 1e-10
+
+
+def test_one_view_is_cross_entropy():
+    """Table 1, row 1: without co-augmentation Eq. 3 is the usual InfoNCE, whatever the affinity."""
+    y_a, y_v, z_a, z_v = batch(K=1)
+    expected = F.cross_entropy(z_a[:, 0] @ z_v[:, 0].T / 0.07, torch.arange(5))
+    for affinity in ("none", "clip", "view"):
+        assert abs(soft_info_nce(y_a, y_v, z_a, z_v, affinity=affinity, symmetric=False) - expected) < 1e-12
+
+
+def test_uniform_affinity_is_co_augmented_info_nce():
+    x = batch()
+    plain = soft_info_nce(*x, affinity="none")
+    for affinity in ("clip", "view"):
+        assert abs(soft_info_nce(*x, affinity=affinity, affinity_temperature=1e12) - plain) < 1e-10
+        assert abs(soft_info_nce(*x, affinity=affinity, affinity_temperature=0.1) - plain) > 1e-3
+
+
+def test_precision():
+    assert soft_info_nce(*batch()).dtype == torch.float64
+    for dtype in (torch.float16, torch.bfloat16):
+        x = batch(dtype=dtype)
+        assert soft_info_nce(*x).dtype == torch.float32
+        assert soft_info_nce(*x) == soft_info_nce(*(t.float() for t in x))
+        with torch.autocast("cpu", torch.bfloat16):       # would round the similarities to 8 bits
+            assert soft_info_nce(*(t.float() for t in x)) == soft_info_nce(*x)
+
+
+def test_far_apart_similarities_stay_finite():
+    z = F.normalize(torch.eye(4)[:, None].expand(4, 2, 4), dim=2).requires_grad_()
+    y = torch.rand(4, 2, 8)
+    for sign in (1, -1):                                  # perfect and worst possible, logits 1000 apart
+        loss = soft_info_nce(y, y, z, sign * z, eta=0.001)
+        loss.backward()
+        assert torch.isfinite(loss) and torch.isfinite(z.grad).all()
+    assert loss > 900
+
+
+def test_detach_stops_the_gradient_through_lam():
+    for detach in (False, True):
+        y_a, y_v, z_a, z_v = (t.requires_grad_() for t in batch())
+        soft_info_nce(y_a, y_v, z_a, z_v, detach=detach).backward()
+        assert (y_a.grad is None and y_v.grad is None) if detach else y_a.grad.abs().max() > 1e-6
+        assert z_a.grad.abs().max() > 1e-6
+
+
+def test_bad_arguments():
+    y_a, y_v, z_a, z_v = batch(N=1)
+    with pytest.raises(ValueError, match="holds 1"):
+        soft_info_nce(y_a, y_v, z_a, z_v)
+    with pytest.raises(ValueError, match="'pairs'"):
+        soft_info_nce(*batch(), affinity="pairs")
+    with pytest.raises(ValueError, match="'batch'"):
+        cross_affinity(y_a, y_v, scope="batch")
+
+
+def test_all_gather_alone_is_the_identity():
+    x = torch.rand(3, 2)
+    assert all_gather(x) is x
+
+
+WORKER = '''
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, sys.argv[2])
+from loss import soft_info_nce
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.g, self.h = nn.Linear(7, 6), nn.Linear(7, 6), nn.Linear(6, 4)
+    def forward(self, v, a):
+        y_v, y_a = self.f(v).relu(), self.g(a).relu()
+        return y_a, y_v, *(nn.functional.normalize(self.h(y), dim=2) for y in (y_a, y_v))
+
+world = int(sys.argv[3])
+if world > 1:
+    dist.init_process_group("gloo")
+rank = dist.get_rank() if world > 1 else 0
+torch.manual_seed(0)
+net, v, a = Net(), torch.randn(8, 2, 7), torch.randn(8, 2, 7)
+B = 8 // world
+net = DistributedDataParallel(net) if world > 1 else net
+grads = {}
+for affinity in ("none", "clip", "view", "batch"):
+    net.zero_grad()
+    loss = soft_info_nce(*net(v[rank * B:][:B], a[rank * B:][:B]), affinity=affinity)
+    loss.backward()
+    grads[affinity] = torch.cat([p.grad.flatten() for p in net.parameters()])
+if rank == 0:
+    torch.save(grads, sys.argv[1])
+'''
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    for world in (1, 2):
+        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"] if world > 1 else [sys.executable]
+        subprocess.run([*launch, script, tmp_path / f"{world}.pt", ROOT, str(world)], check=True)
+    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    for affinity in AFFINITIES:
+        error = (two[affinity] - one[affinity]).norm() / one[affinity].norm()
+        print(f"{affinity}: relative error of the gradient {error:.1e}")
+        assert error <= 1e-6

@@ -1,0 +1,79 @@
+"""Shapes, names and numbers of the networks."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from models import Affinity, SvaCLR, audio_encoder, video_encoder
+
+
+@pytest.mark.parametrize("arch", ["r2plus1d_18", "r3d_18"])
+def test_torchvision_takes_the_video_encoder(arch):
+    theirs = getattr(torchvision.models.video, arch)(weights=None)
+    torch.manual_seed(0)
+    ours = video_encoder(arch).eval()
+    result = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert result.unexpected_keys == [] and result.missing_keys == ["fc.weight", "fc.bias"]
+    theirs.fc = nn.Identity()
+    x = torch.randn(1, 3, 5, 32, 32)
+    torch.testing.assert_close(ours(x), theirs.eval()(x))
+
+
+def test_audio_encoder_has_nine_layers():
+    g = audio_encoder()
+    weights = [m for m in g.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert len(weights) == 9                              # "9-layered 2D ResNet": conv1 and four blocks of two
+    assert g(torch.randn(2, 1, 40, 101)).shape == (2, 512)
+
+
+@pytest.mark.parametrize("mapping", ["identity", "linear", "mlp"])
+def test_svaclr(mapping):
+    model = SvaCLR("r2plus1d_10", mapping)
+    calls = []
+    for encoder in (model.f, model.g):
+        encoder.register_forward_hook(lambda m, i, o: calls.append(i[0].shape))
+    B, K = 3, 2
+    y_v, y_a, z_v, z_a = model(torch.randn(B, K, 3, 4, 24, 24), torch.randn(B, K, 1, 40, 31))
+    assert y_v.shape == y_a.shape == (B, K, 512) and z_v.shape == z_a.shape == (B, K, 256)
+    assert calls == [(B * K, 3, 4, 24, 24), (B * K, 1, 40, 31)]     # one forward per modality, all views in it
+    for z in (z_v, z_a):
+        torch.testing.assert_close(z.norm(dim=2), torch.ones(B, K))
+    assert len(list(Affinity(mapping).parameters())) == {"identity": 0, "linear": 2, "mlp": 4}[mapping]
+
+
+def test_views_stay_with_their_clip():
+    model = SvaCLR("r2plus1d_10").eval()
+    video, audio = torch.randn(3, 2, 3, 4, 24, 24), torch.randn(3, 2, 1, 40, 31)
+    whole = model(video, audio)
+    part = model(video[1:2, 1:], audio[1:2, 1:])
+    for w, p in zip(whole, part):
+        torch.testing.assert_close(w[1:2, 1:], p, atol=1e-4, rtol=1e-3)
+
+
+def test_gradient_of_clips_that_become_two_frames_deep():
+    """bfloat16 on CPUs: torch 2.14 fills this gradient with whatever memory held unless frames are padded first."""
+    torch.manual_seed(0)
+    conv = video_encoder("r2plus1d_10").layer2[0].conv2[0][3]                       # over time, (3, 1, 1)
+    exact = nn.Conv3d(conv.in_channels, conv.out_channels, (3, 1, 1), padding=(1, 0, 0), bias=False)
+    for depth in (1, 2, 3):
+        for _ in range(60):
+            for power in (16, 18, 20, 22):
+                torch.full((1 << power,), torch.inf)      # what the allocator hands out next
+            x, g = torch.randn(8, conv.in_channels, depth, 7, 7), torch.randn(8, conv.out_channels, depth, 7, 7)
+            conv.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = conv(x)
+            y.backward(g.to(y.dtype))
+            assert torch.isfinite(conv.weight.grad).all(), depth
+        exact.weight.data, exact.weight.grad = conv.weight.data, None
+        expected = exact(x)
+        expected.backward(g)
+        assert (y - expected).norm() / expected.norm() < 0.01
+        assert (conv.weight.grad - exact.weight.grad).norm() / exact.weight.grad.norm() < 0.01
+
+
+def test_bad_names():
+    for make, name in ((video_encoder, "r50"), (Affinity, "cubic")):
+        with pytest.raises(ValueError, match=name):
+            make(name)
