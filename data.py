@@ -77,7 +77,8 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
                 images, wave, _ = decode_window(container, t0, times, max(tau_a) * L, short_side, 0)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    video = torch.from_numpy(np.stack(images))[where]                               # (K, T, H, W, 3)
+    views = np.stack([images[n] for n in where.flatten().tolist()])                 # (K T, H, W, 3)
+    video = torch.from_numpy(views).unflatten(0, where.shape)                       # (K, T, H, W, 3)
     audio = torch.stack([speed_up_audio(torch.from_numpy(wave[:s * L]), s) for s in tau_a])  # (K, L)
     return video, audio
 
@@ -95,9 +96,12 @@ def decode_window(container, t0, times, samples, short_side, seek):
     reformatter = VideoReformatter()                      # shared, so that its scaler is set up once
     images, wave = [], np.zeros(samples, np.float32)
     first_frame = first_sound = before = image = at = None
-    before_time, tick = 0.0, float(audio.time_base)
+    before_time, sound_tick, tick = 0.0, float(audio.time_base), float(video.time_base)
+    needed = zero - 2 / float(video.average_rate or 10)   # s; before, frames that no other refers to are not decoded
     for packet in container.demux(video, audio):
         if packet.stream is video and len(images) < len(times):
+            early = packet.pts is not None and packet.pts * tick < needed
+            video.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
             for frame in packet.decode():
                 now = frame.time - zero + t0              # s on the clock of `times`
                 first_frame = now if first_frame is None else first_frame
@@ -106,7 +110,7 @@ def decode_window(container, t0, times, samples, short_side, seek):
                     images.append(image)                  # the nearest frame
                 before, before_time, image = frame, now, None
         elif packet.stream is audio and (at is None or at < samples):
-            if packet.pts is not None and (packet.pts + (packet.duration or 0)) * tick < zero - 0.2:
+            if packet.pts is not None and (packet.pts + (packet.duration or 0)) * sound_tick < zero - 0.2:
                 continue                                  # between the keyframe and the window; 0.2 s warm the codec up
             for frame in packet.decode():
                 for part in resampler.resample(frame):
@@ -144,7 +148,7 @@ def convert(frame, reformatter, short_side):
     """One frame as (H, W, 3) uint8, upright, its shorter side short_side pixels."""
     scale = short_side / min(frame.width, frame.height)
     width, height = round(frame.width * scale), round(frame.height * scale)
-    image = reformatter.reformat(frame, width, height, "rgb24", interpolation="BILINEAR").to_ndarray()
+    image = reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
     return np.rot90(image, frame.rotation // 90) if frame.rotation % 360 else image
 
 

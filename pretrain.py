@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -69,7 +70,7 @@ def parse(argv=None):
     run = p.add_argument_group("running")
     run.add_argument("--seed", type=int, default=0, help="of weights, order and draws (0)")
     run.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                     help="auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32")
+                     help="(default auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32)")
     run.add_argument("--compile", action="store_true", help="torch.compile the model (default off)")
     run.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints (10)")
     if p.parse_args(argv).data is None:
@@ -171,20 +172,29 @@ def resume(out, args, model, optimizer, scaler, world):
     return state["step"]
 
 
-def rows_of(args, out, rank, world):
-    """The rows to train on and {path: reason} left out. A folder is scanned once, its manifest kept in OUT."""
-    source = Path(args.data or out.parent / "demo")
+def rows_of(data, split, out, rank, world):
+    """The rows of one part of `data`, a manifest or a folder (None: the built-in set), and {path: reason} left out.
+
+    Rank 0 scans a folder once and keeps its manifest in `out`. Raises ValueError, on all processes, where it cannot.
+    """
+    source = Path(data or out.parent / "demo")
     if source.suffix == ".csv":
         if not source.exists():
             raise ValueError(f"--data {source}: no such manifest")
-        return read_manifest(source, args.split)
+        return read_manifest(source, split)
+    error = [None]
     if rank == 0:
-        if args.data is None:
-            demo.build(source, workers=cores_per_process() * world)
-        manifest.write(manifest.scan(source, cores_per_process() * world), out / "manifest.csv")
+        try:
+            if data is None:
+                demo.build(source, workers=cores_per_process() * world)
+            manifest.write(manifest.scan(source, cores_per_process() * world), out / "manifest.csv")
+        except ValueError as cause:
+            error = [str(cause)]
     if world > 1:
-        dist.barrier()
-    return read_manifest(out / "manifest.csv", args.split)
+        dist.broadcast_object_list(error)
+    if error[0]:
+        raise ValueError(f"--data {source}: {error[0]}")
+    return read_manifest(out / "manifest.csv", split)
 
 
 @torch.no_grad()
@@ -203,7 +213,7 @@ def train(args, device, rank, world):
         say("No --data: the built-in set, with settings fit for it: " + ", ".join(f"{k} {v}" for k, v in DEMO.items()))
 
     # data
-    rows, left_out = rows_of(args, out, rank, world)
+    rows, left_out = rows_of(args.data, args.split, out, rank, world)
     clips = AudioVisualClips(rows, args.frames, args.fps, args.size, args.max_speed, args.seed)
     left_out |= clips.left_out
     workers = args.workers if args.workers is not None else min(8, max(1, cores_per_process() - 1))
@@ -212,6 +222,8 @@ def train(args, device, rank, world):
     N = args.batch_size * world
     for path, reason in list(left_out.items())[:10]:
         say(f"left out: {path}: {reason}")
+    if len(left_out) > 10:
+        say(f"... and {len(left_out) - 10} more: " + ", ".join(f"{n} {r}" for r, n in Counter(left_out.values()).items()))
     if steps_per_epoch == 0:
         raise ValueError(f"{len(clips)} usable clips ({len(left_out)} left out) do not fill one global batch of {N}: "
                          "give a smaller --batch-size or more data")
@@ -223,7 +235,7 @@ def train(args, device, rank, world):
     model = SvaCLR(args.arch, args.mapping).to(device)
     model.f.to(memory_format=torch.channels_last_3d)
     model.g.to(memory_format=torch.channels_last)
-    if device.type == "cuda":
+    if device.type == "cuda" and world > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     log_mel = LogMel().to(device)
     dtype, why = precision(args.precision, device)
@@ -247,7 +259,7 @@ def train(args, device, rank, world):
     log = open(out / "log.jsonl", "a", buffering=1) if rank == 0 else None
     if log and step == 0:
         log.write(json.dumps({"args": vars(args), "processes": world, "precision": str(dtype)[6:],
-                              "torch": torch.__version__, "clips": len(clips), "left_out": len(left_out)}) + "\n")
+                              "torch": torch.__version__, "clips": len(clips), "left_out": Counter(left_out.values())}) + "\n")
 
     # §2.3: end-to-end training with Eq. 3
     bar = tqdm(total=last_step, initial=step, desc="pre-training", unit="step", disable=rank > 0, file=sys.stderr)
@@ -297,11 +309,10 @@ def train(args, device, rank, world):
                 if rank == 0:
                     log.write(json.dumps(record) + "\n")
                     bar.set_postfix(loss=f"{mean:.3f}", clips_s=record["clips_per_s"], wait=f"{record['wait']:.0%}")
+                    if step == last_step or now - saved > 60 * args.save_every:
+                        save(out, args, step, model, optimizer, scaler, world)
+                        saved = time.monotonic()
             bar.update()
-            if step == last_step or time.monotonic() - saved > 60 * args.save_every:
-                if rank == 0:
-                    save(out, args, step, model, optimizer, scaler, world)
-                saved = time.monotonic()
     bar.close()
     say(f"done: {out}/checkpoint.pt, video_encoder.pt, audio_encoder.pt" if start < last_step else
         f"{out}/checkpoint.pt is trained to its last step already: nothing to do")

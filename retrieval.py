@@ -86,7 +86,8 @@ def evaluate(args, device, rank, world):
     model.load_state_dict(state["model"])
     model = model.to(device)
 
-    rows, left_out = rows_of(Namespace(data=args.data or then.data, split=args.split), path.parent, rank, world)
+    kept = path.parent / "manifest.csv"                   # of the data it was trained on
+    rows, left_out = rows_of(args.data or (kept if kept.exists() else then.data), args.split, path.parent / "retrieval", rank, world)
     clips = AudioVisualClips(rows, then.frames, then.fps, then.size, clips=args.clips)
     names = sorted({row.label for row in clips.rows})
     labels = torch.tensor([names.index(row.label) for row in clips.rows])

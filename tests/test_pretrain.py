@@ -1,0 +1,175 @@
+"""The training script: its schedule, its flags, its checkpoints, and what it says to bad input."""
+
+import argparse
+import ast
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, make_video
+
+import pretrain
+from pretrain import lr_at, parse, precision
+
+SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8", "--batch-size", "4", "--epochs", "4",
+         "--warmup", "1", "--workers", "1", "--precision", "fp32"]
+
+
+def run(*args, processes=1, script="pretrain.py", check=True):
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run",
+                                                      f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launch, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_learning_rate():
+    """§3.1: 0.064 -> 0.64 in 10 epochs, cosine to 0.10 at epoch 100, per step."""
+    lr = lambda step: lr_at(step, steps_per_epoch=451, warmup=10, epochs=100, peak=0.64)
+    assert lr(0) == pytest.approx(0.064)
+    assert lr(2255) == pytest.approx((0.064 + 0.64) / 2)
+    assert lr(4510) == pytest.approx(0.64)
+    assert lr(4510 + 45 * 451) == pytest.approx((0.64 + 0.10) / 2)
+    assert lr(45100) == pytest.approx(0.10)
+    rates = [lr(step) for step in range(0, 45101, 50)]
+    assert rates == sorted(rates[:91]) + sorted(rates[91:], reverse=True)
+    assert lr_at(0, 5, 0, 3, 1.0) == 1.0
+
+
+def test_defaults_are_the_papers():
+    args = parse(["--data", "x"])
+    paper = dict(max_speed=4, epochs=100, warmup=10, batch_size=8, lr=0.64, arch="r2plus1d_18", mapping="identity",
+                 affinity="clip", size=128, eta=0.07, frames=30, fps=30, weight_decay=1e-5)
+    assert {name: getattr(args, name) for name in paper} == paper
+    demo = parse([])
+    assert {name: getattr(demo, name) for name in pretrain.DEMO} == pretrain.DEMO
+    assert parse(["--epochs", "3"]).epochs == 3           # what is asked for outranks the settings of the built-in set
+
+
+def test_every_flag_is_read_and_says_its_default():
+    source = (ROOT / "pretrain.py").read_text()
+    read = {node.attr for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args"}
+    parser = []
+    init = argparse.ArgumentParser.parse_args
+    argparse.ArgumentParser.parse_args = lambda self, *a, **k: parser.append(self) or init(self, *a, **k)
+    try:
+        names = vars(parse(["--data", "x"])).keys()
+    finally:
+        argparse.ArgumentParser.parse_args = init
+    assert names - read == set()
+    for action in parser[0]._actions:
+        assert "§" in action.help or "paper silent" in action.help or "(" in action.help or action.dest == "help", action.dest
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["--bogus"], "unrecognized arguments: --bogus"), (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    (["--affinity", "both"], "invalid choice: 'both'"), (["--max-speed", "0"], "--max-speed 0: 1 or more"),
+    (["--eta", "0"], "--eta 0.0: more than 0"), (["--warmup", "9", "--epochs", "3"], "--warmup 9 is longer than --epochs 3"),
+    (["--mapping", "mlp", "--affinity", "none"], "--mapping mlp has nothing to learn from"),
+    (["--mapping", "linear", "--detach-affinity"], "--mapping linear has nothing to learn from")])
+def test_bad_flags(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(flags)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_precision_by_capability(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for bf16 in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert precision("auto", cpu)[0] == (torch.bfloat16 if bf16 else torch.float32)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    for capability, dtype in (((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        assert precision("auto", gpu)[0] == dtype
+    assert precision("fp32", gpu)[0] == torch.float32
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        precision("fp16", cpu)
+
+
+@pytest.fixture(scope="module")
+def trained(tree, tmp_path_factory):
+    """One process, 10 clips: 2 steps an epoch, 4 epochs."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    return out, run("--data", tree, "--out", out, *SMALL)
+
+
+def test_start_prints_the_effective_numbers(trained):
+    text = trained[1].stdout
+    for part in ("1 process(es) on cpu, float32 (as asked)", "10 clips (0 left out), global batch 4", "6 negatives per query",
+                 "2 steps an epoch, 8 steps in all", "learning rate 0.0005 -> 0.005 -> 0.0007813", "times 4/512"):
+        assert part in text, part
+
+
+def test_log_and_files(trained):
+    out, _ = trained
+    head, *events = log_of(out)
+    assert head["args"]["max_speed"] == 4 and head["processes"] == 1
+    assert [event["step"] for event in events] == [8]
+    assert math.isfinite(events[0]["loss"]) and events[0]["replaced"] == 0 and 0 <= events[0]["wait"] <= 1
+    assert not list(out.glob("*.part"))
+    theirs = torchvision.models.resnet18(weights=None)
+    audio = torch.load(out / "audio_encoder.pt", weights_only=True)
+    assert theirs.layer4[0].conv1.weight.shape == audio["layer4.0.conv1.weight"].shape
+    from models import video_encoder
+    video_encoder("r2plus1d_10").load_state_dict(torch.load(out / "video_encoder.pt", weights_only=True))
+
+
+def test_same_command_again_has_nothing_to_do(trained, tree):
+    out, _ = trained
+    before = (out / "log.jsonl").read_text(), (out / "checkpoint.pt").stat().st_mtime_ns
+    again = run("--data", tree, "--out", out, *SMALL)
+    assert "trained to its last step already" in again.stdout
+    assert before == ((out / "log.jsonl").read_text(), (out / "checkpoint.pt").stat().st_mtime_ns)
+
+
+def test_other_settings_are_refused(trained, tree):
+    out, _ = trained
+    before = (out / "checkpoint.pt").read_bytes()
+    done = run("--data", tree, "--out", out, *SMALL, "--eta", "0.1", check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "made with other settings (eta 0.07 there, 0.1 here): give those again, or another --out" in done.stderr
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_interrupted_run_goes_on_to_the_same_weights(tree, tmp_path):
+    """Stopped after the first log event, at step 10 of 14, in the middle of an epoch."""
+    long = [*SMALL, "--epochs", "7", "--save-every", "0"]
+    run("--data", tree, "--out", tmp_path / "whole", *long)
+    args = ["--data", str(tree), "--out", str(tmp_path / "cut"), *long]
+    code = ("import sys, pretrain; real = pretrain.save\n"
+            "def save(out, args, step, *rest):\n    real(out, args, step, *rest)\n    sys.exit(3 if step == 10 else 0)\n"
+            f"pretrain.save = save; sys.argv = ['pretrain.py'] + {args!r}; pretrain.main()")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 3
+    assert "continuing" in run(*args).stdout
+    whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 14
+    assert all(whole["model"][name].equal(cut["model"][name]) for name in whole["model"])
+    assert [event["step"] for event in log_of(tmp_path / "cut")[1:]] == [10, 14]
+
+
+def test_bad_data(tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    make_video(tmp_path / "few" / "train" / "c" / "a.mp4", 2)
+    make_video(tmp_path / "few" / "train" / "c" / "silent.mp4", 2, tone=None)
+    for data, flags, sentence in (
+            ("gone", [], "no folder"), ("gone.csv", [], "no such manifest"), ("empty", [], "no video in"),
+            ("few", [], "1 usable clips (1 left out) do not fill one global batch of 4: give a smaller --batch-size or more data"),
+            ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
+            ("few", ["--batch-size", "1"], "a global batch of 1 has no negatives")):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data", str(tmp_path / data), "--out", str(tmp_path / "out"),
+                                          *SMALL, *flags])
+        with pytest.raises(SystemExit) as stop:
+            pretrain.main()
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 1 and len(errors) == 1 and sentence in errors[0], errors
