@@ -89,9 +89,10 @@ def draw(shape, r, times, rng):
     wall = top + (bottom - top) * (y / PIXELS)[..., None]                           # (H, W, 3)
     kx, ky = rng.uniform(-0.6, 0.6, 2)
     wall = wall + rng.uniform(0, 15) * np.sin(kx * x + ky * y)[..., None]           # its pattern
-    film = wall * (1 - body) + colour * body                                        # (T, H, W, 3)
-    film = film + rng.uniform(1, 4) * rng.standard_normal(film.shape, dtype=np.float32)
-    return np.clip(film, 0, 255).astype(np.uint8)
+    wall, colour = wall.astype(np.float32), colour.astype(np.float32)
+    film = wall + body.astype(np.float32) * (colour - wall)                         # (T, H, W, 3)
+    film += np.float32(rng.uniform(1, 4)) * rng.standard_normal(film.shape, dtype=np.float32)
+    return np.clip(film, 0, 255, out=film).astype(np.uint8)
 
 
 def synthesise(f, ratios, damping, noise, times, rng):
@@ -121,7 +122,7 @@ def write(path, film, wave):
     with av.open(str(part), "w", format="mp4") as out:
         options = {"crf": "27", "preset": "veryfast", "g": str(FPS), "threads": "1"}
         video = out.add_stream("libx264", rate=FPS, width=PIXELS, height=PIXELS, pix_fmt="yuv420p", options=options)
-        audio = out.add_stream("aac", rate=RATE, layout="mono", bit_rate=32000)
+        audio = out.add_stream("aac", rate=RATE, layout="mono", bit_rate=32000, options={"aac_coder": "fast"})
         for image in film:
             out.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         out.mux(video.encode(None))
