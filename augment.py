@@ -52,10 +52,11 @@ def crop_flip(frames, size, generator=None):
     return frames.flip(-2) if torch.rand((), generator=generator) < 0.5 else frames
 
 
-def center_crop(frames, size):
-    """The middle size x size of (..., H, W, 3), for evaluation."""
+def crop_at(frames, size, place=0.5):
+    """size x size of (..., H, W, 3) for evaluation: the middle of the shorter side, and of the longer side the part
+    at `place` from 0 (left or top end) to 1 (right or bottom end)."""
     H, W = frames.shape[-3:-1]
-    top, left = (H - size) // 2, (W - size) // 2
+    top, left = (round((side - size) * (place if side == max(H, W) else 0.5)) for side in (H, W))
     return frames[..., top:top + size, left:left + size, :]
 
 

@@ -23,10 +23,15 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from augment import center_crop, crop_flip, sample_speeds, speed_up_audio, speed_up_video
+from augment import crop_at, crop_flip, sample_speeds, speed_up_audio, speed_up_video
 
 RATE = 24000                                              # Hz, mono (paper silent; GDT)
 TRIES = 10                                                # files that may fail in a row before a run stops
+
+
+class TooManyFailures(Exception):
+    """Files fail so often that the data, not a file, is at fault."""
+
 
 Row = namedtuple("Row", "path label split duration has_audio reason")
 
@@ -57,7 +62,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
     Args:
         t0: start in s after the moment at which both streams have begun. Frames are picked by time stamp (the
             nearest), so any source frame rate serves; past the end the last frame stands and the sound is silent.
-        tau_v, tau_a: speeds of the video and of the audio views, integers >= 1.
+        tau_v, tau_a: speeds of the video and of the audio views, integers >= 1. tau_a = (): no sound is read.
         frames, fps: T frames, taken 1/fps s apart at speed 1; the sound of a view lasts as long.
         short_side: of the frames in pixels; the longer side keeps the aspect.
     Returns:
@@ -72,33 +77,34 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
         with av.open(str(path)) as container:
             for stream in container.streams.video:        # threads hang when a decode is left early
                 stream.codec_context.thread_count = 1
-            images, wave, late = decode_window(container, t0, times, max(tau_a) * L, short_side, t0)
+            samples = max(tau_a, default=0) * L
+            images, wave, late = decode_window(container, t0, times, samples, short_side, t0)
             if late and t0 > 0:                           # some containers lead past the window: go through them
-                images, wave, _ = decode_window(container, t0, times, max(tau_a) * L, short_side, 0)
+                images, wave, _ = decode_window(container, t0, times, samples, short_side, 0)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     views = np.stack([images[n] for n in where.flatten().tolist()])                 # (K T, H, W, 3)
     video = torch.from_numpy(views).unflatten(0, where.shape)                       # (K, T, H, W, 3)
-    audio = torch.stack([speed_up_audio(torch.from_numpy(wave[:s * L]), s) for s in tau_a])  # (K, L)
-    return video, audio
+    audio = [speed_up_audio(torch.from_numpy(wave[:s * L]), s) for s in tau_a]
+    return video, torch.stack(audio) if audio else torch.empty(0, L)                # (K, L)
 
 
 def decode_window(container, t0, times, samples, short_side, seek):
     """images at `times` (s, ascending) and `samples` samples of sound from t0 on, decoded from the keyframe before
     `seek` on. late: what the container gave begins over 0.1 s after t0."""
-    video, audio = container.streams.best("video"), container.streams.best("audio")
-    if video is None or audio is None:
+    video, audio = container.streams.best("video"), container.streams.best("audio") if samples else None
+    if video is None or samples and audio is None:
         raise ValueError(f"no {'video' if video is None else 'audio'} stream")
-    start = max((stream.start_time or 0) * stream.time_base for stream in (video, audio))
+    streams = (video, audio) if samples else (video,)
+    start = max((stream.start_time or 0) * stream.time_base for stream in streams)
     zero = float(start) + t0                              # s on the container's clock, where the window begins
     container.seek(int((start + seek) * av.time_base) if seek else container.start_time or 0)
-    resampler = av.AudioResampler("fltp", "mono", RATE)
-    reformatter = VideoReformatter()                      # shared, so that its scaler is set up once
-    images, wave = [], np.zeros(samples, np.float32)
-    first_frame = first_sound = before = image = at = None
-    before_time, sound_tick, tick = 0.0, float(audio.time_base), float(video.time_base)
+    resampler, sound_tick = av.AudioResampler("fltp", "mono", RATE), float(audio.time_base) if samples else 0
+    reformatter, tick = VideoReformatter(), float(video.time_base)      # shared, so that its scaler is set up once
     needed = zero - 2 / float(video.average_rate or 10)   # s; before, frames that no other refers to are not decoded
-    for packet in container.demux(video, audio):
+    images, wave = [], np.zeros(samples, np.float32)
+    first_frame = first_sound = before = before_time = image = at = None
+    for packet in container.demux(streams):
         if packet.stream is video and len(images) < len(times):
             early = packet.pts is not None and packet.pts * tick < needed
             video.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
@@ -117,15 +123,16 @@ def decode_window(container, t0, times, samples, short_side, seek):
                     due = (part.pts / RATE - zero) * RATE
                     first_sound = due if first_sound is None else first_sound
                     at = place(wave, part, due, at)
-        if len(images) == len(times) and at is not None and at >= samples:
+        if len(images) == len(times) and (at is not None and at >= samples or not samples):
             break
     else:                                                 # the end of the file
         for part in resampler.resample(None) if at is not None else []:
             at = place(wave, part, at, at)
         images += [convert(before, reformatter, short_side)] * (len(times) - len(images)) if before else []
-    late = first_frame is None or first_frame > t0 + 0.1 or first_sound is None or first_sound > 0.1 * RATE
-    if not seek and (len(images) < len(times) or at is None or at <= 0):
-        raise ValueError(f"no {'frame' if len(images) < len(times) else 'sound'} decodes at {t0:.2f} s")
+    silent = samples and (at is None or at <= 0)
+    late = not images or silent or first_frame > t0 + 0.1 or samples and first_sound > 0.1 * RATE
+    if not seek and (not images or silent):
+        raise ValueError(f"no {'sound' if images else 'frame'} decodes at {t0:.2f} s")
     return images, wave, late
 
 
@@ -163,7 +170,7 @@ class AudioVisualClips(Dataset):
         clips: None to train; n to evaluate: n clips from the first to the last second of the file, centre crop.
     Items:
         training, of key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32, failures, a list of str.
-        A file that fails is replaced by another draw and named in failures; RuntimeError when 10 in a row fail.
+        A file that fails is replaced by another draw and named in failures; TooManyFailures when 10 in a row fail.
         evaluation, of key index: video (n, T, H, W, 3), audio (n, L), index. Raises ValueError where the file fails.
     """
 
@@ -184,7 +191,7 @@ class AudioVisualClips(Dataset):
 
     def __getitem__(self, key):
         if self.clips is not None:
-            return self.evenly_spaced(key)
+            return *evenly_spaced(self.rows[key], self.clips, 1, self.frames, self.fps, self.size, sound=True), key
         epoch, index = key
         seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
@@ -196,7 +203,7 @@ class AudioVisualClips(Dataset):
             except ValueError as error:
                 failures.append(str(error))
                 index = int(torch.randint(len(self.rows), (), generator=generator))
-        raise RuntimeError(f"{TRIES} files in a row failed, the last: {failures[-1]}")
+        raise TooManyFailures(f"{TRIES} files in a row failed, the last: {failures[-1]}")
 
     def draw(self, row, generator):
         fits = max(1, int(row.duration / self.seconds + 1e-3))
@@ -207,14 +214,6 @@ class AudioVisualClips(Dataset):
         short_side = int(self.size * (8 + 2 * float(torch.rand((), generator=generator))) / 7)   # 128..160 for 112: GDT
         video, audio = read_clip(row.path, t0, tau_v, tau_a, self.frames, self.fps, short_side)
         return crop_flip(video, self.size, generator).contiguous(), audio
-
-    def evenly_spaced(self, index):
-        row = self.rows[index]
-        room = max(0, row.duration - self.seconds)
-        views = [read_clip(row.path, room * n / max(1, self.clips - 1) if self.clips > 1 else room / 2,
-                           frames=self.frames, fps=self.fps, short_side=self.size * 8 // 7) for n in range(self.clips)]
-        video, audio = (torch.cat(x) for x in zip(*views))                          # (n, T, H, W, 3), (n, L)
-        return center_crop(video, self.size).contiguous(), audio, index
 
 
 class EpochBatches(Sampler):
@@ -236,6 +235,17 @@ class EpochBatches(Sampler):
         mine = order[:len(self) * self.batch_size * self.world][self.rank::self.world].reshape(len(self), -1)
         for batch in mine[self.start:].tolist():
             yield [(self.epoch, index) for index in batch]
+
+
+def evenly_spaced(row, clips, crops, frames, fps, size, sound):
+    """`clips` clips at speed 1 from the first to the last second of a file, each cut `crops` times (1: the middle;
+    3: both ends of the longer side and the middle). video (clips * crops, T, H, W, 3), audio (clips, L or 0 rows)."""
+    room = max(0, row.duration - frames / fps)
+    starts = np.linspace(0, room, clips) if clips > 1 else [room / 2]
+    views = [read_clip(row.path, t0, (1,), (1,) * sound, frames, fps, size * 8 // 7) for t0 in starts]
+    video, audio = (torch.cat(x) for x in zip(*views))                              # (clips, T, H', W', 3), (clips, L)
+    video = torch.stack([crop_at(video, size, end) for end in ((0.5,) if crops == 1 else (0, 0.5, 1))], 1)
+    return video.flatten(0, 1), audio
 
 
 def collate(samples):

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from augment import LogMel, normalize_frames
-from data import AudioVisualClips, make_loader, read_manifest
+from data import AudioVisualClips, TooManyFailures, make_loader, read_manifest
 from loss import all_gather, soft_info_nce
 from models import SvaCLR
 from prepare import demo, manifest
@@ -43,6 +43,8 @@ def parse(argv=None):
     data.add_argument("--out", default="runs/svaclr", help="folder of the results (default runs/svaclr)")
     data.add_argument("--workers", type=int, default=None, help="loading processes per process (default: the cores "
                       "per process but one, at most 8)")
+    data.add_argument("--max-failures", type=float, default=0.05, help="share of clips replaced because their file fails "
+                      "that stops the run (0.05; this project's)")
     clip = p.add_argument_group("clips")
     clip.add_argument("--max-speed", type=int, default=4, help="S of T = {1..S}; 1: no co-augmentation (4: Table 1)")
     clip.add_argument("--frames", type=int, default=30, help="T (30; paper silent, GDT)")
@@ -160,7 +162,7 @@ def resume(out, args, model, optimizer, scaler, world):
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
     now, then = {**vars(args), "processes": world}, {**state["args"], "processes": state["world"]}
-    free = {"out", "workers", "save_every", "compile"}    # may differ: they change no result
+    free = {"out", "workers", "save_every", "compile", "max_failures"}    # may differ: they change no result
     other = [f"{name} {then.get(name)} there, {now.get(name)} here" for name in now.keys() | then.keys()
              if name not in free and now.get(name) != then.get(name)]
     if other:
@@ -294,17 +296,20 @@ def train(args, device, rank, world):
             step += 1
             losses.append(loss.detach())
             if step % LOG_EVERY == 0 or step == last_step:
-                values = torch.stack([torch.stack(losses).mean(), top1(z_a, z_v)])
+                values = torch.stack([torch.stack(losses).mean(), top1(z_a, z_v), torch.tensor(float(failed), device=device)])
                 if world > 1:
                     dist.all_reduce(values)
-                mean, accuracy = (values / world).tolist()
+                mean, accuracy, replaced = values[0].item() / world, values[1].item() / world, int(values[2].item())
                 if not math.isfinite(mean):
                     raise FloatingPointError(f"loss {mean} at step {step}, learning rate {lr:.4g}: the last good "
                                              f"checkpoint stands; try a lower --lr")
+                if replaced > args.max_failures * (step - start) * N:
+                    raise ValueError(f"{replaced} of {(step - start) * N} clips had to be replaced, more than --max-failures "
+                                     f"{args.max_failures} of them: see the causes above, check the disk and the manifest")
                 now = time.monotonic()
                 record = {"step": step, "epoch": round(step / steps_per_epoch, 3), "loss": round(mean, 5),
                           "top1": round(accuracy, 4), "lr": lr, "clips_per_s": round(len(losses) * N / (now - since), 2),
-                          "wait": round(waited / (now - since), 3), "replaced": failed}
+                          "wait": round(waited / (now - since), 3), "replaced": replaced}
                 since, waited, losses = now, 0.0, []
                 if rank == 0:
                     log.write(json.dumps(record) + "\n")
@@ -326,6 +331,9 @@ def main():
     except (ValueError, FloatingPointError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except TooManyFailures as error:                      # known to one process alone, with a worker's traceback
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(1)
     finally:
         if world > 1:

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from conftest import peak_hz
 
-from augment import LogMel, center_crop, crop_flip, normalize_frames, sample_speeds, speed_up_audio, speed_up_video
+from augment import LogMel, crop_at, crop_flip, normalize_frames, sample_speeds, speed_up_audio, speed_up_video
 
 
 def tone(hz, seconds=1.0, rate=24000):
@@ -60,7 +60,14 @@ def test_crop_flip_is_shared_by_all_frames_and_views():
     assert {step for _, step in seen} == {1, -1} and len(seen) > 20
     assert crop_flip(frames, 8, torch.Generator().manual_seed(3)).equal(
         crop_flip(frames, 8, torch.Generator().manual_seed(3)))
-    assert center_crop(frames, 8)[0, 0, 0, 0, 0] == 1 * W + 3
+
+
+def test_crops_of_evaluation():
+    wide = torch.arange(10 * 14).reshape(10, 14, 1).expand(10, 14, 3)
+    assert [int(crop_at(wide, 8, place)[0, 0, 0]) for place in (0, 0.5, 1)] == [14, 14 + 3, 14 + 6]
+    high = wide.transpose(0, 1)
+    assert [int(crop_at(high, 8, place)[0, 0, 0]) for place in (0, 0.5, 1)] == [14, 14 + 3, 14 + 6]
+    assert crop_at(high, 8, 1).equal(crop_at(wide, 8, 1).transpose(0, 1))
 
 
 def test_normalize_frames():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import make_video, peak_hz, read_barcode
 
-from data import AudioVisualClips, EpochBatches, make_loader, read_clip, read_manifest
+from data import (AudioVisualClips, EpochBatches, TooManyFailures, evenly_spaced, make_loader, read_clip,
+                  read_manifest)
 from prepare import manifest
 
 
@@ -135,7 +136,7 @@ def test_left_out_and_replaced(tmp_path):
     assert clips[0, 1][2][0].endswith("Invalid data found when processing input")
     for n in (0, 2):
         (root / "c" / f"good{n}.mp4").unlink()
-    with pytest.raises(RuntimeError, match="10 files in a row failed, the last: .*good"):
+    with pytest.raises(TooManyFailures, match="10 files in a row failed, the last: .*good"):
         clips[0, 0]
 
 
@@ -163,6 +164,15 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     video, audio, index = AudioVisualClips(rows, frames=4, fps=8, size=24, clips=4)[0]
     assert video.shape == (4, 4, 24, 24, 3) and audio.shape == (4, 12000) and index == 0
     assert (video[:, 0].float().mean((1, 2, 3)) - 20 - 40 * torch.tensor([0, 1.5, 3.0, 4.5])).abs().max() < 4
+    three, sound = evenly_spaced(rows[0], 4, 3, frames=4, fps=8, size=24, sound=False)
+    assert three.shape == (12, 4, 24, 24, 3) and sound.shape[0] == 0 and three[1::3].equal(video)
+
+
+def test_a_silent_film_can_be_read_without_sound(tmp_path):
+    path = make_video(tmp_path / "silent.mp4", 2, tone=None)
+    video, audio = read_clip(path, 0.5, (1, 2), (), frames=10, fps=20, short_side=48)
+    assert audio.shape == (0, 12000)
+    assert (read_barcode(video) / 30 - 0.5 - torch.tensor([[1], [2]]) * torch.arange(10) / 20).abs().max() < 0.5 / 30 + 0.002
 
 
 def test_manifest_of_a_folder(tree, tmp_path):

@@ -173,3 +173,22 @@ def test_bad_data(tmp_path, monkeypatch, capsys):
             pretrain.main()
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert stop.value.code == 1 and len(errors) == 1 and sentence in errors[0], errors
+
+
+def test_files_that_fail_later(tmp_path):
+    """Of 12 scanned files some are damaged before training: replaced and counted; too many of them stop the run."""
+    for n in range(12):
+        make_video(tmp_path / "d" / "c" / f"{n}.mp4", 1.5, 10)
+    run("--data", tmp_path / "d", "--out", tmp_path / "scan", *SMALL, "--epochs", "1")
+    good = (tmp_path / "d" / "c" / "0.mp4").read_bytes()
+    (tmp_path / "d" / "c" / "0.mp4").write_bytes(b"gone bad")
+    kept = ["--data", tmp_path / "scan" / "manifest.csv", *SMALL]
+    done = run(*kept, "--out", tmp_path / "some", "--max-failures", "0.5")
+    assert log_of(tmp_path / "some")[-1]["replaced"] > 0 and "replaced: " in done.stderr and "0.mp4: Invalid data" in done.stderr
+    done = run(*kept, "--out", tmp_path / "many", "--max-failures", "0.01", check=False)
+    assert done.returncode == 1 and "had to be replaced, more than --max-failures 0.01" in done.stderr
+    for path in (tmp_path / "d" / "c").iterdir():
+        path.write_bytes(good[:200])
+    done = run(*kept, "--out", tmp_path / "all", check=False)
+    errors = [line for line in done.stderr.splitlines() if "10 files in a row failed, the last: " in line and "error" in line]
+    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
