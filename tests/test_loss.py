@@ -60,6 +60,14 @@ def test_info_nce_is_eq_1(K):
         assert abs(L[b, p, q] - eq1(z_a.numpy(), z_v.numpy(), int(own[b]), p, int(own[b]), q, 0.07)) < 1e-10
 
 
+def test_a_large_loss_is_exact():
+    """s = 0 against one negative of 21: log(1 + e^21), which softplus as torch has it rounds to 21."""
+    z_a = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
+    z_v = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]], dtype=torch.float64)
+    L = info_nce(z_a, z_v, torch.tensor([0]), 1 / 21)
+    assert abs(L.item() - np.log1p(np.exp(21))) < 1e-10
+
+
 @pytest.mark.parametrize("scope", ["clip", "view"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_cross_affinity_is_eq_2(scope, normalize):

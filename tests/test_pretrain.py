@@ -143,8 +143,8 @@ def test_other_settings_are_refused(trained, tree):
 
 
 def test_interrupted_run_goes_on_to_the_same_weights(tree, tmp_path):
-    """Stopped after the first log event, at step 10 of 14, in the middle of an epoch."""
-    long = [*SMALL, "--epochs", "7", "--save-every", "0"]
+    """Stopped after the first log event, at step 10 of 15, in the middle of an epoch of 3 steps."""
+    long = [*SMALL, "--batch-size", "3", "--epochs", "5", "--save-every", "0"]
     run("--data", tree, "--out", tmp_path / "whole", *long)
     args = ["--data", str(tree), "--out", str(tmp_path / "cut"), *long]
     code = ("import sys, pretrain; real = pretrain.save\n"
@@ -153,9 +153,9 @@ def test_interrupted_run_goes_on_to_the_same_weights(tree, tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 3
     assert "continuing" in run(*args).stdout
     whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
-    assert whole["step"] == cut["step"] == 14
+    assert whole["step"] == cut["step"] == 15
     assert all(whole["model"][name].equal(cut["model"][name]) for name in whole["model"])
-    assert [event["step"] for event in log_of(tmp_path / "cut")[1:]] == [10, 14]
+    assert [event["step"] for event in log_of(tmp_path / "cut")[1:]] == [10, 15]
 
 
 def test_bad_data(tmp_path, monkeypatch, capsys):
