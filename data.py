@@ -74,9 +74,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
     times = (t0 + steps / fps).tolist()                                             # s, the frames to convert
     L = round(RATE * frames / fps)
     try:
-        with av.open(str(path)) as container:
-            for stream in container.streams.video:        # threads hang when a decode is left early
-                stream.codec_context.thread_count = 1
+        with av.open(str(path), metadata_errors="replace") as container:
             samples = max(tau_a, default=0) * L
             images, wave, late = decode_window(container, t0, times, samples, short_side, t0)
             if late and t0 > 0:                           # some containers lead past the window: go through them
@@ -96,6 +94,10 @@ def decode_window(container, t0, times, samples, short_side, seek):
     if video is None or samples and audio is None:
         raise ValueError(f"no {'video' if video is None else 'audio'} stream")
     streams = (video, audio) if samples else (video,)
+    if any(stream.codec_context is None for stream in streams):
+        raise ValueError("no decoder for one of its streams")
+    if not video.codec_context.is_open:
+        video.codec_context.thread_count = 1              # threads hang when a decode is left early
     start = max((stream.start_time or 0) * stream.time_base for stream in streams)
     zero = float(start) + t0                              # s on the container's clock, where the window begins
     container.seek(int((start + seek) * av.time_base) if seek else container.start_time or 0)
@@ -155,7 +157,7 @@ def convert(frame, reformatter, short_side):
     """One frame as (H, W, 3) uint8, upright, its shorter side short_side pixels."""
     scale = short_side / min(frame.width, frame.height)
     width, height = round(frame.width * scale), round(frame.height * scale)
-    image = reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA").to_ndarray()
+    image = reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1).to_ndarray()
     return np.rot90(image, frame.rotation // 90) if frame.rotation % 360 else image
 
 

@@ -189,7 +189,7 @@ def rows_of(data, split, out, rank, world):
         try:
             if data is None:
                 demo.build(source, workers=cores_per_process() * world)
-            manifest.write(manifest.scan(source, cores_per_process() * world), out / "manifest.csv")
+            manifest.scan(source, cores_per_process() * world, out=out / "manifest.csv")
         except ValueError as cause:
             error = [str(cause)]
     if world > 1:

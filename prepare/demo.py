@@ -120,7 +120,8 @@ def write(path, film, wave):
     """One mp4 (H.264, a keyframe each second, and AAC), named only when complete. One thread, so bytes repeat."""
     part = path.with_suffix(".part")
     with av.open(str(part), "w", format="mp4") as out:
-        options = {"crf": "27", "preset": "veryfast", "g": str(FPS), "threads": "1"}
+        # without mbtree, whose AVX-512 code (x264 in av 18.1) lets what memory held into the bytes
+        options = {"crf": "27", "preset": "veryfast", "g": str(FPS), "threads": "1", "x264-params": "mbtree=0"}
         video = out.add_stream("libx264", rate=FPS, width=PIXELS, height=PIXELS, pix_fmt="yuv420p", options=options)
         audio = out.add_stream("aac", rate=RATE, layout="mono", bit_rate=32000, options={"aac_coder": "fast"})
         for image in film:
