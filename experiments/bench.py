@@ -101,7 +101,7 @@ def film(path, seconds=10, fps=30, rate=44100, size=(340, 256)):
         audio = out.add_stream("aac", rate=rate, layout="stereo")
         for n in range(seconds * fps):
             y, x = (int(60 + 50 * f(n / 25)) for f in (np.sin, np.cos))
-            image = texture[y:y + height, x:x + width].astype(int) + rng.integers(-8, 9, (height, width, 1))
+            image = texture[y:y + height, x:x + width].astype(int) + rng.integers(-4, 5, (height, width, 1))
             out.mux(video.encode(av.VideoFrame.from_ndarray(np.clip(image, 0, 255).astype(np.uint8), format="rgb24")))
         out.mux(video.encode(None))
         t = np.arange(seconds * rate) / rate
