@@ -105,11 +105,12 @@ def decode_window(container, t0, times, samples, short_side, seek):
     reformatter, tick = VideoReformatter(), float(video.time_base)      # shared, so that its scaler is set up once
     needed = zero - 2 / float(video.average_rate or 10)   # s; before, frames that no other refers to are not decoded
     images, wave = [], np.zeros(samples, np.float32)
-    first_frame = first_sound = before = before_time = image = at = None
+    first_frame = first_sound = before = before_time = image = at = skipping = None
     for packet in container.demux(streams):
         if packet.stream is video and len(images) < len(times):
             early = packet.pts is not None and packet.pts * tick < needed
-            video.codec_context.skip_frame = "NONREF" if early else "DEFAULT"
+            if early != skipping:
+                skipping, video.codec_context.skip_frame = early, "NONREF" if early else "DEFAULT"
             for frame in packet.decode():
                 now = frame.time - zero + t0              # s on the clock of `times`
                 first_frame = now if first_frame is None else first_frame
@@ -146,7 +147,7 @@ def place(wave, part, due, at):
     """
     if at is None or abs(due - at) > RATE / 50:
         at = round(due)
-    samples = part.to_ndarray()[0]
+    samples = np.frombuffer(part.planes[0], np.float32, part.samples)
     lo, hi = max(at, 0), min(at + len(samples), len(wave))
     if lo < hi:
         wave[lo:hi] = samples[lo - at:hi - at]
