@@ -33,27 +33,30 @@ def read_barcode(video):
 
 
 def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, rate=44100, layout="mono", codec="libx264",
-               audio_codec="aac", gray=None, wave=None, start=0.0, gop=12):
+               audio_codec="aac", gray=None, wave=None, start=0.0, gop=12, turned=0, ticks=None):
     """One file. Each frame shows its number as a barcode unless gray(t) gives one gray value at time t (s); the sound
-    is a tone (Hz) unless wave(t) gives samples. start: the first time stamp. tone=None: no sound track."""
+    is a tone (Hz) unless wave(t) gives samples. start: the first time stamp. tone=None: no sound track. turned:
+    degrees by which a player is to turn the picture, counter-clockwise. ticks: stamps of the frames in 1/fps s."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         options = {"g": str(gop), "crf": "5"} if codec == "libx264" else {}
         video = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), width=size[0], height=size[1],
                                pix_fmt="yuv420p", options=options)
         video.bit_rate = 2_000_000
+        if turned:
+            video.set_display_rotation(turned)
         audio = out.add_stream(audio_codec, rate=rate, layout=layout) if tone is not None else None
         offset = round(start * fps)
         for n in range(round(seconds * fps)):
             image = np.full((size[1], size[0], 3), gray(n / fps), np.uint8) if gray else barcode(n, size)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = n + offset, 1 / Fraction(fps).limit_denominator(1001)
+            frame.pts, frame.time_base = (ticks[n] if ticks else n) + offset, 1 / Fraction(fps).limit_denominator(1001)
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
         if audio is not None:
             t = np.arange(round(seconds * rate)) / rate
             sound = wave(t) if wave else 0.5 * np.sin(2 * np.pi * tone * t)
-            channels = {"mono": 1, "stereo": 2}[layout]
+            channels = {"mono": 1, "stereo": 2, "5.1": 6}[layout]
             planes = np.ascontiguousarray(np.tile(sound.astype(np.float32), (channels, 1)))
             resampler = av.AudioResampler(audio.format.name, layout, rate)      # to the format the encoder takes
             frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=layout)

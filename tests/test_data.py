@@ -59,6 +59,41 @@ def test_flash_and_beep_coincide(tmp_path, rate, layout, audio_codec):
             assert abs(onset % 1 - 0.5) < 1 / 30, (t0, tau, onset)
 
 
+def test_a_rotated_film_is_read_upright(tmp_path):
+    """Turned a quarter clockwise, the bright end of the barcode, stored on the left, comes to the top."""
+    path = make_video(tmp_path / "a.mp4", 2, 30, turned=-90)
+    video, _ = read_clip(path, 0, (1,), (1,), frames=30, fps=30, short_side=54)
+    assert video.shape == (1, 30, 72, 54, 3)
+    assert read_barcode(video.transpose(2, 3))[0].tolist() == list(range(30))
+
+
+def test_variable_frame_rate(tmp_path):
+    ticks = [0, 1, 2, 9, 10, 30, 31, 45, 60, 62, 75, 89]
+    path = make_video(tmp_path / "a.mkv", 0.4, 30, ticks=ticks, tone=400, wave=lambda t: 0 * t)
+    video, _ = read_clip(path, 0, (1, 2), (), frames=30, fps=20, short_side=54)
+    for k, tau in enumerate((1, 2)):
+        for n, seen in enumerate(read_barcode(video)[k].tolist()):
+            distance = [abs(t - 1.5 * tau * n) for t in ticks]
+            assert distance[seen] <= min(distance) + 0.1, (tau, n)
+
+
+def test_surround_sound_odd_sizes_and_several_tracks(tmp_path):
+    one = make_video(tmp_path / "one.webm", 2, 30, size=(73, 55), codec="libvpx", audio_codec="libopus", layout="5.1", rate=48000)
+    video, audio = read_clip(one, 0.3, (1,), (2,), frames=15, fps=30, short_side=55)
+    assert video.shape == (1, 15, 55, 73, 3) and abs(peak_hz(audio[0]) - 800) < 5
+    with av.open(str(one)) as source, av.open(str(tmp_path / "two.mkv"), "w") as out:
+        tracks = [out.add_stream_from_template(source.streams[n]) for n in (0, 1, 1)]
+        for packet in source.demux():
+            for track in tracks[:1] if packet.stream.type == "video" else tracks[1:]:
+                if packet.dts is not None:
+                    copy = av.Packet(bytes(packet))
+                    copy.pts, copy.dts, copy.time_base, copy.duration = packet.pts, packet.dts, packet.time_base, packet.duration
+                    copy.is_keyframe, copy.stream = packet.is_keyframe, track
+                    out.mux(copy)
+    again = read_clip(tmp_path / "two.mkv", 0.3, (1,), (2,), frames=15, fps=30, short_side=55)
+    assert again[0].equal(video) and abs(peak_hz(again[1][0]) - 800) < 5
+
+
 def test_past_the_end_the_last_frame_stands(tmp_path):
     path = make_video(tmp_path / "a.mp4", 1.0, 30)
     video, audio = read_clip(path, 0.5, frames=30, fps=30, short_side=48)
