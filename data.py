@@ -33,25 +33,26 @@ class TooManyFailures(Exception):
     """Files fail so often that the data, not a file, is at fault."""
 
 
-Row = namedtuple("Row", "path label split duration has_audio reason")
+Row = namedtuple("Row", "path label split duration has_audio")
 
 
 def read_manifest(path, split=None):
     """The usable rows of a manifest.csv, those of one split if it is named, and the others as {path: reason}.
 
-    A manifest without splits has one part, taken whatever `split` says. Raises ValueError where nothing is left.
+    A manifest without splits has one part, taken whatever `split` says. Raises ValueError where the file is no
+    manifest or has no such part.
     """
     path = Path(path)
     with open(path, newline="") as file:
         table = list(csv.DictReader(file))
-    if not table or not set(Row._fields) <= table[0].keys():
+    if not table or not {*Row._fields, "reason"} <= table[0].keys():
         raise ValueError(f"{path} is no manifest with rows: make one with python -m prepare.manifest")
     splits = sorted({line["split"] for line in table})
     if split is not None and splits != [""]:
         if split not in splits:
             raise ValueError(f"{path} has no {split!r} part, it has {', '.join(map(repr, splits))}: name one with --split")
         table = [line for line in table if line["split"] == split]
-    usable = [Row(line["path"], line["label"], line["split"], float(line["duration"]), line["has_audio"] == "1", "")
+    usable = [Row(line["path"], line["label"], line["split"], float(line["duration"]), line["has_audio"] == "1")
               for line in table if not line["reason"]]
     return usable, {line["path"]: line["reason"] for line in table if line["reason"]}
 
@@ -79,9 +80,9 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
             images, wave, late = decode_window(container, t0, times, samples, short_side, t0)
             if late and t0 > 0:                           # some containers lead past the window: go through them
                 images, wave, _ = decode_window(container, t0, times, samples, short_side, 0)
+        views = np.stack([images[n] for n in where.flatten().tolist()])             # (K T, H, W, 3)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
-    views = np.stack([images[n] for n in where.flatten().tolist()])                 # (K T, H, W, 3)
     video = torch.from_numpy(views).unflatten(0, where.shape)                       # (K, T, H, W, 3)
     audio = [speed_up_audio(torch.from_numpy(wave[:s * L]), s) for s in tau_a]
     return video, torch.stack(audio) if audio else torch.empty(0, L)                # (K, L)
@@ -112,6 +113,8 @@ def decode_window(container, t0, times, samples, short_side, seek):
             if early != skipping:
                 skipping, video.codec_context.skip_frame = early, "NONREF" if early else "DEFAULT"
             for frame in packet.decode():
+                if frame.time is None:
+                    raise ValueError("a frame has no time stamp")
                 now = frame.time - zero + t0              # s on the clock of `times`
                 first_frame = now if first_frame is None else first_frame
                 while before and len(images) < len(times) and times[len(images)] < (before_time + now) / 2:
@@ -123,6 +126,8 @@ def decode_window(container, t0, times, samples, short_side, seek):
                 continue                                  # between the keyframe and the window; 0.2 s warm the codec up
             for frame in packet.decode():
                 for part in resampler.resample(frame):
+                    if part.pts is None:
+                        raise ValueError("its sound has no time stamps")
                     due = (part.pts / RATE - zero) * RATE
                     first_sound = due if first_sound is None else first_sound
                     at = place(wave, part, due, at)

@@ -1,5 +1,7 @@
 """From real files to batches: frames by time stamp, pitch by speed, sound in step with sight, failures named."""
 
+import random
+
 import av
 import numpy as np
 import pytest
@@ -108,6 +110,35 @@ def test_failures_name_path_and_cause(tmp_path):
     for path, cause in ((silent, "no audio stream"), (broken, "Invalid data"), (tmp_path / "gone.mp4", "No such file")):
         with pytest.raises(ValueError, match=f"{path.name}: {cause}"):
             read_clip(path, 0)
+
+
+def test_damaged_files_are_read_or_named(tmp_path):
+    """Cut, flipped, blanked and renamed files: views of the right shape, or a ValueError that names the file."""
+    rng = random.Random(0)
+    whole = [make_video(tmp_path / f"whole.{suffix}", 2, 25, codec=codec, audio_codec=audio_codec, rate=48000).read_bytes()
+             for suffix, codec, audio_codec in (("mp4", "libx264", "aac"), ("avi", "mpeg4", "libmp3lame"),
+                                                ("mkv", "libx264", "aac"), ("mpg", "mpeg2video", "mp2"))]
+    read = failed = 0
+    for n in range(400):
+        data = bytearray(rng.choice(whole))
+        at = rng.randrange(len(data))
+        if n % 4 == 0:
+            data = data[:at]
+        elif n % 4 == 1:
+            data[at:at + 3000] = bytes(len(data[at:at + 3000]))
+        else:                                             # anywhere, or in the header
+            for _ in range(rng.choice((1, 20, 400))):
+                data[rng.randrange(len(data) if n % 4 == 2 else 2000)] ^= 1 << rng.randrange(8)
+        path = tmp_path / f"damaged.{rng.choice(('mp4', 'avi', 'mkv', 'mpg'))}"
+        path.write_bytes(data)
+        try:
+            video, audio = read_clip(path, rng.choice((0, 0.7, 1.4)), (1, 2), (1, 2), frames=8, fps=16, short_side=36)
+            assert video.shape[:2] == (2, 8) and audio.shape == (2, 12000)
+            read += 1
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+            failed += 1
+    assert read > 50 and failed > 50
 
 
 @pytest.fixture(scope="module")
