@@ -118,9 +118,9 @@ def main():
     device, rank, world = setup()
     try:
         evaluate(args, device, rank, world)
-    except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except ValueError as error:                           # a loading process adds its traceback above the sentence
+        if rank == 0 or "\n" in str(error):
+            print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
         sys.exit(1)
     finally:
         if world > 1:
