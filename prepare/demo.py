@@ -2,8 +2,10 @@
 
     python -m prepare.demo runs/demo                  # runs/demo/{train,test}/<kind>/*.mp4, about 20 MB
 
-Why it looks as it does (settled before anything was trained on it): the method needs clips in which sight and sound
-share two links, one that a change of speed keeps and one that it breaks, as the cow of the paper's Fig. 1 does.
+Why it looks as it does: the method needs clips in which sight and sound share two links, one that a change of speed
+keeps and one that it breaks, as the cow of the paper's Fig. 1 does. Links and kinds were settled before anything was
+trained on it; contrast and sizes after one trial, in which bodies and walls of any colour taught the encoder nothing in
+six minutes: now bodies stand in the light before a wall in the shade.
 
 (a) Kept, the class: a body of one of 8 kinds has a shape to see, and to hear its material's modes (frequency ratios,
     damping) and the rhythm in which it hops. Resampling scales all frequencies and all intervals alike, so ratios
