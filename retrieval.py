@@ -5,13 +5,19 @@
     torchrun --nproc_per_node=8 retrieval.py --data kinetics --checkpoint runs/k400/checkpoint.pt
 
 Each clip of the test part queries with its sound all videos of that part, and with its video all sounds, at speed 1.
-Two rules side by side, each beside its chance: instance-level, the clip's own other half is among the top k; and
-class-level, a clip of the query's class is. (Table 3's figures lie at class-level chance for 34 classes.)
+Two rules side by side, each with its standard error and beside its chance: instance-level, the clip's own other half
+is among the top k; and class-level, a clip of the query's class is. (Table 3's figures lie at class-level chance for
+34 classes.) The table is printed and kept as retrieval.json beside the checkpoint.
+
+n clips in the pool, D feature width, B clips of a batch.
 """
 
 import argparse
+import json
+import os
 import sys
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,46 +27,61 @@ from tqdm import tqdm
 
 from augment import LogMel, normalize_frames
 from data import AudioVisualClips, make_loader
-from models import SvaCLR
+from models import C, SvaCLR
 from pretrain import cores_per_process, precision, rows_of, setup
 
 RANKS = (1, 5, 10, 20)
 
 
 @torch.no_grad()
-def extract(model, clips, batch_size, workers, device, dtype, rank=0, world=1):
-    """Features z_a, z_v (n, D) of all clips, on every process: mean over the clips of a file, unit length again.
+def extract(model, clips, batch_size, workers, device, dtype, feature="z", rank=0, world=1):
+    """Features of all clips, sound (n, D) and video (n, D), on every process: unit length, the mean over the clips of a
+    file, unit length again. feature: "z", the projections | "y", the encoder outputs (l(y) where l is no identity).
 
-    clips: AudioVisualClips with clips = n. Kept by index, so padding or any number of processes counts no clip twice.
+    clips: AudioVisualClips with clips set. Kept by index, so any number of processes counts no clip twice.
     """
     model.eval()
-    log_mel = LogMel().to(device)
-    z = None
+    log_mel, width = LogMel().to(device), model.h_v[-1].out_features if feature == "z" else C
+    features = torch.zeros(2, len(clips), width, device=device)                     # sound, video
     for frames, waves, index in tqdm(make_loader(clips, batch_size, workers, rank, world), desc="features", unit="batch",
                                      disable=rank > 0, file=sys.stderr):
         video, audio = normalize_frames(frames.to(device)), log_mel(waves.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            _, _, z_v, z_a = model(video, audio)                                    # (B, n, D), n clips of a file
-        z_b = F.normalize(torch.stack([z_a, z_v]).mean(2), dim=2)                   # (2, B, D)
-        z = z_b.new_zeros(2, len(clips), z_b.shape[2]) if z is None else z
-        z[:, list(index)] = z_b
+            y_v, y_a, z_v, z_a = model(video, audio)                                # (B, clips of a file, C or D)
+        both = torch.stack([z_a, z_v] if feature == "z" else [y_a, y_v]).float()    # (2, B, clips of a file, D)
+        features[:, list(index)] = F.normalize(F.normalize(both, dim=3).mean(2), dim=2)     # (2, B, D)
     if world > 1:
-        dist.all_reduce(z)                                # every index is filled by one process, zero on the others
-    return z[0], z[1]
+        dist.all_reduce(features)                         # every index is filled by one process, zero on the others
+    return features[0], features[1]
+
+
+def ranks(query, gallery, labels, first=0, last=None, chunk=256):
+    """How many of the gallery come before the answer of queries first..last: (instance-level, class-level), each
+    (last - first,) int64. query, gallery: (n, D), row i of both from clip i. labels: (n,) int64.
+
+    Instance-level, the answer is the clip's own other half; class-level, the nearest of the query's class, the own half
+    included. A tie counts against the query. Similarities are held for `chunk` queries at a time: O(chunk n) memory.
+    """
+    instance, classes = [], []
+    for i in torch.arange(first, len(query) if last is None else last, device=query.device).split(chunk):
+        s = query[i] @ gallery.T                                                    # (chunk, n)
+        own = s.gather(1, i[:, None])                                               # (chunk, 1)
+        instance.append((s >= own).sum(1) - 1)
+        same = labels[i][:, None] == labels                                         # (chunk, n)
+        best = s.masked_fill(~same, -torch.inf).amax(1, keepdim=True)               # (chunk, 1)
+        classes.append((s.masked_fill_(same, -torch.inf) >= best).sum(1))
+    empty = query.new_zeros(0, dtype=torch.int64)
+    return torch.cat([empty, *instance]), torch.cat([empty, *classes])
 
 
 def recall_at_k(query, gallery, labels, ks=RANKS):
-    """Share of queries with a hit among their k nearest: {k: (instance-level, class-level)}.
+    """Share of queries whose answer is among their k nearest: {k: (instance-level, class-level)}. See `ranks`."""
+    return shares(torch.stack(ranks(query, gallery, labels)), ks)
 
-    query, gallery: (n, D), row i of both from clip i, unit length. labels: (n,) int64. A tie counts against the query.
-    """
-    s = query @ gallery.T                                                           # (n, n)
-    same = labels[:, None] == labels[None, :]                                       # (n, n), the clip itself included
-    own = s.diagonal()[:, None]                                                     # (n, 1)
-    before_own = (s >= own).sum(1) - 1                    # others at least as near: the rank of the own half, from 0
-    best = s.masked_fill(~same, -torch.inf).amax(1, keepdim=True)                   # (n, 1), nearest of the class
-    before_class = ((s >= best) & ~same).sum(1)
-    return {k: ((before_own < k).double().mean().item(), (before_class < k).double().mean().item()) for k in ks}
+
+def shares(before, ks=RANKS):
+    """{k: (instance-level, class-level)} of ranks from 0, (2, n)."""
+    return {k: tuple((before < k).double().mean(1).tolist()) for k in ks}
 
 
 def chance(labels, ks=RANKS):
@@ -76,36 +97,66 @@ def chance(labels, ks=RANKS):
     return result
 
 
-def evaluate(args, device, rank, world):
-    path = Path(args.checkpoint)
+def load(path):
+    """The model of a checkpoint.pt and its arguments. Raises ValueError where the file is none."""
     if not path.exists():
         raise ValueError(f"no checkpoint {path}: run pretrain.py first, or name another with --checkpoint")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    then = Namespace(**state["args"])
-    model = SvaCLR(then.arch, then.mapping)
+    if not {"model", "args"} <= state.keys():
+        raise ValueError(f"{path} holds no whole model (projectors, arguments): give the checkpoint.pt of pretrain.py")
+    args = Namespace(**state["args"])
+    model = SvaCLR(args.arch, args.mapping)
     model.load_state_dict(state["model"])
-    model = model.to(device)
+    return model, args
 
+
+def evaluate(args, device, rank, world):
+    path = Path(args.checkpoint)
+    model, then = load(path)
     kept = path.parent / "manifest.csv"                   # of the data it was trained on
-    rows, left_out = rows_of(args.data or (kept if kept.exists() else then.data), args.split, path.parent / "retrieval", rank, world)
+    rows, left_out = rows_of(args.data or (kept if kept.exists() else then.data), args.split, path.parent / "retrieval",
+                             rank, world)
     clips = AudioVisualClips(rows, then.frames, then.fps, then.size, clips=args.clips)
     names = sorted({row.label for row in clips.rows})
-    labels = torch.tensor([names.index(row.label) for row in clips.rows])
+    labels = torch.tensor([names.index(row.label) for row in clips.rows], device=device)
     if len(clips) < max(RANKS):
-        raise ValueError(f"{len(clips)} usable clips in the {args.split!r} part: retrieval needs {max(RANKS)} or more")
+        causes = Counter([*left_out.values(), *clips.left_out.values()]).most_common(3)
+        raise ValueError(f"{len(clips)} usable clips in the {args.split!r} part, R@{max(RANKS)} needs {max(RANKS)} or more; left "
+                         "out: " + (", ".join(f"{n} {reason}" for reason, n in causes) or "none"))
+    if len(names) < 2:
+        raise ValueError(f"all clips are of one class, {names[0]!r}: class-level retrieval needs two, see the label column")
     dtype, _ = precision("auto", device)
-    workers = max(1, cores_per_process() - 1)
-    z_a, z_v = (z.float().cpu() for z in extract(model, clips, 8, workers, device, dtype, rank, world))
+    z_a, z_v = extract(model.to(device), clips, 8, max(1, cores_per_process() - 1), device, dtype, args.feature, rank, world)
+
+    n, results = len(clips), {}
+    first, last = n * rank // world, n * (rank + 1) // world      # each process ranks its share of the queries
+    for way, q, g in (("audio -> video", z_a, z_v), ("video -> audio", z_v, z_a)):
+        before = labels.new_zeros(2, n)
+        before[0, first:last], before[1, first:last] = ranks(q, g, labels, first, last)
+        if world > 1:
+            dist.all_reduce(before)
+        results[way] = shares(before)
     if rank == 0:
-        base = chance(labels)
-        print(f"{path}, {len(clips)} clips of {len(names)} classes ({len(left_out) + len(clips.left_out)} left out), "
-              f"{args.clips} clips per file, R@k in %")
-        print(f"{'':24}" + "".join(f"{f'R@{k}':>8}" for k in RANKS))
-        for level, name in enumerate(("instance", "class")):
-            for way, q, g in (("audio -> video", z_a, z_v), ("video -> audio", z_v, z_a)):
-                found = recall_at_k(q, g, labels)
-                print(f"{name:9}{way:15}" + "".join(f"{100 * found[k][level]:8.1f}" for k in RANKS))
-            print(f"{name:9}{'chance':15}" + "".join(f"{100 * base[k][level]:8.1f}" for k in RANKS))
+        report(path, args, n, names, len(left_out) + len(clips.left_out), results, chance(labels.cpu()))
+
+
+def report(path, args, n, names, left_out, results, base):
+    """Print the table, and keep it as retrieval.json."""
+    print(f"{path}, {n} clips of {len(names)} classes ({left_out} left out), {args.clips} clips per file, feature "
+          f"{args.feature}, R@k in % +- standard error")
+    print(f"{'':24}" + "".join(f"{f'R@{k}':>13}" for k in RANKS))
+    kept = {"checkpoint": str(path), "data": args.data, "split": args.split, "clips_per_file": args.clips,
+            "feature": args.feature, "pool": n, "classes": len(names), "left_out": left_out}
+    for level, name in enumerate(("instance", "class")):
+        for way, found in results.items():
+            errors = {k: (found[k][level] * (1 - found[k][level]) / n) ** 0.5 for k in RANKS}
+            print(f"{name:9}{way:15}" + "".join(f"{100 * found[k][level]:6.1f} +- {100 * errors[k]:3.1f}" for k in RANKS))
+            kept[f"{name}, {way}"] = {f"R@{k}": [found[k][level], errors[k]] for k in RANKS}
+        print(f"{name:9}{'chance':15}" + "".join(f"{100 * base[k][level]:6.1f}{'':7}" for k in RANKS))
+        kept[f"{name}, chance"] = {f"R@{k}": base[k][level] for k in RANKS}
+    part = path.parent / "retrieval.json.part"
+    part.write_text(json.dumps(kept, indent=1))
+    os.replace(part, path.parent / "retrieval.json")
 
 
 def main():
@@ -114,7 +165,10 @@ def main():
     p.add_argument("--data", help="folder or manifest.csv (default: what the checkpoint was trained on)")
     p.add_argument("--split", default="test", help="the part to search (default test)")
     p.add_argument("--clips", type=int, default=10, help="clips per file, averaged (10; paper silent, GDT)")
+    p.add_argument("--feature", default="z", choices=["z", "y"], help="projections or encoder outputs (default z)")
     args = p.parse_args()
+    if args.clips < 1:
+        p.error(f"--clips {args.clips}: 1 or more")
     device, rank, world = setup()
     try:
         evaluate(args, device, rank, world)

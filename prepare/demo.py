@@ -1,6 +1,6 @@
 """The built-in set: 800 short films of sounding bodies, drawn and synthesised, as real H.264 + AAC mp4 files.
 
-    python -m prepare.demo runs/demo                  # runs/demo/{train,test}/<kind>/*.mp4, about 20 MB
+    python -m prepare.demo runs/demo                  # runs/demo/{train,test}/<kind>/*.mp4, 24 MB
 
 Why it looks as it does: the method needs clips in which sight and sound share two links, one that a change of speed
 keeps and one that it breaks, as the cow of the paper's Fig. 1 does. Links and kinds were settled before anything was

@@ -1,0 +1,106 @@
+"""Retrieval against a brute-force copy, chance against random features, and what the command says to bad input."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_video
+from test_pretrain import SMALL, run
+
+import retrieval
+from retrieval import chance, ranks, recall_at_k
+
+
+def brute_force(query, gallery, labels, k):
+    """One query after the other; of equal neighbours the wrong ones come first."""
+    hits = np.zeros((2, len(query)))
+    for i, q in enumerate(query):
+        s = gallery @ q
+        for level, right in enumerate((np.arange(len(s)) == i, labels == labels[i])):
+            order = sorted(range(len(s)), key=lambda j: (-s[j], right[j]))
+            hits[level, i] = any(right[j] for j in order[:k])
+    return tuple(hits.mean(1))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_recall_is_the_brute_force_one(ties):
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (60,), generator=g)
+    query, gallery = (torch.randint(-2, 3, (60, 3 if ties else 40), generator=g).float() for _ in range(2))
+    found = recall_at_k(query, gallery, labels, (1, 5, 10, 20))
+    for k in found:
+        assert found[k] == pytest.approx(brute_force(query.numpy(), gallery.numpy(), labels.numpy(), k), abs=1e-12)
+
+
+def test_recall_of_known_features():
+    q, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
+    assert recall_at_k(q, q, labels, (1,)) == {1: (1.0, 1.0)}
+    swapped = q[[1, 0, 3, 2]]                             # each query finds the other clip of its class
+    assert recall_at_k(q, swapped, labels, (1, 2)) == {1: (0.0, 1.0), 2: (0.0, 1.0)}
+    alike = torch.ones(4, 1)                              # all ties: counted against the model
+    assert recall_at_k(alike, alike, labels, (1, 3, 4)) == {1: (0.0, 0.0), 3: (0.0, 1.0), 4: (1.0, 1.0)}
+
+
+def test_ranks_do_not_depend_on_how_queries_are_cut():
+    g = torch.Generator().manual_seed(1)
+    q, v, labels = torch.randn(70, 8, generator=g).double(), torch.randn(70, 8, generator=g).double(), torch.arange(70) % 6
+    whole = torch.stack(ranks(q, v, labels))
+    for chunk in (1, 7, 70):
+        assert torch.stack(ranks(q, v, labels, chunk=chunk)).equal(whole)
+    parts = [torch.stack(ranks(q, v, labels, first, last, 9)) for first, last in ((0, 23), (23, 23), (23, 70))]
+    assert torch.cat(parts, 1).equal(whole)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(200) % 8, (torch.arange(200) ** 0.5).long() % 7])
+def test_random_features_land_on_chance(labels):
+    g = torch.Generator().manual_seed(0)
+    ks, trials = (1, 5, 10, 20), 30
+    expected = chance(labels, ks)
+    found = [recall_at_k(torch.randn(200, 64, generator=g), torch.randn(200, 64, generator=g), labels, ks)
+             for _ in range(trials)]
+    for k in ks:
+        for level in (0, 1):
+            values = np.array([f[k][level] for f in found])
+            assert abs(values.mean() - expected[k][level]) < 3 * max(values.std() / trials ** 0.5, 1e-3), (k, level)
+
+
+@pytest.fixture(scope="module")
+def trained(tree, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "r"
+    run("--data", tree, "--out", out, *SMALL, "--epochs", "1")
+    return out / "checkpoint.pt"
+
+
+def test_command_prints_and_keeps_the_table(trained):
+    for feature in ("y", "z"):
+        text = run("--checkpoint", trained, "--clips", "2", "--feature", feature, script="retrieval.py").stdout
+        kept = json.loads((trained.parent / "retrieval.json").read_text())
+        assert kept["pool"] == 24 and kept["classes"] == 2 and kept["feature"] == feature
+        value, error = kept["class, video -> audio"]["R@5"]
+        assert f"{100 * value:.1f} +- {100 * error:.1f}" in text and f"feature {feature}" in text
+        assert kept["instance, chance"]["R@5"] == pytest.approx(5 / 24)
+
+
+def test_bad_input(trained, tmp_path, monkeypatch, capsys):
+    made = make_video(tmp_path / "silent" / "test" / "c" / "0.mp4", 1, 10, tone=None)
+    for n in range(1, 22):
+        (made.parent / f"{n}.mp4").write_bytes(made.read_bytes())
+    made = make_video(tmp_path / "one" / "test" / "c" / "0.mp4", 1, 10)
+    for n in range(1, 22):
+        (made.parent / f"{n}.mp4").write_bytes(made.read_bytes())
+    (tmp_path / "few" / "test" / "c").mkdir(parents=True)
+    (tmp_path / "few" / "test" / "c" / "0.mp4").write_bytes(made.read_bytes())
+    for flags, sentence in (
+            (["--checkpoint", tmp_path / "gone.pt"], "no checkpoint"),
+            (["--checkpoint", trained.parent / "video_encoder.pt"], "holds no whole model"),
+            (["--data", tmp_path / "silent"], "0 usable clips in the 'test' part, R@20 needs 20 or more; left out: 22 no audio"),
+            (["--data", tmp_path / "few"], "1 usable clips in the 'test' part"),
+            (["--data", tmp_path / "one"], "all clips are of one class, 'c'"),
+            (["--data", tmp_path / "one", "--split", "val"], "has no 'val' part")):
+        monkeypatch.setattr(sys, "argv", ["retrieval.py", "--checkpoint", str(trained), *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            retrieval.main()
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 1 and len(errors) == 1 and sentence in errors[0], errors
