@@ -199,7 +199,10 @@ class AudioVisualClips(Dataset):
 
     def __getitem__(self, key):
         if self.clips is not None:
-            return *evenly_spaced(self.rows[key], self.clips, 1, self.frames, self.fps, self.size, sound=True), key
+            try:
+                return *evenly_spaced(self.rows[key], self.clips, 1, self.frames, self.fps, self.size, sound=True), key
+            except ValueError as error:
+                raise ValueError(f"{error}: leave it out of the test part (python -m prepare.manifest --verify does)") from None
         epoch, index = key
         seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -111,6 +112,10 @@ def cores_per_process():
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+def loading_workers():
+    return min(8, max(1, cores_per_process() - 1))
+
+
 def precision(choice, device):
     """The autocast dtype and, in words, why."""
     if device.type == "cuda":
@@ -146,22 +151,23 @@ def write_whole(state, path):
     os.replace(part, path)
 
 
-def save(out, args, step, model, optimizer, scaler, world):
+def save(out, args, step, model, optimizer, scaler, world, clips):
     """checkpoint.pt and the two encoders. Plain values and tensors only, so that weights_only=True reads them."""
-    write_whole({"args": vars(args), "world": world, "step": step, "model": model.state_dict(),
+    write_whole({"args": vars(args), "processes": world, "clips": clips, "step": step, "model": model.state_dict(),
                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()},
                 out / "checkpoint.pt")
     write_whole(model.f.state_dict(), out / "video_encoder.pt")
     write_whole(model.g.state_dict(), out / "audio_encoder.pt")
 
 
-def resume(out, args, model, optimizer, scaler, world):
+def resume(out, args, model, optimizer, scaler, world, clips):
     """Load OUT/checkpoint.pt if there is one. Returns the step to go on from. Raises ValueError on other settings."""
     path = out / "checkpoint.pt"
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
-    now, then = {**vars(args), "processes": world}, {**state["args"], "processes": state["world"]}
+    now = {**vars(args), "processes": world, "clips": clips}
+    then = {**state["args"], "processes": state["processes"], "clips": state["clips"]}
     free = {"out", "workers", "save_every", "compile", "max_failures"}    # may differ: they change no result
     other = [f"{name} {then.get(name)} there, {now.get(name)} here" for name in now.keys() | then.keys()
              if name not in free and now.get(name) != then.get(name)]
@@ -186,14 +192,15 @@ def rows_of(data, split, out, rank, world):
         return read_manifest(source, split)
     error = [None]
     if rank == 0:
+        cores = len(os.sched_getaffinity(0))
         try:
             if data is None:
-                demo.build(source, workers=cores_per_process() * world)
-            manifest.scan(source, cores_per_process() * world, out=out / "manifest.csv")
+                demo.build(source, workers=cores)
+            manifest.scan(source, cores, out=out / "manifest.csv")
         except ValueError as cause:
             error = [str(cause)]
-    if world > 1:
-        dist.broadcast_object_list(error)
+    if world > 1:                                         # a scan may outlast nccl's patience of 10 minutes
+        dist.broadcast_object_list(error, group=dist.new_group(backend="gloo", timeout=timedelta(hours=12)))
     if error[0]:
         raise ValueError(f"--data {source}: {error[0]}")
     return read_manifest(out / "manifest.csv", split)
@@ -218,7 +225,7 @@ def train(args, device, rank, world):
     rows, left_out = rows_of(args.data, args.split, out, rank, world)
     clips = AudioVisualClips(rows, args.frames, args.fps, args.size, args.max_speed, args.seed)
     left_out |= clips.left_out
-    workers = args.workers if args.workers is not None else min(8, max(1, cores_per_process() - 1))
+    workers = args.workers if args.workers is not None else loading_workers()
     loader = make_loader(clips, args.batch_size, workers, rank, world)
     steps_per_epoch = len(loader)
     N = args.batch_size * world
@@ -243,8 +250,14 @@ def train(args, device, rank, world):
     dtype, why = precision(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     peak = args.lr * N / PAPER_BATCH
-    optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    step, last_step = resume(out, args, model, optimizer, scaler, world), args.epochs * steps_per_epoch
+    optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=dtype != torch.float16)    # fused momentum is unwritten memory if step 1 overflows
+    step, last_step = resume(out, args, model, optimizer, scaler, world, len(clips)), args.epochs * steps_per_epoch
+    if world > 1:
+        seen = torch.tensor([step, len(clips), -step, -len(clips)], device=device)
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        if (seen[:2] + seen[2:]).any():
+            raise ValueError(f"processes see different checkpoints or data: is --out {out} on a file system that all share?")
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world > 1 else net
 
@@ -315,7 +328,7 @@ def train(args, device, rank, world):
                     log.write(json.dumps(record) + "\n")
                     bar.set_postfix(loss=f"{mean:.3f}", clips_s=record["clips_per_s"], wait=f"{record['wait']:.0%}")
                     if step == last_step or now - saved > 60 * args.save_every:
-                        save(out, args, step, model, optimizer, scaler, world)
+                        save(out, args, step, model, optimizer, scaler, world, len(clips))
                         saved = time.monotonic()
             bar.update()
     bar.close()
@@ -323,21 +336,23 @@ def train(args, device, rank, world):
         f"{out}/checkpoint.pt is trained to its last step already: nothing to do")
 
 
-def main():
-    args = parse()
+def run(job, *args):
+    """job(*args, device, rank, world) with one sentence on stderr and exit status 1 where it raises what it names."""
     device, rank, world = setup()
     try:
-        train(args, device, rank, world)
-    except (ValueError, FloatingPointError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except TooManyFailures as error:                      # known to one process alone, with a worker's traceback
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(1)
-    finally:
+        job(*args, device, rank, world)
+    except (ValueError, FloatingPointError, TooManyFailures) as error:
+        where = f" on rank {rank}" if rank else ""        # a loading process adds its traceback above the sentence
+        print(f"error{where}: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
         if world > 1:
-            dist.destroy_process_group()
+            os._exit(1)                                   # taking the group down would wait for the others
+        sys.exit(1)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main():
+    run(train, parse())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from augment import LogMel, normalize_frames
 from data import AudioVisualClips, make_loader
 from models import C, SvaCLR
-from pretrain import cores_per_process, precision, rows_of, setup
+from pretrain import loading_workers, precision, rows_of, run
 
 RANKS = (1, 5, 10, 20)
 
@@ -52,6 +52,8 @@ def extract(model, clips, batch_size, workers, device, dtype, feature="z", rank=
         features[:, list(index)] = F.normalize(F.normalize(both, dim=3).mean(2), dim=2)     # (2, B, D)
     if world > 1:
         dist.all_reduce(features)                         # every index is filled by one process, zero on the others
+    if not torch.isfinite(features).all():
+        raise ValueError("features are not finite: the checkpoint's training has diverged")
     return features[0], features[1]
 
 
@@ -126,7 +128,7 @@ def evaluate(args, device, rank, world):
     if len(names) < 2:
         raise ValueError(f"all clips are of one class, {names[0]!r}: class-level retrieval needs two, see the label column")
     dtype, _ = precision("auto", device)
-    z_a, z_v = extract(model.to(device), clips, 8, max(1, cores_per_process() - 1), device, dtype, args.feature, rank, world)
+    z_a, z_v = extract(model.to(device), clips, 8, loading_workers(), device, dtype, args.feature, rank, world)
 
     n, results = len(clips), {}
     first, last = n * rank // world, n * (rank + 1) // world      # each process ranks its share of the queries
@@ -169,16 +171,7 @@ def main():
     args = p.parse_args()
     if args.clips < 1:
         p.error(f"--clips {args.clips}: 1 or more")
-    device, rank, world = setup()
-    try:
-        evaluate(args, device, rank, world)
-    except ValueError as error:                           # a loading process adds its traceback above the sentence
-        if rank == 0 or "\n" in str(error):
-            print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    run(evaluate, args)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def step(args):
     model = SvaCLR(args.arch).to(device)
     model.f.to(memory_format=torch.channels_last_3d)
     model.g.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5,
+                                fused=dtype != torch.float16)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     log_mel = LogMel().to(device)
     frames = torch.randint(0, 256, (B, K, args.frames, args.size, args.size, 3), dtype=torch.uint8)

@@ -82,3 +82,12 @@ def tree(tmp_path_factory):
             for n in range(many):
                 make_video(root / split / label / f"{n}.mp4", 3.0, 10, tone=tone + 20 * n, gray=lambda t: level + 3 * n)
     return root
+
+
+@pytest.fixture(scope="session")
+def brief(tree, tmp_path_factory):
+    """The checkpoint.pt of one epoch on the tree's train part."""
+    from test_pretrain import SMALL, run
+    out = tmp_path_factory.mktemp("runs") / "brief"
+    run("--data", tree, "--out", out, *SMALL, "--epochs", "1")
+    return out / "checkpoint.pt"

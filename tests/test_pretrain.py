@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -192,3 +193,24 @@ def test_files_that_fail_later(tmp_path):
     done = run(*kept, "--out", tmp_path / "all", check=False)
     errors = [line for line in done.stderr.splitlines() if "10 files in a row failed, the last: " in line and "error" in line]
     assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
+
+
+def test_changed_data_is_refused_on_resume(tree, tmp_path):
+    root = tmp_path / "grown"
+    shutil.copytree(tree / "train", root / "train")
+    run("--data", root, "--out", tmp_path / "o", *SMALL, "--epochs", "1")
+    shutil.copy(root / "train" / "low" / "0.mp4", root / "train" / "low" / "new.mp4")
+    done = run("--data", root, "--out", tmp_path / "o", *SMALL, "--epochs", "1", check=False)
+    assert done.returncode == 1 and "(clips 10 there, 11 here)" in done.stderr
+
+
+def test_processes_that_see_different_checkpoints_stop(tree, tmp_path):
+    """As on nodes whose --out is not shared: rank 1 is shown an empty folder."""
+    kept = ["--data", str(tree), *SMALL, "--batch-size", "2"]
+    run(*kept, "--out", tmp_path / "o", "--epochs", "4", processes=2)
+    script = tmp_path / "unshared.py"
+    script.write_text("import os, sys\nsys.path.insert(0, %r)\nimport pretrain\nreal = pretrain.resume\n"
+                      "pretrain.resume = lambda out, *a: real(out if os.environ['RANK'] == '0' else out / 'none', *a)\n"
+                      "pretrain.main()\n" % str(ROOT))
+    done = run(*kept, "--out", tmp_path / "o", "--epochs", "4", processes=2, script=script, check=False)
+    assert done.returncode != 0 and "error: processes see different checkpoints or data: is --out" in done.stderr

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_video
-from test_pretrain import SMALL, run
+from test_pretrain import run
 
 import retrieval
+from prepare import manifest
 from retrieval import chance, ranks, recall_at_k
 
 
@@ -66,24 +67,17 @@ def test_random_features_land_on_chance(labels):
             assert abs(values.mean() - expected[k][level]) < 3 * max(values.std() / trials ** 0.5, 1e-3), (k, level)
 
 
-@pytest.fixture(scope="module")
-def trained(tree, tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "r"
-    run("--data", tree, "--out", out, *SMALL, "--epochs", "1")
-    return out / "checkpoint.pt"
-
-
-def test_command_prints_and_keeps_the_table(trained):
+def test_command_prints_and_keeps_the_table(brief):
     for feature in ("y", "z"):
-        text = run("--checkpoint", trained, "--clips", "2", "--feature", feature, script="retrieval.py").stdout
-        kept = json.loads((trained.parent / "retrieval.json").read_text())
+        text = run("--checkpoint", brief, "--clips", "2", "--feature", feature, script="retrieval.py").stdout
+        kept = json.loads((brief.parent / "retrieval.json").read_text())
         assert kept["pool"] == 24 and kept["classes"] == 2 and kept["feature"] == feature
         value, error = kept["class, video -> audio"]["R@5"]
         assert f"{100 * value:.1f} +- {100 * error:.1f}" in text and f"feature {feature}" in text
         assert kept["instance, chance"]["R@5"] == pytest.approx(5 / 24)
 
 
-def test_bad_input(trained, tmp_path, monkeypatch, capsys):
+def test_bad_input(brief, tmp_path, monkeypatch, capsys):
     made = make_video(tmp_path / "silent" / "test" / "c" / "0.mp4", 1, 10, tone=None)
     for n in range(1, 22):
         (made.parent / f"{n}.mp4").write_bytes(made.read_bytes())
@@ -92,14 +86,25 @@ def test_bad_input(trained, tmp_path, monkeypatch, capsys):
         (made.parent / f"{n}.mp4").write_bytes(made.read_bytes())
     (tmp_path / "few" / "test" / "c").mkdir(parents=True)
     (tmp_path / "few" / "test" / "c" / "0.mp4").write_bytes(made.read_bytes())
+    state = torch.load(brief, weights_only=True)
+    state["model"]["h_a.3.bias"][:] = torch.nan
+    torch.save(state, tmp_path / "nan.pt")
+    for n in range(22):
+        path = tmp_path / "bad" / f"class{n % 2}" / f"bad{n}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(made.read_bytes())
+    manifest.write(manifest.scan(tmp_path / "bad"), tmp_path / "bad.csv")
+    (tmp_path / "bad" / "class0" / "bad0.mp4").write_bytes(b"damaged since the scan")
     for flags, sentence in (
             (["--checkpoint", tmp_path / "gone.pt"], "no checkpoint"),
-            (["--checkpoint", trained.parent / "video_encoder.pt"], "holds no whole model"),
+            (["--checkpoint", brief.parent / "video_encoder.pt"], "holds no whole model"),
             (["--data", tmp_path / "silent"], "0 usable clips in the 'test' part, R@20 needs 20 or more; left out: 22 no audio"),
             (["--data", tmp_path / "few"], "1 usable clips in the 'test' part"),
+            (["--data", tmp_path / "bad.csv"], "bad0.mp4: Invalid data found when processing input: leave it out of the test part"),
+            (["--checkpoint", tmp_path / "nan.pt"], "features are not finite"),
             (["--data", tmp_path / "one"], "all clips are of one class, 'c'"),
             (["--data", tmp_path / "one", "--split", "val"], "has no 'val' part")):
-        monkeypatch.setattr(sys, "argv", ["retrieval.py", "--checkpoint", str(trained), *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", ["retrieval.py", "--checkpoint", str(brief), *map(str, flags)])
         with pytest.raises(SystemExit) as stop:
             retrieval.main()
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
