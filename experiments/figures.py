@@ -130,7 +130,7 @@ def neighbours(args):
 def save(figure, out):
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=80)
+    figure.savefig(out, dpi=72)
     print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
 
 

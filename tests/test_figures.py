@@ -33,7 +33,7 @@ def test_affinity(brief, tmp_path):
 def test_curves(brief, tmp_path):
     done = figures("curves", brief.parent, "--out", tmp_path / "c.png")
     assert done.returncode == 0, done.stderr
-    assert pixels(tmp_path / "c.png").shape == (240, 880, 3)
+    assert pixels(tmp_path / "c.png").shape == (216, 792, 3)
     gone = figures("curves", tmp_path / "gone", "--out", tmp_path / "g.png")
     assert gone.returncode == 1 and gone.stderr.startswith("error: no ") and "log.jsonl: give the --out folder" in gone.stderr
 
