@@ -124,10 +124,13 @@ def soft_info_nce(y_a, y_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temper
 
 
 def distributed():
+    """Whether a process group exists."""
     return dist.is_available() and dist.is_initialized()
 
 
 class AllGather(torch.autograd.Function):
+    """all_gather with its exact backward."""
+
     @staticmethod
     def forward(ctx, x):
         x = x.contiguous()

@@ -37,6 +37,7 @@ DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_size=32, epochs=
 
 
 def parse(argv=None):
+    """The arguments, argv's or the command line's. Exits with status 2 and a sentence where they do not fit."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     data = p.add_argument_group("data")
     data.add_argument("--data", help="folder ROOT/[train|val|test/]class/*.mp4, or manifest.csv (default: the built-in set)")
@@ -109,10 +110,12 @@ def setup():
 
 
 def cores_per_process():
+    """The cores this process may use, of those that it shares with the others on its machine."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def loading_workers():
+    """Loading processes that leave a core to the training process, at most 8."""
     return min(8, max(1, cores_per_process() - 1))
 
 
@@ -206,6 +209,34 @@ def rows_of(data, split, out, rank, world):
     return read_manifest(out / "manifest.csv", split)
 
 
+def build(args, device, dtype, world=1):
+    """The model, channels-last and with the same weights on all processes, its optimiser and its loss scaler."""
+    torch.manual_seed(args.seed)
+    model = SvaCLR(args.arch, args.mapping).to(device)
+    model.f.to(memory_format=torch.channels_last_3d)
+    model.g.to(memory_format=torch.channels_last)
+    if device.type == "cuda" and world > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=args.weight_decay,
+                                fused=dtype != torch.float16)    # fused momentum is unwritten memory if step 1 overflows
+    return model, optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def update(net, log_mel, frames, waves, args, optimizer, scaler, dtype):
+    """§2.3, one step: frames (B, K, T, H, W, 3) uint8 and waves (B, K, L) of this process -> loss, z_a, z_v, detached."""
+    video, audio = normalize_frames(frames), log_mel(waves)                         # (B, K, 3, T, H, W), (B, K, 1, M, F)
+    with torch.autocast(frames.device.type, dtype, enabled=dtype != torch.float32):
+        y_v, y_a, z_v, z_a = net(video, audio)                                      # (B, K, C) x 2, (B, K, D) x 2
+    loss = soft_info_nce(y_a, y_v, z_a, z_v, eta=args.eta, affinity=args.affinity, detach=args.detach_affinity,
+                         affinity_temperature=args.affinity_temperature, symmetric=not args.one_way,
+                         normalize=not args.raw_affinity)                           # Eq. 3
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach(), z_a.detach(), z_v.detach()
+
+
 @torch.no_grad()
 def top1(z_a, z_v):
     """Contrastive accuracy at speed 1: share of local sounds whose nearest video, of all processes, is their own."""
@@ -215,6 +246,7 @@ def top1(z_a, z_v):
 
 
 def train(args, device, rank, world):
+    """§3.1: read the data, build or resume the model, train to the last epoch, save. Raises what `run` names."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     say = print if rank == 0 else lambda *_: None
@@ -240,18 +272,9 @@ def train(args, device, rank, world):
         raise ValueError("a global batch of 1 has no negatives: give --batch-size 2 or more")
 
     # model
-    torch.manual_seed(args.seed)                          # alike on all processes
-    model = SvaCLR(args.arch, args.mapping).to(device)
-    model.f.to(memory_format=torch.channels_last_3d)
-    model.g.to(memory_format=torch.channels_last)
-    if device.type == "cuda" and world > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    log_mel = LogMel().to(device)
     dtype, why = precision(args.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    peak = args.lr * N / PAPER_BATCH
-    optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, weight_decay=args.weight_decay,
-                                fused=dtype != torch.float16)    # fused momentum is unwritten memory if step 1 overflows
+    model, optimizer, scaler = build(args, device, dtype, world)
+    log_mel, peak = LogMel().to(device), args.lr * N / PAPER_BATCH
     step, last_step = resume(out, args, model, optimizer, scaler, world, len(clips)), args.epochs * steps_per_epoch
     if world > 1:
         seen = torch.tensor([step, len(clips), -step, -len(clips)], device=device)
@@ -295,19 +318,10 @@ def train(args, device, rank, world):
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            video = normalize_frames(frames.to(device, non_blocking=True))          # (B, K, 3, T, H, W)
-            audio = log_mel(waves.to(device, non_blocking=True))                    # (B, K, 1, M, F)
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                y_v, y_a, z_v, z_a = net(video, audio)                              # (B, K, C) x 2, (B, K, D) x 2
-            loss = soft_info_nce(y_a, y_v, z_a, z_v, args.eta, args.affinity, args.affinity_temperature,
-                                 not args.one_way, not args.raw_affinity, args.detach_affinity)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-
+            loss, z_a, z_v = update(net, log_mel, frames.to(device, non_blocking=True),
+                                    waves.to(device, non_blocking=True), args, optimizer, scaler, dtype)
             step += 1
-            losses.append(loss.detach())
+            losses.append(loss)
             if step % LOG_EVERY == 0 or step == last_step:
                 values = torch.stack([torch.stack(losses).mean(), top1(z_a, z_v), torch.tensor(float(failed), device=device)])
                 if world > 1:
@@ -352,6 +366,7 @@ def run(job, *args):
 
 
 def main():
+    """The command."""
     run(train, parse())
 
 

@@ -14,7 +14,6 @@ n clips in the pool, D feature width, B clips of a batch.
 
 import argparse
 import json
-import os
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -90,60 +89,61 @@ def chance(labels, ks=RANKS):
     """What random features reach: {k: (instance-level, class-level)}. Class-level: 1 - C(n-m, k) / C(n, k), averaged
     over queries, m being the size of the query's class."""
     n, m = len(labels), torch.bincount(labels)[labels].double()                     # m (n,)
-    result = {}
-    for k in ks:
-        miss = torch.ones_like(m)
-        for j in range(k):
-            miss = miss * ((n - m - j).clamp(min=0) / (n - j))
-        result[k] = (k / n, (1 - miss).mean().item())
-    return result
+    draws = torch.arange(max(ks), device=m.device)                                  # of a neighbour, without return
+    miss = ((n - m[:, None] - draws).clamp(min=0) / (n - draws)).cumprod(1)         # (n, max k), no hit in draws 0..j
+    return {k: (k / n, 1 - miss[:, k - 1].mean().item()) for k in ks}
 
 
-def load(path):
-    """The model of a checkpoint.pt and its arguments. Raises ValueError where the file is none."""
+def load(args, rank=0, world=1):
+    """What --checkpoint and --data name: the model, its arguments, the clips of the part, and {path: reason} left out.
+
+    Raises ValueError where the checkpoint is not pretrain.py's or the data cannot be read.
+    """
+    path = Path(args.checkpoint)
     if not path.exists():
         raise ValueError(f"no checkpoint {path}: run pretrain.py first, or name another with --checkpoint")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not {"model", "args"} <= state.keys():
         raise ValueError(f"{path} holds no whole model (projectors, arguments): give the checkpoint.pt of pretrain.py")
-    args = Namespace(**state["args"])
-    model = SvaCLR(args.arch, args.mapping)
+    then = Namespace(**state["args"])
+    model = SvaCLR(then.arch, then.mapping)
     model.load_state_dict(state["model"])
-    return model, args
+    kept = path.parent / "manifest.csv"                   # of the data it was trained on
+    data = args.data or (kept if kept.exists() else then.data)
+    rows, left_out = rows_of(data, args.split, path.parent / "retrieval", rank, world)
+    clips = AudioVisualClips(rows, then.frames, then.fps, then.size, clips=args.clips)
+    return model, then, clips, left_out | clips.left_out
 
 
 def evaluate(args, device, rank, world):
-    path = Path(args.checkpoint)
-    model, then = load(path)
-    kept = path.parent / "manifest.csv"                   # of the data it was trained on
-    rows, left_out = rows_of(args.data or (kept if kept.exists() else then.data), args.split, path.parent / "retrieval",
-                             rank, world)
-    clips = AudioVisualClips(rows, then.frames, then.fps, then.size, clips=args.clips)
+    """§3.3: features of the part, ranks both ways, the table. Raises ValueError where there is nothing to rank."""
+    model, _, clips, left_out = load(args, rank, world)
     names = sorted({row.label for row in clips.rows})
     labels = torch.tensor([names.index(row.label) for row in clips.rows], device=device)
     if len(clips) < max(RANKS):
-        causes = Counter([*left_out.values(), *clips.left_out.values()]).most_common(3)
+        causes = Counter(left_out.values()).most_common(3)
         raise ValueError(f"{len(clips)} usable clips in the {args.split!r} part, R@{max(RANKS)} needs {max(RANKS)} or more; left "
                          "out: " + (", ".join(f"{n} {reason}" for reason, n in causes) or "none"))
     if len(names) < 2:
         raise ValueError(f"all clips are of one class, {names[0]!r}: class-level retrieval needs two, see the label column")
     dtype, _ = precision("auto", device)
-    z_a, z_v = extract(model.to(device), clips, 8, loading_workers(), device, dtype, args.feature, rank, world)
+    sound, video = extract(model.to(device), clips, 8, loading_workers(), device, dtype, args.feature, rank, world)
 
     n, results = len(clips), {}
     first, last = n * rank // world, n * (rank + 1) // world      # each process ranks its share of the queries
-    for way, q, g in (("audio -> video", z_a, z_v), ("video -> audio", z_v, z_a)):
+    for way, q, g in (("audio -> video", sound, video), ("video -> audio", video, sound)):
         before = labels.new_zeros(2, n)
         before[0, first:last], before[1, first:last] = ranks(q, g, labels, first, last)
         if world > 1:
             dist.all_reduce(before)
         results[way] = shares(before)
     if rank == 0:
-        report(path, args, n, names, len(left_out) + len(clips.left_out), results, chance(labels.cpu()))
+        report(args, n, names, len(left_out), results, chance(labels))
 
 
-def report(path, args, n, names, left_out, results, base):
+def report(args, n, names, left_out, results, base):
     """Print the table, and keep it as retrieval.json."""
+    path = Path(args.checkpoint)
     print(f"{path}, {n} clips of {len(names)} classes ({left_out} left out), {args.clips} clips per file, feature "
           f"{args.feature}, R@k in % +- standard error")
     print(f"{'':24}" + "".join(f"{f'R@{k}':>13}" for k in RANKS))
@@ -156,12 +156,11 @@ def report(path, args, n, names, left_out, results, base):
             kept[f"{name}, {way}"] = {f"R@{k}": [found[k][level], errors[k]] for k in RANKS}
         print(f"{name:9}{'chance':15}" + "".join(f"{100 * base[k][level]:6.1f}{'':7}" for k in RANKS))
         kept[f"{name}, chance"] = {f"R@{k}": base[k][level] for k in RANKS}
-    part = path.parent / "retrieval.json.part"
-    part.write_text(json.dumps(kept, indent=1))
-    os.replace(part, path.parent / "retrieval.json")
+    (path.parent / "retrieval.json").write_text(json.dumps(kept, indent=1))
 
 
 def main():
+    """The command."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--checkpoint", default="runs/svaclr/checkpoint.pt", help="of pretrain.py (default runs/svaclr/checkpoint.pt)")
     p.add_argument("--data", help="folder or manifest.csv (default: what the checkpoint was trained on)")

@@ -25,10 +25,8 @@ import torch
 
 from augment import LogMel, crop_flip, normalize_frames
 from data import RATE, AudioVisualClips, make_loader, read_clip, read_manifest
-from loss import soft_info_nce
-from models import SvaCLR
 from prepare import demo, manifest, transcode
-from pretrain import precision, setup
+from pretrain import build, parse, precision, setup, update
 
 
 def turns(functions, rounds, sync=lambda: None):
@@ -58,12 +56,8 @@ def step(args):
     B, K = args.batch_size, 2
     print(f"step: {args.arch}, B {B}, K {K}, T {args.frames}, {args.size} px, {str(dtype)[6:]} ({why}), "
           f"{torch.get_num_threads()} thread(s)")
-    model = SvaCLR(args.arch).to(device)
-    model.f.to(memory_format=torch.channels_last_3d)
-    model.g.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-5,
-                                fused=dtype != torch.float16)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    settings = parse(["--data", "unread", "--arch", args.arch])
+    model, optimizer, scaler = build(settings, device, dtype)
     log_mel = LogMel().to(device)
     frames = torch.randint(0, 256, (B, K, args.frames, args.size, args.size, 3), dtype=torch.uint8)
     waves = torch.randn(B, K, RATE) * 0.1
@@ -77,14 +71,8 @@ def step(args):
         (y_v.float().mean() + y_a.float().mean()).backward()
         model.zero_grad(set_to_none=True)
 
-    def ours():
-        x_v, x_a = normalize_frames(frames.to(device)), log_mel(waves.to(device))
-        with autocast:
-            y_v, y_a, z_v, z_a = model(x_v, x_a)
-        scaler.scale(soft_info_nce(y_a, y_v, z_a, z_v)).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+    def ours():                                           # what pretrain.py does with a batch
+        update(model, log_mel, frames.to(device), waves.to(device), settings, optimizer, scaler, dtype)
 
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     spent = turns([ours, bare], args.rounds, sync)

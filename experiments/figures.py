@@ -22,21 +22,12 @@ import torch
 from tqdm import tqdm
 
 from augment import LogMel, crop_at, normalize_frames
-from data import AudioVisualClips, read_clip
+from data import read_clip
 from loss import cross_affinity
-from pretrain import loading_workers, precision, rows_of, setup
+from pretrain import loading_workers, precision, setup
 from retrieval import extract, load
 
 SPEEDS = (1, 2, 3, 4)
-
-
-def opened(args):
-    """The model of a checkpoint, its arguments, and its clips of one part for retrieval."""
-    path = Path(args.checkpoint)
-    model, then = load(path)
-    kept = path.parent / "manifest.csv"                   # of the data it was trained on
-    rows, _ = rows_of(args.data or (kept if kept.exists() else then.data), args.split, path.parent / "retrieval", 0, 1)
-    return model.eval(), then, AudioVisualClips(rows, then.frames, then.fps, then.size, clips=10)
 
 
 def spread(n, of):
@@ -47,12 +38,13 @@ def spread(n, of):
 
 @torch.no_grad()
 def affinity(args):
-    model, then, clips = opened(args)
+    model, then, clips, _ = load(args)
     seconds, log_mel, shown, lams = then.frames / then.fps, LogMel(), {}, []
+    model.eval()
     rows = [row for row in clips.rows if row.duration >= max(SPEEDS) * seconds - 0.5 / then.fps]
     if not rows:
         raise ValueError(f"no clip of the {args.split!r} part lasts {max(SPEEDS) * seconds:.1f} s, as speed {max(SPEEDS)} needs")
-    chosen = spread(args.clips, len(rows))
+    chosen = spread(args.show, len(rows))
     for n, row in enumerate(tqdm(rows, desc="affinities", unit="clip", file=sys.stderr)):
         t0 = max(0, row.duration - max(SPEEDS) * seconds) / 2
         video, waves = read_clip(row.path, t0, (1,), SPEEDS, then.frames, then.fps, then.size * 8 // 7)
@@ -103,12 +95,12 @@ def curves(args):
 
 def neighbours(args):
     """For some clips, the top-5 videos that their sound retrieves."""
-    model, then, clips = opened(args)
+    model, then, clips, _ = load(args)
     device, _, _ = setup()
     dtype, _ = precision("auto", device)
     z_a, z_v = extract(model.to(device), clips, 8, loading_workers(), device, dtype)
     nearest = (z_a @ z_v.T).topk(min(5, len(clips))).indices.tolist()               # (n, 5)
-    queries = spread(args.clips, len(clips))
+    queries = spread(args.show, len(clips))
 
     def frame(index):
         row = clips.rows[index]
@@ -141,7 +133,8 @@ if __name__ == "__main__":
     p.add_argument("--checkpoint", default="runs/svaclr/checkpoint.pt", help="(default runs/svaclr/checkpoint.pt)")
     p.add_argument("--data", help="folder or manifest.csv (default: what the checkpoint was trained on)")
     p.add_argument("--split", default="test", help="the part to show (default test)")
-    p.add_argument("--clips", type=int, default=4, help="clips to show (default 4)")
+    p.add_argument("--show", type=int, default=4, help="clips to show (default 4)")
+    p.add_argument("--clips", type=int, default=10, help="neighbours: clips per file, averaged (10; as retrieval.py)")
     p.add_argument("--out", required=True, help="the png to write")
     args = p.parse_args()
     try:

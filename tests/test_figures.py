@@ -23,7 +23,7 @@ def pixels(path):
 
 
 def test_affinity(brief, tmp_path):
-    done = figures("affinity", "--checkpoint", brief, "--clips", 3, "--out", tmp_path / "a.png")
+    done = figures("affinity", "--checkpoint", brief, "--show", 3, "--out", tmp_path / "a.png")
     assert done.returncode == 0, done.stderr
     means = [float(m) for m in re.findall(r"([\d.]+) \+-", done.stdout)]
     assert len(means) == 4 and abs(sum(means) - 1) < 1e-3 and max(means) < 0.9
@@ -39,7 +39,7 @@ def test_curves(brief, tmp_path):
 
 
 def test_neighbours(brief, tmp_path):
-    done = figures("neighbours", "--checkpoint", brief, "--clips", 2, "--out", tmp_path / "n.png")
+    done = figures("neighbours", "--checkpoint", brief, "--show", 2, "--clips", 2, "--out", tmp_path / "n.png")
     assert done.returncode == 0, done.stderr
     assert pixels(tmp_path / "n.png").std() > 20
 

@@ -191,7 +191,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     for world in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"] if world > 1 else [sys.executable]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else [sys.executable]
         subprocess.run([*launch, script, tmp_path / f"{world}.pt", ROOT, str(world)], check=True)
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     for affinity in AFFINITIES:

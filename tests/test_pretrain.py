@@ -13,6 +13,8 @@ import torchvision
 from conftest import ROOT, make_video
 
 import pretrain
+from augment import LogMel
+from loss import soft_info_nce
 from pretrain import lr_at, parse, precision
 
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8", "--batch-size", "4", "--epochs", "4",
@@ -20,7 +22,7 @@ SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
 
 
 def run(*args, processes=1, script="pretrain.py", check=True):
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run",
+    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       f"--nproc_per_node={processes}"]
     done = subprocess.run([*launch, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
@@ -211,3 +213,41 @@ def test_processes_that_see_different_checkpoints_stop(tree, tmp_path):
                       "pretrain.resume = lambda *_: 10 * (os.environ['RANK'] == '0')\npretrain.main()\n")
     done = run("--data", tree, "--out", tmp_path / "o", *SMALL, "--batch-size", "2", processes=2, script=script, check=False)
     assert done.returncode != 0 and "error: processes see different checkpoints or data: is --out" in done.stderr
+
+
+@pytest.mark.parametrize("flags,keywords", [
+    ([], {}), (["--eta", "0.2"], {"eta": 0.2}), (["--affinity", "view"], {"affinity": "view"}),
+    (["--affinity-temperature", "0.1"], {"affinity_temperature": 0.1}), (["--one-way"], {"symmetric": False}),
+    (["--raw-affinity"], {"normalize": False}), (["--detach-affinity"], {"detach": True})])
+def test_flags_of_the_objective_reach_it(flags, keywords):
+    """A network of free numbers: loss and gradient of one step are those of soft_info_nce with that keyword alone."""
+    g = torch.Generator().manual_seed(0)
+    fixed = [torch.rand(4, 2, 8, generator=g) for _ in range(4)]
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = torch.nn.ParameterList(torch.nn.Parameter(x.clone()) for x in fixed)
+
+        def forward(self, video, audio):
+            assert video.shape == (4, 2, 3, 1, 16, 16) and audio.shape == (4, 2, 1, 40, 11)
+            return tuple(self.x)
+
+    net, args = Net(), parse(["--data", "x", *flags])
+    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
+    loss, z_a, z_v = pretrain.update(net, LogMel(), torch.zeros(4, 2, 1, 16, 16, 3, dtype=torch.uint8),
+                                     torch.zeros(4, 2, 2400), args, optimizer, scaler, torch.float32)
+    y_v, y_a, x_v, x_a = (x.clone().requires_grad_() for x in fixed)
+    expected = soft_info_nce(y_a, y_v, x_a, x_v, **keywords)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach())
+    for moved, start, x in zip(net.x, fixed, (y_v, y_a, x_v, x_a)):
+        torch.testing.assert_close(start - moved.detach(), torch.zeros_like(start) if x.grad is None else x.grad)
+
+
+def test_top1():
+    z = torch.nn.functional.normalize(torch.randn(6, 2, 9, generator=torch.Generator().manual_seed(0)), dim=2)
+    assert pretrain.top1(z, z) == 1
+    swapped = z[[1, 0, 2, 3, 4, 5]]
+    assert abs(pretrain.top1(z, swapped) - 4 / 6) < 1e-6
+    assert pretrain.top1(z, z.flip(1)) < 1                # view 0 alone counts
