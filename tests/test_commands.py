@@ -1,15 +1,18 @@
 """The commands of README.md, run as written there where that takes seconds, shortened by flags where it takes longer."""
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, make_video
 from test_pretrain import SMALL, log_of, run
 
 import pretrain
 import retrieval
+from data import read_manifest
 
 README = (ROOT / "README.md").read_text()
 
@@ -50,14 +53,67 @@ def test_snippet_of_the_loss():
     assert done.returncode == 0 and float(done.stdout.split()[-1]) > 0, done.stderr
 
 
-def test_commands_of_readme_and_docstrings_parse(monkeypatch):
-    """Every pretrain and retrieval command line names existing flags."""
-    text = README + pretrain.__doc__ + retrieval.__doc__
-    lines = [line.split("#")[0] for line in text.replace("\\\n", " ").splitlines()]
-    seen = 0
+def command_lines(text=README):
+    """Every command line of the sh blocks (of a docstring: every indented one), comments cut, continuations joined."""
+    text = "\n".join(blocks("sh")) if text is README else text
+    lines = (line.split("#")[0].strip() for line in text.replace("\\\n", " ").splitlines())
+    return [line for line in lines if re.match(r"(python|python3|torchrun) ", line) and "`" not in line]
+
+
+def script_arguments(text, script):
+    """The argument lists with which the lines of `text` call a script."""
+    parts = [part for line in command_lines(text) for part in line.split("&&")]
+    return [shlex.split(part.split(script)[1]) for part in parts if script in part]
+
+
+def test_training_and_retrieval_commands_parse(monkeypatch):
+    called = []
+    for text, least in ((README, 4), (pretrain.__doc__, 3)):
+        found = script_arguments(text, "pretrain.py")
+        assert len(found) >= least
+        for argv in found:
+            pretrain.parse(argv)
+    monkeypatch.setattr(retrieval, "run", lambda job, args: called.append(args))
+    for text, least in ((README, 2), (retrieval.__doc__, 3)):
+        found = script_arguments(text, "retrieval.py")
+        assert len(found) >= least
+        for argv in found:
+            monkeypatch.setattr(sys, "argv", ["retrieval.py", *argv])
+            retrieval.main()
+    assert called[0].checkpoint == "runs/svaclr/checkpoint.pt"
+
+
+def test_prepare_commands_run_as_written(tmp_path):
+    """README's manifest and transcode lines, word for word, beside a miniature with the lists in their formats."""
+    film = make_video(tmp_path / "film.mp4", 1.2, 10, size=(36, 28))
+    names = ["bowling/abcdefghijk_000001_000011.mp4", "abcdefghijk_000001.mp4", "v_Archery_g01_c01.avi", "clap/hands.avi"]
+    for name in names:
+        (tmp_path / "ROOT" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(film, tmp_path / "ROOT" / name)
+    for name, text in {
+            "folder/of/csv/train.csv": "label,youtube_id,time_start,time_end,split\nbowling,abcdefghijk,1,11,train\n",
+            "vggsound.csv": 'abcdefghijk,1,"people, clapping",train\n',
+            "ucfTrainTestlist/classInd.txt": "1 Archery\n",
+            "ucfTrainTestlist/trainlist01.txt": "Archery/v_Archery_g01_c01.avi 1\n",
+            "ucfTrainTestlist/testlist01.txt": "",
+            "testTrainMulti_7030_splits/clap_test_split1.txt": "hands.avi 1 \n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    lines = [line for line in command_lines() if "prepare." in line]
+    assert [line.split()[3] for line in lines] == ["kinetics400", "kinetics-sounds", "vggsound", "ucf101", "hmdb51", "k400.csv"]
     for line in lines:
-        found = re.search(r"(?<![\w`])(?:python|torchrun) .*?pretrain\.py([^&`]*)", line)
-        if found and "`" not in line:
-            pretrain.parse(shlex.split(found.group(1)))
-            seen += 1
-    assert seen >= 5
+        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, (line, done.stderr)
+    for name in ("k400.csv", "ks.csv", "vgg.csv", "ucf101-1.csv", "hmdb51-1.csv", "COPY/manifest.csv"):
+        usable, _ = read_manifest(tmp_path / name)
+        assert len(usable) == 1, name
+
+
+def test_bench_commands_run_as_written():
+    """`step` whole, with fewer rounds; each other line of README up to its help."""
+    lines = [shlex.split(line)[1:] for line in command_lines() if "experiments.bench" in line]
+    for line in lines:
+        short = ["--rounds", "2"] if line[-1] == "step" else ["--help"]
+        done = subprocess.run([sys.executable, *line, *short], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0 and ("step / bare encoders: " in done.stdout or "usage: " in done.stdout), done.stderr
