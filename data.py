@@ -13,7 +13,10 @@ A view at speed s covers s times the source in the same number of frames and sam
 B clips, K views, T frames, H, W pixels, L samples. Nothing is opened in the parent process.
 """
 
+import atexit
 import csv
+import multiprocessing
+import signal
 from collections import namedtuple
 from pathlib import Path
 
@@ -231,7 +234,8 @@ class EpochBatches(Sampler):
     """Batches of (epoch, index) for one of several processes: a permutation by (seed, epoch), dealt out in turn.
 
     The keys carry the epoch, so that workers which live through all epochs draw anew in each. Clips that do not
-    fill a batch on every process are left to other epochs. Set `epoch` and `start` (the first batch) before iterating.
+    fill a batch on every process are left to other epochs. Set `epoch`, and `start`, how many clips of it have been
+    used already by however many processes, before iterating.
     """
 
     def __init__(self, clips, batch_size, rank=0, world=1, seed=0):
@@ -242,9 +246,9 @@ class EpochBatches(Sampler):
         return self.clips // (self.batch_size * self.world)
 
     def __iter__(self):
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.clips)
-        mine = order[:len(self) * self.batch_size * self.world][self.rank::self.world].reshape(len(self), -1)
-        for batch in mine[self.start:].tolist():
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.clips)[self.start:]
+        whole = len(order) // (self.batch_size * self.world) * self.batch_size * self.world
+        for batch in order[:whole][self.rank::self.world].reshape(-1, self.batch_size).tolist():
             yield [(self.epoch, index) for index in batch]
 
 
@@ -265,6 +269,19 @@ def collate(samples):
     return torch.stack(video), torch.stack(audio), last
 
 
+def leave_signals_to_the_trainer(_):
+    """In a loading process: a scheduler signals the whole job, and the trainer, which saves then, needs its data."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """At the trainer's exit, for the SIGTERM that would end them then is ignored too."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def make_loader(clips, batch_size, workers=0, rank=0, world=1):
     """DataLoader over AudioVisualClips: shuffled by epoch to train, in order (every world-th) to evaluate.
 
@@ -274,4 +291,6 @@ def make_loader(clips, batch_size, workers=0, rank=0, world=1):
     if clips.clips is not None:
         return DataLoader(clips, batch_size, sampler=range(rank, len(clips), world), **common)
     batches = EpochBatches(len(clips), batch_size, rank, world, clips.seed)
-    return DataLoader(clips, batch_sampler=batches, persistent_workers=workers > 0, **common)
+    atexit.register(end_workers)
+    return DataLoader(clips, batch_sampler=batches, persistent_workers=workers > 0, generator=torch.Generator(),
+                      worker_init_fn=leave_signals_to_the_trainer, **common)

@@ -7,13 +7,18 @@ f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)). B clips, K views, C 
 width, T frames, H, W pixels, M mel bands, F spectrogram frames. Needs torch and torchvision alone.
 """
 
+import pickle
+
+import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
+from torchvision.models.video import R2Plus1D_18_Weights, R3D_18_Weights
 from torchvision.models.video import resnet as video_resnet
 
 C = 512
+SUPERVISED = {"r2plus1d_18": R2Plus1D_18_Weights.KINETICS400_V1, "r3d_18": R3D_18_Weights.KINETICS400_V1}
 
 
 def video_encoder(arch="r2plus1d_18"):
@@ -34,6 +39,56 @@ def video_encoder(arch="r2plus1d_18"):
     for conv in net.modules():
         if isinstance(conv, nn.Conv3d) and conv.padding[0]:
             conv.register_forward_pre_hook(pad_first)
+    return net
+
+
+def read_state(path, names=()):
+    """The dict in a checkpoint: tensors and plain values; code in it is not run. Raises ValueError where the file is
+    missing, cut off, of another program, or lacks one of `names`."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint {path}: run pretrain.py first, or name another") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no checkpoint that can be loaded: it is cut off, or another program's, or carries code, "
+                         "which is not run; delete it or name another") from error
+    missing = [name for name in names if not isinstance(state, dict) or name not in state]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint.pt of this script: it lacks {', '.join(missing)}; delete it or name another")
+    return state
+
+
+def load_encoder(source, arch="r2plus1d_18"):
+    """f with the weights of `source`: "none", random ones; "torchvision", Kinetics-400 classification (torchvision's
+    file, downloaded once); else the path of a checkpoint.pt or video_encoder.pt of pretrain.py, or of torchvision's file.
+
+    Strict: raises ValueError naming what does not fit, or what cannot be read.
+    """
+    net = video_encoder(arch)
+    if source == "none":
+        return net
+    if source == "torchvision":
+        if arch not in SUPERVISED:
+            raise ValueError(f"torchvision has no weights for {arch}: choose {' or '.join(SUPERVISED)}")
+        url = SUPERVISED[arch].url
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise ValueError(f"cannot download {url} ({error}): fetch it elsewhere, and give its path") from error
+    else:
+        state = read_state(source)
+    trained = state.get("args", {}).get("arch", arch) if "model" in state else arch
+    if "model" in state:
+        state = {name[2:]: x for name, x in state["model"].items() if name.startswith("f.")}
+    state = {name: x for name, x in state.items() if not name.startswith("fc.")}    # of torchvision's classifier
+    own = net.state_dict()
+    faults = {"lacks": own.keys() - state.keys(), "has besides": state.keys() - own.keys(),
+              "has in another shape": {name for name in own.keys() & state.keys() if own[name].shape != state[name].shape}}
+    if any(faults.values()):
+        lists = [f"{what} {len(names)} tensors, {min(names)} the first" for what, names in faults.items() if names]
+        raise ValueError(f"{source} does not fit --arch {arch}: it {'; '.join(lists)}"
+                         + (f"; it is of --arch {trained}" if trained != arch else ""))
+    net.load_state_dict(state)
     return net
 
 

@@ -5,17 +5,21 @@
     torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400 # 8 GPUs (or as many CPU processes)
 
 Defaults are the paper's; help texts name the section, or GDT where the paper is silent and its code base decides.
-The same command again continues an interrupted run. OUT gets checkpoint.pt (everything), video_encoder.pt and
-audio_encoder.pt (torchvision's names), log.jsonl (the arguments, then one line per log event), manifest.csv.
+The same command again continues an interrupted run, at the step of its last checkpoint. SIGTERM and SIGUSR1 save one
+and exit with status 75. OUT gets checkpoint.pt (everything), log.jsonl (the arguments, then one line per log event),
+manifest.csv, and at the end video_encoder.pt and audio_encoder.pt (torchvision's names).
 """
 
 import argparse
+import copy
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,11 +31,13 @@ from tqdm import tqdm
 from augment import LogMel, normalize_frames
 from data import AudioVisualClips, TooManyFailures, make_loader, read_manifest
 from loss import all_gather, soft_info_nce
-from models import SvaCLR
+from models import SvaCLR, read_state
 from prepare import demo, manifest
 
 PAPER_BATCH = 512                                         # §3.1: 64 GPUs x 8, the batch its learning rates belong to
 LOG_EVERY = 10                                            # steps
+REQUEUE = 75                                              # exit status after a signal: EX_TEMPFAIL of sysexits.h
+FREE = {"out", "workers", "save_every", "compile", "max_failures"}      # settings that a resumed run may change
 # For the built-in set: small frames and a small encoder, so that two CPU cores train it in minutes.
 DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_size=32, epochs=15, warmup=1)
 
@@ -43,10 +49,6 @@ def parse(argv=None):
     data.add_argument("--data", help="folder ROOT/[train|val|test/]class/*.mp4, or manifest.csv (default: the built-in set)")
     data.add_argument("--split", default="train", help="the part to train on, where the data has parts (default train)")
     data.add_argument("--out", default="runs/svaclr", help="folder of the results (default runs/svaclr)")
-    data.add_argument("--workers", type=int, default=None, help="loading processes per process (default: the cores "
-                      "per process but one, at most 8)")
-    data.add_argument("--max-failures", type=float, default=0.05, help="share of clips replaced because their file fails "
-                      "that stops the run (0.05; this project's)")
     clip = p.add_argument_group("clips")
     clip.add_argument("--max-speed", type=int, default=4, help="S of T = {1..S}; 1: no co-augmentation (4: Table 1)")
     clip.add_argument("--frames", type=int, default=30, help="T (30; paper silent, GDT)")
@@ -71,12 +73,7 @@ def parse(argv=None):
     optim.add_argument("--lr", type=float, default=0.64, help="peak learning rate at a global batch of 512 (0.64: §3.1); "
                        "start and end keep the paper's 0.064 : 0.64 : 0.10, and all scale with the global batch")
     optim.add_argument("--weight-decay", type=float, default=1e-5, help="(1e-5; paper silent, GDT)")
-    run = p.add_argument_group("running")
-    run.add_argument("--seed", type=int, default=0, help="of weights, order and draws (0)")
-    run.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                     help="(default auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32)")
-    run.add_argument("--compile", action="store_true", help="torch.compile the model (default off)")
-    run.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints (10)")
+    running_flags(p).add_argument("--compile", action="store_true", help="torch.compile the model (default off)")
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
@@ -94,6 +91,20 @@ def parse(argv=None):
     return args
 
 
+def running_flags(p):
+    """Add the flags of any run that trains to the parser. Returns their group."""
+    run = p.add_argument_group("running")
+    run.add_argument("--seed", type=int, default=0, help="of weights, order and draws (0)")
+    run.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                     help="(default auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32)")
+    run.add_argument("--workers", type=int, default=None, help="loading processes per process (default: the cores "
+                     "per process but one, at most 8)")
+    run.add_argument("--max-failures", type=float, default=0.05, help="share of clips replaced because their file fails "
+                     "that stops the run (0.05; this project's)")
+    run.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints (10)")
+    return run
+
+
 def setup():
     """device, rank, world: torchrun's environment decides; without it, one process and no group."""
     local, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -105,7 +116,7 @@ def setup():
     else:                                                 # share the cores out among this machine's processes
         torch.set_num_threads(cores_per_process())
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return device, int(os.environ.get("RANK", 0)), world
 
 
@@ -114,9 +125,9 @@ def cores_per_process():
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def loading_workers():
-    """Loading processes that leave a core to the training process, at most 8."""
-    return min(8, max(1, cores_per_process() - 1))
+def loading_workers(asked=None):
+    """Loading processes: as many as asked for, else as leave a core to the training process, at most 8."""
+    return min(8, max(1, cores_per_process() - 1)) if asked is None else asked
 
 
 def precision(choice, device):
@@ -131,56 +142,86 @@ def precision(choice, device):
         why = f"CPU {'with' if bf16 else 'without'} bf16 arithmetic"
     if choice == "auto":
         return best, why
-    if choice == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 needs a GPU: choose bf16 or fp32 on a CPU")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choice], "as asked"
 
 
-def lr_at(step, steps_per_epoch, warmup, epochs, peak):
-    """§3.1: linear from peak / 10 to peak over `warmup` epochs, then cosine to peak * 0.10 / 0.64, per step."""
-    step, start, end = step / steps_per_epoch, peak / 10, peak * 0.10 / 0.64
-    if step < warmup:
-        return start + (peak - start) * step / warmup
-    return end + (peak - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, epochs - warmup))) / 2
+def lr_at(epoch, warmup, epochs, peak):
+    """§3.1: linear from peak / 10 to peak over `warmup` epochs, then cosine to peak * 0.10 / 0.64. epoch: fractional."""
+    start, end = peak / 10, peak * 0.10 / 0.64
+    if epoch < warmup:
+        return start + (peak - start) * epoch / warmup
+    return end + (peak - end) * (1 + math.cos(math.pi * (epoch - warmup) / max(1, epochs - warmup))) / 2
+
+
+def everyone(value):
+    """[value of each process], in the order of their ranks."""
+    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
 
 
 def write_whole(state, path):
-    """torch.save that leaves either the old file or the new one: temporary file, fsync, rename."""
+    """torch.save that leaves either the old file or the new one: temporary file, fsync, rename. OSError where it cannot."""
     part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? An earlier {path.name} stands; "
+                      "with room, the same command goes on from it") from error
 
 
-def save(out, args, step, model, optimizer, scaler, world, clips):
-    """checkpoint.pt and the two encoders. Plain values and tensors only, so that weights_only=True reads them."""
-    write_whole({"args": vars(args), "processes": world, "clips": clips, "step": step, "model": model.state_dict(),
-                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state()},
-                out / "checkpoint.pt")
-    write_whole(model.f.state_dict(), out / "video_encoder.pt")
-    write_whole(model.g.state_dict(), out / "audio_encoder.pt")
+def save(writer, path, args, clips, at, kept, model, optimizer, scaler):
+    """Copy everything, then write it to `path` in the thread of `writer`. Returns the future of that.
+
+    at: (epoch, clips of that epoch already used, steps). kept: what each process keeps, in the order of their ranks.
+    Plain values and tensors only, so that weights_only=True reads them.
+    """
+    state = {"args": vars(args), "clips": clips, "at": at, "processes": kept, "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    return writer.submit(write_whole, copy.deepcopy(state), path)
 
 
-def resume(out, args, model, optimizer, scaler, world, clips):
-    """Load OUT/checkpoint.pt if there is one. Returns the step to go on from. Raises ValueError on other settings."""
-    path = out / "checkpoint.pt"
+def resume(path, args, clips, model, optimizer, scaler):
+    """Load the checkpoint at `path`, if there is one. Returns `at` and `kept` of `save`. ValueError on other settings."""
     if not path.exists():
-        return 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    now = {**vars(args), "processes": world, "clips": clips}
-    then = {**state["args"], "processes": state["processes"], "clips": state["clips"]}
-    free = {"out", "workers", "save_every", "compile", "max_failures"}    # may differ: they change no result
+        return (0, 0, 0), []
+    state = read_state(path, ("args", "clips", "at", "processes", "model", "optimizer", "scaler"))
+    now, then = vars(args) | {"clips": clips}, state["args"] | {"clips": state["clips"]}
     other = [f"{name} {then.get(name)} there, {now.get(name)} here" for name in now.keys() | then.keys()
-             if name not in free and now.get(name) != then.get(name)]
+             if name not in FREE and now.get(name) != then.get(name)]
     if other:
         raise ValueError(f"{path} was made with other settings ({'; '.join(sorted(other))}): give those again, or another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
+    return state["at"], state["processes"]
+
+
+def write_line(path, record, mode="a"):
+    """One line of json at the end of a log. OSError where it cannot."""
+    try:
+        with open(path, mode) as log:
+            log.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}): make room, then the same command goes on") from error
+
+
+def shorten(log, last):
+    """Cut from a log what came after step `last`: it will come again."""
+    lines = []
+    for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
+        try:
+            if json.loads(line).get("step", 0) <= last:
+                lines.append(line)
+        except json.JSONDecodeError:                      # cut off in the middle
+            pass
+    log.write_text("".join(lines))
 
 
 def rows_of(data, split, out, rank, world):
@@ -222,19 +263,25 @@ def build(args, device, dtype, world=1):
     return model, optimizer, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
-def update(net, log_mel, frames, waves, args, optimizer, scaler, dtype):
-    """§2.3, one step: frames (B, K, T, H, W, 3) uint8 and waves (B, K, L) of this process -> loss, z_a, z_v, detached."""
+def objective(net, log_mel, frames, waves, args, dtype):
+    """§2.3: frames (B, K, T, H, W, 3) uint8 and waves (B, K, L) of this process -> loss, z_a, z_v (B, K, D)."""
     video, audio = normalize_frames(frames), log_mel(waves)                         # (B, K, 3, T, H, W), (B, K, 1, M, F)
     with torch.autocast(frames.device.type, dtype, enabled=dtype != torch.float32):
         y_v, y_a, z_v, z_a = net(video, audio)                                      # (B, K, C) x 2, (B, K, D) x 2
     loss = soft_info_nce(y_a, y_v, z_a, z_v, eta=args.eta, affinity=args.affinity, detach=args.detach_affinity,
                          affinity_temperature=args.affinity_temperature, symmetric=not args.one_way,
                          normalize=not args.raw_affinity)                           # Eq. 3
+    return loss, z_a, z_v
+
+
+def descend(loss, optimizer, scaler):
+    """One step of SGD. Returns whether it was skipped, as it is where float16 gradients are infinite."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
+    scale = scaler.get_scale()
     scaler.update()
-    return loss.detach(), z_a.detach(), z_v.detach()
+    return scaler.get_scale() < scale
 
 
 @torch.no_grad()
@@ -257,15 +304,13 @@ def train(args, device, rank, world):
     rows, left_out = rows_of(args.data, args.split, out, rank, world)
     clips = AudioVisualClips(rows, args.frames, args.fps, args.size, args.max_speed, args.seed)
     left_out |= clips.left_out
-    workers = args.workers if args.workers is not None else loading_workers()
-    loader = make_loader(clips, args.batch_size, workers, rank, world)
-    steps_per_epoch = len(loader)
+    loader = make_loader(clips, args.batch_size, loading_workers(args.workers), rank, world)
     N = args.batch_size * world
     for path, reason in list(left_out.items())[:10]:
         say(f"left out: {path}: {reason}")
     if len(left_out) > 10:
         say(f"... and {len(left_out) - 10} more: " + ", ".join(f"{n} {r}" for r, n in Counter(left_out.values()).items()))
-    if steps_per_epoch == 0:
+    if len(loader) == 0:
         raise ValueError(f"{len(clips)} usable clips ({len(left_out)} left out) do not fill one global batch of {N}: "
                          "give a smaller --batch-size or more data")
     if N < 2:
@@ -275,79 +320,157 @@ def train(args, device, rank, world):
     dtype, why = precision(args.precision, device)
     model, optimizer, scaler = build(args, device, dtype, world)
     log_mel, peak = LogMel().to(device), args.lr * N / PAPER_BATCH
-    step, last_step = resume(out, args, model, optimizer, scaler, world, len(clips)), args.epochs * steps_per_epoch
-    if world > 1:
-        seen = torch.tensor([step, len(clips), -step, -len(clips)], device=device)
-        dist.all_reduce(seen, dist.ReduceOp.MAX)
-        if (seen[:2] + seen[2:]).any():
-            raise ValueError(f"processes see different checkpoints or data: is --out {out} on a file system that all share?")
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world > 1 else net
 
     # the effective numbers
     K = 1 if args.max_speed == 1 else 2
     say(f"{world} process(es) on {device.type}, {str(dtype)[6:]} ({why}), {torch.get_num_threads()} thread(s), "
-        f"{workers} loading worker(s) each")
+        f"{loader.num_workers} loading worker(s) each")
     say(f"{len(clips)} clips ({len(left_out)} left out), global batch {N}, {K} view(s): {K * (N - 1)} negatives per "
-        f"query, {steps_per_epoch} steps an epoch, {last_step} steps in all")
+        f"query, {len(loader)} steps an epoch, {args.epochs * len(loader)} steps in all")
     say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
         f"(the paper's for a batch of 512, times {N}/512)")
-    if step:
-        say(f"continuing {out / 'checkpoint.pt'} at step {step} of {last_step}")
-    log = open(out / "log.jsonl", "a", buffering=1) if rank == 0 else None
-    if log and step == 0:
-        log.write(json.dumps({"args": vars(args), "processes": world, "precision": str(dtype)[6:],
-                              "torch": torch.__version__, "clips": len(clips), "left_out": Counter(left_out.values())}) + "\n")
+    about = {"processes": world, "precision": str(dtype)[6:], "torch": torch.__version__, "clips": len(clips),
+             "left_out": Counter(left_out.values())}
 
     # §2.3: end-to-end training with Eq. 3
-    bar = tqdm(total=last_step, initial=step, desc="pre-training", unit="step", disable=rank > 0, file=sys.stderr)
+    def forward(frames, waves):                           # (B, K, T, H, W, 3), (B, K, L)
+        loss, z_a, z_v = objective(net, log_mel, frames, waves, args, dtype)
+        return loss, lambda: top1(z_a.detach(), z_v.detach())
+
+    def rates(epoch):
+        return [lr_at(epoch, args.warmup, args.epochs, peak)]
+
+    fit(out / "checkpoint.pt", args, about, loader, model, optimizer, scaler, rates, forward, rank, world)
+    if rank == 0:
+        write_whole(model.f.state_dict(), out / "video_encoder.pt")
+        write_whole(model.g.state_dict(), out / "audio_encoder.pt")
+        print(f"done: {out}/checkpoint.pt, video_encoder.pt, audio_encoder.pt")
+
+
+def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, rank, world):
+    """Train to the end of args.epochs: steps, log and checkpoints, from the checkpoint at `path` on if there is one.
+
+    rates(epoch) -> the learning rate of each parameter group; forward(*batch) -> loss, and a function that gives the
+    batch's accuracy. about: what the log begins with, beside the arguments. After SIGTERM or SIGUSR1 to any process all
+    save and exit with status 75. Raises FloatingPointError where the loss is not finite, ValueError, OSError.
+    """
+    clips, sampler, log = loader.dataset, loader.batch_sampler, path.with_name("log.jsonl")
+    device, N = next(model.parameters()).device, sampler.batch_size * world
+    (epoch, start, step), kept = resume(path, args, len(clips), model, optimizer, scaler)
+    if len(set(everyone((epoch, start, step, len(clips))))) > 1:
+        raise ValueError(f"processes see different checkpoints or data: is --out {args.out} on a file system that all share?")
+    last_step = step + (len(clips) - start) // N + (args.epochs - epoch - 1) * len(loader)
+    mine = kept[rank] if len(kept) == world else {"losses": [], "failed": sum(p["failed"] for p in kept) * (rank == 0),
+                                                  "skipped": max([p["skipped"] for p in kept], default=0)}
+    if "rng" in mine:
+        torch.set_rng_state(mine["rng"])
+    if step == last_step:
+        if rank == 0:
+            print(f"{path} is trained to its last step already: nothing to do")
+        return
+    if rank == 0 and step:
+        print(f"continuing {path} at step {step} of {last_step}" + (f": {len(kept)} process(es) there, {world} here, so the "
+              "rest of the epoch is dealt out anew and no longer the same to the bit" if len(kept) != world else ""))
+        shorten(log, step)
+    elif rank == 0:
+        write_line(log, {"args": vars(args), **about}, mode="w")
+
+    signals, handlers = [], {}
+    for number in (signal.SIGTERM, signal.SIGUSR1):       # sent before a job is pre-empted or its time is over
+        handlers[number] = signal.signal(number, lambda number, frame: signals.append(number))
+    bar = tqdm(total=last_step, initial=step, desc="training", unit="step", disable=rank > 0, file=sys.stderr)
+    writer, writing, saved_step = ThreadPoolExecutor(1), None, step
+    window = [(None, None, None, torch.tensor(loss, device=device)) for loss in mine["losses"]]     # since the last log event
+    failed, skipped, waited, steps, saved = mine["failed"], mine["skipped"], 0.0, 0, time.monotonic()
+    since = saved
     model.train()
-    saved = since = time.monotonic()
-    waited, losses, failed, start = 0.0, [], 0, step
-    while step < last_step:
-        loader.batch_sampler.epoch, loader.batch_sampler.start = divmod(step, steps_per_epoch)
+    while epoch < args.epochs:
+        sampler.epoch, sampler.start = epoch, start
         batches = iter(loader)
-        for _ in range(steps_per_epoch - loader.batch_sampler.start):
+        for _ in range((len(clips) - start) // N):
             began = time.monotonic()
-            frames, waves, failures = next(batches)                                 # (B, K, T, H, W, 3), (B, K, L)
+            *batch, failures = next(batches)
             waited += time.monotonic() - began
             for failure in sum(failures, []):
                 failed += 1
                 tqdm.write(f"replaced: {failure}", file=sys.stderr)
-            lr = lr_at(step, steps_per_epoch, args.warmup, args.epochs, peak)
-            for group in optimizer.param_groups:
+            lrs = rates(epoch + start / N / len(loader))
+            for group, lr in zip(optimizer.param_groups, lrs):
                 group["lr"] = lr
+            asked = torch.tensor([bool(signals), rank == 0 and began - saved >= 60 * args.save_every], dtype=torch.uint8)
+            told = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True) if world > 1 else None
 
-            loss, z_a, z_v = update(net, log_mel, frames.to(device, non_blocking=True),
-                                    waves.to(device, non_blocking=True), args, optimizer, scaler, dtype)
-            step += 1
-            losses.append(loss)
-            if step % LOG_EVERY == 0 or step == last_step:
-                values = torch.stack([torch.stack(losses).mean(), top1(z_a, z_v), torch.tensor(float(failed), device=device)])
-                if world > 1:
-                    dist.all_reduce(values)
-                mean, accuracy, replaced = values[0].item() / world, values[1].item() / world, int(values[2].item())
-                if not math.isfinite(mean):
-                    raise FloatingPointError(f"loss {mean} at step {step}, learning rate {lr:.4g}: the last good "
-                                             f"checkpoint stands; try a lower --lr")
-                if replaced > args.max_failures * (step - start) * N:
-                    raise ValueError(f"{replaced} of {(step - start) * N} clips had to be replaced, more than --max-failures "
+            loss, accuracy = forward(*(x.to(device, non_blocking=True) for x in batch))
+            skipped += descend(loss, optimizer, scaler)
+            window.append((epoch, start, lrs, loss.detach()))
+            step, steps, start = step + 1, steps + 1, start + N
+            if told:
+                told.wait()                               # so that all processes stop and save at the same step
+            stop, keep = asked.tolist()
+            due = step % LOG_EVERY == 0 or step == last_step
+            if due or stop or keep:
+                mine = {"losses": torch.stack([loss for *_, loss in window]).tolist(), "failed": failed, "skipped": skipped,
+                        "rng": torch.get_rng_state()}
+                kept = everyone(mine)
+                check(path, window, kept, clips, sampler, saved_step, step, rank)
+                replaced, now = sum(p["failed"] for p in kept), time.monotonic()
+                if replaced > args.max_failures * step * N:
+                    raise ValueError(f"{replaced} of {step * N} clips had to be replaced, more than --max-failures "
                                      f"{args.max_failures} of them: see the causes above, check the disk and the manifest")
-                now = time.monotonic()
-                record = {"step": step, "epoch": round(step / steps_per_epoch, 3), "loss": round(mean, 5),
-                          "top1": round(accuracy, 4), "lr": lr, "clips_per_s": round(len(losses) * N / (now - since), 2),
-                          "wait": round(waited / (now - since), 3), "replaced": replaced}
-                since, waited, losses = now, 0.0, []
+            if due:
+                mean = sum(sum(p["losses"]) for p in kept) / len(window) / world
+                hits = sum(everyone(accuracy().item())) / world
+                record = {"step": step, "epoch": round(epoch + start / N / len(loader), 3), "loss": round(mean, 5),
+                          "top1": round(hits, 4), "lr": lrs[0], "clips_per_s": round(steps * N / (now - since), 2),
+                          "wait": round(waited / (now - since), 3), "replaced": replaced, "skipped": skipped}
+                since, waited, steps, window = now, 0.0, 0, []
                 if rank == 0:
-                    log.write(json.dumps(record) + "\n")
+                    write_line(log, record)
                     bar.set_postfix(loss=f"{mean:.3f}", clips_s=record["clips_per_s"], wait=f"{record['wait']:.0%}")
-                    if step == last_step or now - saved > 60 * args.save_every:
-                        save(out, args, step, model, optimizer, scaler, world, len(clips))
-                        saved = time.monotonic()
+                for p in kept:
+                    p["losses"] = []
+            if stop or keep or step == last_step:
+                if rank == 0:
+                    if writing:
+                        writing.result()                  # raises what the writing has met
+                    writing = save(writer, path, args, len(clips), (epoch, start, step), kept, model, optimizer, scaler)
+                saved, saved_step = time.monotonic(), step
             bar.update()
+            if stop:
+                break
+        if stop:
+            break
+        epoch, start = epoch + 1, 0
     bar.close()
-    say(f"done: {out}/checkpoint.pt, video_encoder.pt, audio_encoder.pt" if start < last_step else
-        f"{out}/checkpoint.pt is trained to its last step already: nothing to do")
+    if rank == 0:
+        writing.result()
+    everyone(None)                                        # the others wait for the writing
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if stop:
+        if rank == 0:
+            print(f"stopped by a signal, saved at step {step} of {last_step}: the same command goes on from there", flush=True)
+        if world > 1:
+            dist.destroy_process_group()
+        sys.exit(REQUEUE)
+
+
+def check(path, window, kept, clips, sampler, saved_step, step, rank):
+    """Raise FloatingPointError, on all processes, where a loss since the last log event is not finite on any."""
+    for n, losses in enumerate(zip(*(p["losses"] for p in kept))):
+        if all(map(math.isfinite, losses)):
+            continue
+        sampler.epoch, sampler.start, lrs, _ = window[n]
+        files = sum(everyone([clips.rows[index].path for _, index in next(iter(sampler))]), [])
+        step = step - len(window) + n + 1
+        if rank == 0:
+            write_line(path.with_name("log.jsonl"), {"step": step, "losses": losses, "files": files})
+        more = f" and {len(files) - 8} more, all named in log.jsonl" if len(files) > 8 else ""
+        stands = f"the checkpoint of step {saved_step} stands" if saved_step else "there is no checkpoint yet"
+        raise FloatingPointError(f"loss {losses[rank]} at step {step}, learning rate {lrs[0]:.4g}, batch {', '.join(files[:8])}"
+                                 f"{more}: {stands}; look at these files, or try a lower --lr")
 
 
 def run(job, *args):
@@ -355,7 +478,7 @@ def run(job, *args):
     device, rank, world = setup()
     try:
         job(*args, device, rank, world)
-    except (ValueError, FloatingPointError, TooManyFailures) as error:
+    except (ValueError, FloatingPointError, OSError, TooManyFailures) as error:
         where = f" on rank {rank}" if rank else ""        # a loading process adds its traceback above the sentence
         print(f"error{where}: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
         if world > 1:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from augment import LogMel, normalize_frames
 from data import AudioVisualClips, make_loader
-from models import C, SvaCLR
+from models import C, SvaCLR, read_state
 from pretrain import loading_workers, precision, rows_of, run
 
 RANKS = (1, 5, 10, 20)
@@ -100,11 +100,7 @@ def load(args, rank=0, world=1):
     Raises ValueError where the checkpoint is not pretrain.py's or the data cannot be read.
     """
     path = Path(args.checkpoint)
-    if not path.exists():
-        raise ValueError(f"no checkpoint {path}: run pretrain.py first, or name another with --checkpoint")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not {"model", "args"} <= state.keys():
-        raise ValueError(f"{path} holds no whole model (projectors, arguments): give the checkpoint.pt of pretrain.py")
+    state = read_state(path, ("model", "args"))
     then = Namespace(**state["args"])
     model = SvaCLR(then.arch, then.mapping)
     model.load_state_dict(state["model"])

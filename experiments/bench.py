@@ -26,7 +26,7 @@ import torch
 from augment import LogMel, crop_flip, normalize_frames
 from data import RATE, AudioVisualClips, make_loader, read_clip, read_manifest
 from prepare import demo, manifest, transcode
-from pretrain import build, parse, precision, setup, update
+from pretrain import build, descend, objective, parse, precision, setup
 
 
 def turns(functions, rounds, sync=lambda: None):
@@ -72,7 +72,8 @@ def step(args):
         model.zero_grad(set_to_none=True)
 
     def ours():                                           # what pretrain.py does with a batch
-        update(model, log_mel, frames.to(device), waves.to(device), settings, optimizer, scaler, dtype)
+        loss, _, _ = objective(model, log_mel, frames.to(device), waves.to(device), settings, dtype)
+        descend(loss, optimizer, scaler)
 
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     spent = turns([ours, bare], args.rounds, sync)

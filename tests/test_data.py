@@ -214,7 +214,7 @@ def test_every_clip_is_dealt_to_one_process_once():
             part.epoch = 2
             assert len(list(part)) == len(part) == 50 // (4 * world)
             dealt += [key for batch in part for key in batch]
-            whole, part.start = list(part), 2
+            whole, part.start = list(part), 2 * 4 * world
             assert list(part) == whole[2:]
         assert len(set(dealt)) == len(dealt) == 50 // (4 * world) * 4 * world and {e for e, _ in dealt} == {2}
     orders = []
@@ -222,6 +222,17 @@ def test_every_clip_is_dealt_to_one_process_once():
         part.start = 0
         orders.append([index for batch in part for _, index in batch])
     assert orders[0] != orders[1]
+
+
+def test_other_processes_are_dealt_the_rest():
+    """After 2 steps of 3 processes, 24 of 50 clips, one or two others go on: no clip twice, less than a batch left out."""
+    before = [key for rank in range(3) for batch in list(EpochBatches(50, 4, rank, 3))[:2] for key in batch]
+    for world in (1, 2, 5):
+        parts = [EpochBatches(50, 4, rank, world) for rank in range(world)]
+        for part in parts:
+            part.start = len(before)
+        after = [key for part in parts for batch in part for key in batch]
+        assert len(after) == 26 // (4 * world) * 4 * world and len({*before, *after}) == len(before) + len(after)
 
 
 def test_evaluation_clips_are_evenly_spaced(tmp_path):

@@ -35,7 +35,7 @@ def log_of(out):
 
 def test_learning_rate():
     """§3.1: 0.064 -> 0.64 in 10 epochs, cosine to 0.10 at epoch 100, per step."""
-    lr = lambda step: lr_at(step, steps_per_epoch=451, warmup=10, epochs=100, peak=0.64)
+    lr = lambda step: lr_at(step / 451, warmup=10, epochs=100, peak=0.64)
     assert lr(0) == pytest.approx(0.064)
     assert lr(2255) == pytest.approx((0.064 + 0.64) / 2)
     assert lr(4510) == pytest.approx(0.64)
@@ -43,7 +43,7 @@ def test_learning_rate():
     assert lr(45100) == pytest.approx(0.10)
     rates = [lr(step) for step in range(0, 45101, 50)]
     assert rates == sorted(rates[:91]) + sorted(rates[91:], reverse=True)
-    assert lr_at(0, 5, 0, 3, 1.0) == 1.0
+    assert lr_at(0, 0, 3, 1.0) == 1.0
 
 
 def test_defaults_are_the_papers():
@@ -95,8 +95,6 @@ def test_precision_by_capability(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         assert precision("auto", gpu)[0] == dtype
     assert precision("fp32", gpu)[0] == torch.float32
-    with pytest.raises(ValueError, match="fp16 needs a GPU"):
-        precision("fp16", cpu)
 
 
 @pytest.fixture(scope="module")
@@ -158,17 +156,18 @@ def test_other_settings_or_data_are_refused(trained, tree, tmp_path, monkeypatch
 
 
 def test_interrupted_run_goes_on_to_the_same_weights(tree, tmp_path):
-    """Stopped after the first log event, at step 10 of 15, in the middle of an epoch of 3 steps."""
+    """Stopped at step 10 of 15, in the middle of an epoch of 3 steps."""
     long = [*SMALL, "--batch-size", "3", "--epochs", "5", "--save-every", "0"]
     run("--data", tree, "--out", tmp_path / "whole", *long)
     args = ["--data", str(tree), "--out", str(tmp_path / "cut"), *long]
     code = ("import sys, pretrain; real = pretrain.save\n"
-            "def save(out, args, step, *rest):\n    real(out, args, step, *rest)\n    sys.exit(3 if step == 10 else 0)\n"
+            "def save(*args):\n    writing = real(*args)\n    args[4][2] == 10 and (writing.result(), sys.exit(3))\n"
+            "    return writing\n"
             f"pretrain.save = save; sys.argv = ['pretrain.py'] + {args!r}; pretrain.main()")
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 3
     assert "continuing" in run(*args).stdout
     whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
-    assert whole["step"] == cut["step"] == 15
+    assert whole["at"][2] == cut["at"][2] == 15
     assert all(whole["model"][name].equal(cut["model"][name]) for name in whole["model"])
     assert [event["step"] for event in log_of(tmp_path / "cut")[1:]] == [10, 15]
 
@@ -210,7 +209,7 @@ def test_processes_that_see_different_checkpoints_stop(tree, tmp_path):
     """As on nodes whose --out is not shared: one goes on from step 10, the other starts anew."""
     script = tmp_path / "unshared.py"
     script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport pretrain\n"
-                      "pretrain.resume = lambda *_: 10 * (os.environ['RANK'] == '0')\npretrain.main()\n")
+                      "pretrain.resume = lambda *_: ((0, 0, 10 * (os.environ['RANK'] == '0')), [])\npretrain.main()\n")
     done = run("--data", tree, "--out", tmp_path / "o", *SMALL, "--batch-size", "2", processes=2, script=script, check=False)
     assert done.returncode != 0 and "error: processes see different checkpoints or data: is --out" in done.stderr
 
@@ -235,12 +234,13 @@ def test_flags_of_the_objective_reach_it(flags, keywords):
 
     net, args = Net(), parse(["--data", "x", *flags])
     optimizer, scaler = torch.optim.SGD(net.parameters(), lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
-    loss, z_a, z_v = pretrain.update(net, LogMel(), torch.zeros(4, 2, 1, 16, 16, 3, dtype=torch.uint8),
-                                     torch.zeros(4, 2, 2400), args, optimizer, scaler, torch.float32)
+    loss, z_a, z_v = pretrain.objective(net, LogMel(), torch.zeros(4, 2, 1, 16, 16, 3, dtype=torch.uint8),
+                                        torch.zeros(4, 2, 2400), args, torch.float32)
+    assert not pretrain.descend(loss, optimizer, scaler)
     y_v, y_a, x_v, x_a = (x.clone().requires_grad_() for x in fixed)
     expected = soft_info_nce(y_a, y_v, x_a, x_v, **keywords)
     expected.backward()
-    torch.testing.assert_close(loss, expected.detach())
+    torch.testing.assert_close(loss.detach(), expected.detach())
     for moved, start, x in zip(net.x, fixed, (y_v, y_a, x_v, x_a)):
         torch.testing.assert_close(start - moved.detach(), torch.zeros_like(start) if x.grad is None else x.grad)
 
