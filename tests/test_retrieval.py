@@ -97,7 +97,7 @@ def test_bad_input(brief, tmp_path, monkeypatch, capsys):
     (tmp_path / "bad" / "class0" / "bad0.mp4").write_bytes(b"damaged since the scan")
     for flags, sentence in (
             (["--checkpoint", tmp_path / "gone.pt"], "no checkpoint"),
-            (["--checkpoint", brief.parent / "video_encoder.pt"], "holds no whole model"),
+            (["--checkpoint", brief.parent / "video_encoder.pt"], "is no checkpoint.pt of this script: it lacks model, args"),
             (["--data", tmp_path / "silent"], "0 usable clips in the 'test' part, R@20 needs 20 or more; left out: 22 no audio"),
             (["--data", tmp_path / "few"], "1 usable clips in the 'test' part"),
             (["--data", tmp_path / "bad.csv"], "bad0.mp4: Invalid data found when processing input: leave it out of the test part"),
