@@ -26,7 +26,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from augment import crop_at, crop_flip, sample_speeds, speed_up_audio, speed_up_video
+from augment import crop_at, crop_flip, crop_flip_jitter, sample_speeds, speed_up_audio, speed_up_video
 
 RATE = 24000                                              # Hz, mono (paper silent; GDT)
 TRIES = 10                                                # files that may fail in a row before a run stops
@@ -201,23 +201,7 @@ class AudioVisualClips(Dataset):
         return len(self.rows)
 
     def __getitem__(self, key):
-        if self.clips is not None:
-            try:
-                return *evenly_spaced(self.rows[key], self.clips, 1, self.frames, self.fps, self.size, sound=True), key
-            except ValueError as error:
-                raise ValueError(f"{error}: leave it out of the test part (python -m prepare.manifest --verify does)") from None
-        epoch, index = key
-        seed = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(seed))
-        failures = []
-        while len(failures) < TRIES:
-            row = self.rows[index]
-            try:
-                return *self.draw(row, generator), failures
-            except ValueError as error:
-                failures.append(str(error))
-                index = int(torch.randint(len(self.rows), (), generator=generator))
-        raise TooManyFailures(f"{TRIES} files in a row failed, the last: {failures[-1]}")
+        return draw_or_replace(self, *key) if self.clips is None else evenly_spaced(self, key, 1, sound=True)
 
     def draw(self, row, generator):
         fits = max(1, int(row.duration / self.seconds + 1e-3))
@@ -228,6 +212,54 @@ class AudioVisualClips(Dataset):
         short_side = int(self.size * (8 + 2 * float(torch.rand((), generator=generator))) / 7)   # 128..160 for 112: GDT
         video, audio = read_clip(row.path, t0, tau_v, tau_a, self.frames, self.fps, short_side)
         return crop_flip(video, self.size, generator).contiguous(), audio
+
+
+class ActionClips(Dataset):
+    """Labelled clips of videos for action recognition (§3.1), their sound unread.
+
+    Args:
+        rows: from read_manifest; a row given ten times is drawn from ten times an epoch. A file shorter than a clip
+            ends with its last frame repeated.
+        classes: the names, in the order of the labels.
+        frames, fps, size, seed, clips: as in AudioVisualClips.
+        crops: per clip, to evaluate: 1, the middle, or 3 along the longer side.
+    Items:
+        training, of key (epoch, index): video (T, H, W, 3) uint8, label, failures.
+        evaluation, of key index: video (clips * crops, T, H, W, 3), label, index. Raises ValueError where the file fails.
+    """
+
+    def __init__(self, rows, classes, frames=32, fps=30, size=128, seed=0, clips=None, crops=3):
+        self.rows, self.classes, self.frames, self.fps, self.size = rows, classes, frames, fps, size
+        self.seed, self.clips, self.crops, self.left_out = seed, clips, crops, {}
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        if self.clips is None:
+            return draw_or_replace(self, *key)
+        video, _, _ = evenly_spaced(self, key, self.crops, sound=False)
+        return video, self.classes.index(self.rows[key].label), key
+
+    def draw(self, row, generator):
+        t0 = max(0, row.duration - self.frames / self.fps) * float(torch.rand((), generator=generator))
+        video, _ = read_clip(row.path, t0, (1,), (), self.frames, self.fps, 2 * self.size)   # 0.14 of the area: near size
+        seed = int(torch.randint(2 ** 62, (), generator=generator))
+        return crop_flip_jitter(video[0], self.size, seed).contiguous(), self.classes.index(row.label)
+
+
+def draw_or_replace(clips, epoch, index):
+    """(*clips.draw of row `index`, failures). A file that fails is replaced by another draw and named in `failures`."""
+    seed = np.random.SeedSequence([clips.seed, epoch, index]).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(seed))
+    failures = []
+    while len(failures) < TRIES:
+        try:
+            return *clips.draw(clips.rows[index], generator), failures
+        except ValueError as error:
+            failures.append(str(error))
+            index = int(torch.randint(len(clips.rows), (), generator=generator))
+    raise TooManyFailures(f"{TRIES} files in a row failed, the last: {failures[-1]}")
 
 
 class EpochBatches(Sampler):
@@ -252,21 +284,26 @@ class EpochBatches(Sampler):
             yield [(self.epoch, index) for index in batch]
 
 
-def evenly_spaced(row, clips, crops, frames, fps, size, sound):
-    """`clips` clips at speed 1 from the first to the last second of a file, each cut `crops` times (1: the middle;
-    3: both ends of the longer side and the middle). video (clips * crops, T, H, W, 3), audio (clips, L or 0 rows)."""
-    room = max(0, row.duration - frames / fps)
-    starts = np.linspace(0, room, clips) if clips > 1 else [room / 2]
-    views = [read_clip(row.path, t0, (1,), (1,) * sound, frames, fps, size * 8 // 7) for t0 in starts]
+def evenly_spaced(clips, index, crops, sound):
+    """clips.clips clips at speed 1 from the first to the last second of file `index`, each cut `crops` times (1: the
+    middle; 3: both ends of the longer side and the middle), and the index.
+    video (clips * crops, T, H, W, 3), audio (clips, L, or nothing without sound)."""
+    row, n, T, fps, size = clips.rows[index], clips.clips, clips.frames, clips.fps, clips.size
+    room = max(0, row.duration - T / fps)
+    try:
+        views = [read_clip(row.path, t0, (1,), (1,) * sound, T, fps, size * 8 // 7)
+                 for t0 in (np.linspace(0, room, n) if n > 1 else [room / 2])]
+    except ValueError as error:
+        raise ValueError(f"{error}: leave it out of the test part (python -m prepare.manifest --verify does)") from None
     video, audio = (torch.cat(x) for x in zip(*views))                              # (clips, T, H', W', 3), (clips, L)
     video = torch.stack([crop_at(video, size, end) for end in ((0.5,) if crops == 1 else (0, 0.5, 1))], 1)
-    return video.flatten(0, 1), audio
+    return video.flatten(0, 1), audio, index
 
 
 def collate(samples):
-    """[(video, audio, last)] -> video (B, ...), audio (B, ...), [last]."""
-    video, audio, last = zip(*samples)
-    return torch.stack(video), torch.stack(audio), last
+    """[(video, audio or label, last)] -> video (B, ...), audio (B, ...) or labels (B,), [last]."""
+    video, second, last = zip(*samples)
+    return torch.stack(video), torch.stack([torch.as_tensor(x) for x in second]), last
 
 
 def leave_signals_to_the_trainer(_):
@@ -283,7 +320,7 @@ def end_workers():
 
 
 def make_loader(clips, batch_size, workers=0, rank=0, world=1):
-    """DataLoader over AudioVisualClips: shuffled by epoch to train, in order (every world-th) to evaluate.
+    """DataLoader over AudioVisualClips or ActionClips: shuffled by epoch to train, in order (every world-th) to evaluate.
 
     Workers stay alive between epochs. `loader.batch_sampler.epoch` and `.start` say where training goes on.
     """

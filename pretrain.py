@@ -11,7 +11,7 @@ manifest.csv, and at the end video_encoder.pt and audio_encoder.pt (torchvision'
 """
 
 import argparse
-import copy
+import io
 import json
 import math
 import os
@@ -37,6 +37,7 @@ from prepare import demo, manifest
 PAPER_BATCH = 512                                         # §3.1: 64 GPUs x 8, the batch its learning rates belong to
 LOG_EVERY = 10                                            # steps
 REQUEUE = 75                                              # exit status after a signal: EX_TEMPFAIL of sysexits.h
+UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"           # makes torchrun's restarts start with a store of their own
 FREE = {"out", "workers", "save_every", "compile", "max_failures"}      # settings that a resumed run may change
 # For the built-in set: small frames and a small encoder, so that two CPU cores train it in minutes.
 DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_size=32, epochs=15, warmup=1)
@@ -116,6 +117,9 @@ def setup():
     else:                                                 # share the cores out among this machine's processes
         torch.set_num_threads(cores_per_process())
     if world > 1:
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and UNSHARED not in os.environ and os.environ["RANK"] == "0":
+            print(f"warning: torchrun --max-restarts needs {UNSHARED}=1 set before it, else restarted workers look for the "
+                  "dead ones (pytorch issue 135712)", file=sys.stderr)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return device, int(os.environ.get("RANK", 0)), world
 
@@ -161,30 +165,37 @@ def everyone(value):
     return values
 
 
-def write_whole(state, path):
-    """torch.save that leaves either the old file or the new one: temporary file, fsync, rename. OSError where it cannot."""
+def serialised(state):
+    """The bytes that torch.save would write."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def write_whole(content, path):
+    """Leave either the old file or the new one: temporary file, fsync, rename. Raises OSError where it cannot."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
-            torch.save(state, file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? An earlier {path.name} stands; "
-                      "with room, the same command goes on from it") from error
+        raise OSError(f"cannot write {path} ({error.strerror}): make room, then the same command goes on from the last "
+                      "checkpoint, which stands") from error
 
 
 def save(writer, path, args, clips, at, kept, model, optimizer, scaler):
-    """Copy everything, then write it to `path` in the thread of `writer`. Returns the future of that.
+    """Serialise everything, then write it to `path` in the thread of `writer`. Returns the future of that.
 
     at: (epoch, clips of that epoch already used, steps). kept: what each process keeps, in the order of their ranks.
     Plain values and tensors only, so that weights_only=True reads them.
     """
     state = {"args": vars(args), "clips": clips, "at": at, "processes": kept, "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    return writer.submit(write_whole, copy.deepcopy(state), path)
+    return writer.submit(write_whole, serialised(state), path)
 
 
 def resume(path, args, clips, model, optimizer, scaler):
@@ -196,7 +207,7 @@ def resume(path, args, clips, model, optimizer, scaler):
     other = [f"{name} {then.get(name)} there, {now.get(name)} here" for name in now.keys() | then.keys()
              if name not in FREE and now.get(name) != then.get(name)]
     if other:
-        raise ValueError(f"{path} was made with other settings ({'; '.join(sorted(other))}): give those again, or another --out")
+        raise ValueError(f"{path} was made with other settings ({'; '.join(sorted(other))}): give those or another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -344,8 +355,8 @@ def train(args, device, rank, world):
 
     fit(out / "checkpoint.pt", args, about, loader, model, optimizer, scaler, rates, forward, rank, world)
     if rank == 0:
-        write_whole(model.f.state_dict(), out / "video_encoder.pt")
-        write_whole(model.g.state_dict(), out / "audio_encoder.pt")
+        write_whole(serialised(model.f.state_dict()), out / "video_encoder.pt")
+        write_whole(serialised(model.g.state_dict()), out / "audio_encoder.pt")
         print(f"done: {out}/checkpoint.pt, video_encoder.pt, audio_encoder.pt")
 
 
@@ -360,7 +371,7 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
     device, N = next(model.parameters()).device, sampler.batch_size * world
     (epoch, start, step), kept = resume(path, args, len(clips), model, optimizer, scaler)
     if len(set(everyone((epoch, start, step, len(clips))))) > 1:
-        raise ValueError(f"processes see different checkpoints or data: is --out {args.out} on a file system that all share?")
+        raise ValueError(f"processes see different checkpoints or data: is --out {args.out} on a file system they share?")
     last_step = step + (len(clips) - start) // N + (args.epochs - epoch - 1) * len(loader)
     mine = kept[rank] if len(kept) == world else {"losses": [], "failed": sum(p["failed"] for p in kept) * (rank == 0),
                                                   "skipped": max([p["skipped"] for p in kept], default=0)}
@@ -382,37 +393,34 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
         handlers[number] = signal.signal(number, lambda number, frame: signals.append(number))
     bar = tqdm(total=last_step, initial=step, desc="training", unit="step", disable=rank > 0, file=sys.stderr)
     writer, writing, saved_step = ThreadPoolExecutor(1), None, step
-    window = [(None, None, None, torch.tensor(loss, device=device)) for loss in mine["losses"]]     # since the last log event
+    window = [(0, 0, [], torch.tensor(loss, device=device)) for loss in mine["losses"]]     # since the last log event
     failed, skipped, waited, steps, saved = mine["failed"], mine["skipped"], 0.0, 0, time.monotonic()
-    since = saved
+    since, stop = saved, False
     model.train()
-    while epoch < args.epochs:
-        sampler.epoch, sampler.start = epoch, start
-        batches = iter(loader)
-        for _ in range((len(clips) - start) // N):
-            began = time.monotonic()
-            *batch, failures = next(batches)
-            waited += time.monotonic() - began
+    with bar:                                             # closes it on errors too
+        for epoch, start, wait, (*batch, failures) in stream(loader, epoch, start, args.epochs, N):
+            waited += wait
             for failure in sum(failures, []):
                 failed += 1
                 tqdm.write(f"replaced: {failure}", file=sys.stderr)
             lrs = rates(epoch + start / N / len(loader))
             for group, lr in zip(optimizer.param_groups, lrs):
                 group["lr"] = lr
-            asked = torch.tensor([bool(signals), rank == 0 and began - saved >= 60 * args.save_every], dtype=torch.uint8)
+            late = time.monotonic() - saved >= 60 * args.save_every
+            asked = torch.tensor([bool(signals), rank == 0 and late], dtype=torch.uint8)
             told = dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True) if world > 1 else None
 
             loss, accuracy = forward(*(x.to(device, non_blocking=True) for x in batch))
             skipped += descend(loss, optimizer, scaler)
             window.append((epoch, start, lrs, loss.detach()))
-            step, steps, start = step + 1, steps + 1, start + N
+            step, steps, at = step + 1, steps + 1, (epoch, start + N, step + 1)
             if told:
                 told.wait()                               # so that all processes stop and save at the same step
             stop, keep = asked.tolist()
             due = step % LOG_EVERY == 0 or step == last_step
             if due or stop or keep:
-                mine = {"losses": torch.stack([loss for *_, loss in window]).tolist(), "failed": failed, "skipped": skipped,
-                        "rng": torch.get_rng_state()}
+                mine = {"losses": torch.stack([loss for *_, loss in window]).tolist(), "failed": failed,
+                        "skipped": skipped, "rng": torch.get_rng_state()}
                 kept = everyone(mine)
                 check(path, window, kept, clips, sampler, saved_step, step, rank)
                 replaced, now = sum(p["failed"] for p in kept), time.monotonic()
@@ -422,7 +430,7 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
             if due:
                 mean = sum(sum(p["losses"]) for p in kept) / len(window) / world
                 hits = sum(everyone(accuracy().item())) / world
-                record = {"step": step, "epoch": round(epoch + start / N / len(loader), 3), "loss": round(mean, 5),
+                record = {"step": step, "epoch": round(epoch + (start + N) / N / len(loader), 3), "loss": round(mean, 5),
                           "top1": round(hits, 4), "lr": lrs[0], "clips_per_s": round(steps * N / (now - since), 2),
                           "wait": round(waited / (now - since), 3), "replaced": replaced, "skipped": skipped}
                 since, waited, steps, window = now, 0.0, 0, []
@@ -435,15 +443,11 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
                 if rank == 0:
                     if writing:
                         writing.result()                  # raises what the writing has met
-                    writing = save(writer, path, args, len(clips), (epoch, start, step), kept, model, optimizer, scaler)
+                    writing = save(writer, path, args, len(clips), at, kept, model, optimizer, scaler)
                 saved, saved_step = time.monotonic(), step
             bar.update()
             if stop:
                 break
-        if stop:
-            break
-        epoch, start = epoch + 1, 0
-    bar.close()
     if rank == 0:
         writing.result()
     everyone(None)                                        # the others wait for the writing
@@ -455,6 +459,18 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
         if world > 1:
             dist.destroy_process_group()
         sys.exit(REQUEUE)
+
+
+def stream(loader, epoch, start, epochs, N):
+    """(epoch, clips of it used before, seconds waited, batch), from there to the end of the last epoch."""
+    while epoch < epochs:
+        loader.batch_sampler.epoch, loader.batch_sampler.start = epoch, start
+        batches = iter(loader)
+        for before in range(start, len(loader.dataset) - N + 1, N):
+            began = time.monotonic()
+            batch = next(batches)
+            yield epoch, before, time.monotonic() - began, batch
+        epoch, start = epoch + 1, 0
 
 
 def check(path, window, kept, clips, sampler, saved_step, step, rank):

@@ -33,7 +33,8 @@ def start(out, flags, launch=()):
     torchrun = ["-m", "torch.distributed.run", *launch] if launch else []
     log = open(out.with_suffix(".txt"), "a")
     return subprocess.Popen([sys.executable, *torchrun, str(ROOT / "pretrain.py"), "--out", str(out), *SHORT,
-                             *map(str, flags)], cwd=ROOT, stdout=log, stderr=log)
+                             *map(str, flags)], cwd=ROOT, stdout=log, stderr=log,
+                            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
 
 def steps(out):

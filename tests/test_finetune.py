@@ -1,0 +1,219 @@
+"""Fine-tuning, the linear probe and their evaluation: the protocol's numbers, oracles, real runs on a miniature UCF101."""
+
+import ast
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, make_video
+from test_pretrain import run
+
+import finetune
+from data import ActionClips, Row, read_manifest
+from finetune import classifier, evaluate, fit_linear, lr_at, parse, part
+from models import video_encoder
+from prepare import manifest
+
+SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8", "--train-clips", "2", "--test-clips", "2",
+         "--batch-size", "4", "--epochs", "1", "--workers", "1", "--precision", "fp32"]
+
+
+def test_learning_rates():
+    """Head 2.5e-3 -> 2e-2 in two epochs, times 0.05 at 6 and again at 10; the trunk a tenth."""
+    expected = {0: 2.5e-3, 1: (2.5e-3 + 2e-2) / 2, 2: 2e-2, 5.99: 2e-2, 6: 1e-3, 9.99: 1e-3, 10: 5e-5, 11.9: 5e-5}
+    for epoch, head in expected.items():
+        assert lr_at(epoch, 12, 2e-2) == pytest.approx((head, head / 10))
+        assert lr_at(2 * epoch, 24, 2e-2) == pytest.approx((head, head / 10))
+
+
+def test_defaults_are_the_protocols():
+    args = parse(["--data", "x"])
+    protocol = dict(frames=32, fps=30, size=128, epochs=12, batch_size=32, train_clips=10, test_clips=10, lr=2e-2,
+                    weight_decay=5e-3, arch="r2plus1d_18", fraction=1.0, linear=False)
+    assert {name: getattr(args, name) for name in protocol} == protocol
+    demo = parse([])
+    assert {name: getattr(demo, name) for name in finetune.DEMO} == finetune.DEMO
+
+
+def test_every_flag_is_read():
+    read = {node.attr for name in ("finetune.py", "pretrain.py") for node in ast.walk(ast.parse((ROOT / name).read_text()))
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args"}
+    assert vars(parse(["--data", "x"])).keys() - read == set()
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    (["--fold", "4"], "invalid choice: 4"), (["--data", "u.csv", "--fold", "1"], "--fold needs a --data with {fold} in its name"),
+    (["--data", "u{fold}.csv"], "needs --fold, e.g. --fold 1 2 3"), (["--fraction", "0"], "--fraction 0.0: more than 0, at most 1"),
+    (["--epochs", "0"], "--epochs 0: 1 or more"), (["--bogus"], "unrecognized arguments: --bogus")])
+def test_bad_flags(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(flags)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_head_at_the_start():
+    head = classifier(video_encoder("r2plus1d_10"), 5).head
+    torch.testing.assert_close(head.weight @ head.weight.T, torch.eye(5), atol=1e-5, rtol=0)
+    assert head.bias.eq(0).all()
+
+
+def test_part_of_the_labels():
+    rows = [Row(f"{label}{n}", label, "train", 1.0, True) for label, many in (("a", 40), ("b", 3)) for n in range(many)]
+    paths = {share: {row.path for row in part(rows, share, 0)} for share in (0.01, 0.25, 0.5, 1.0)}
+    assert [len(paths[share]) for share in paths] == [2, 11, 22, 43]
+    assert paths[0.01] < paths[0.25] < paths[0.5] < paths[1.0]
+    assert {path[0] for path in paths[0.01]} == {"a", "b"}
+    assert part(rows, 0.25, 0) == part(rows, 0.25, 0) != part(rows, 0.25, 1)
+
+
+def test_linear_fit_is_the_minimum():
+    """Softmax regression on standardised features: at the minimum the gradient of what it minimises is zero."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    x = 3 + 5 * torch.randn(200, 12, generator=g) + 4 * torch.nn.functional.one_hot(labels, 12)
+    linear = fit_linear(x, labels, decay=0.1)
+    mean, std = x.mean(0), x.std(0)
+    weight = (linear.weight * std).requires_grad_()                                 # of the standardised features
+    bias = (linear.bias + linear.weight @ mean).requires_grad_()
+    loss = torch.nn.functional.cross_entropy((x - mean) / std @ weight.T + bias, labels) + 0.05 * weight.square().sum()
+    loss.backward()
+    assert weight.grad.abs().max() < 1e-4 and bias.grad.abs().max() < 1e-4 and weight.abs().max() > 0.05
+
+
+@pytest.fixture(scope="module")
+def ucf(tmp_path_factory):
+    """A miniature UCF101 in the official layout and list format: 2 classes told apart by brightness, 4 groups, 3 folds.
+    Its three manifests, by README's command."""
+    root = tmp_path_factory.mktemp("ucf")
+    names = []
+    for label, level in (("Archery", 50), ("Bowling", 190)):
+        for group in range(1, 5):
+            names.append(f"{label}/v_{label}_g{group:02d}_c01.avi")
+            make_video(root / "UCF-101" / names[-1], 1.0 + 0.2 * group, 10, size=(32, 24), tone=None, codec="mpeg4",
+                       gray=lambda t: level + 5 * group)
+    lists = root / "ucfTrainTestlist"
+    lists.mkdir()
+    (lists / "classInd.txt").write_text("1 Archery\n2 Bowling\n")
+    for fold in (1, 2, 3):
+        test = [name for name in names if f"_g{fold:02d}_" in name]
+        (lists / f"testlist0{fold}.txt").write_text("".join(f"{name}\n" for name in test))
+        (lists / f"trainlist0{fold}.txt").write_text("".join(f"{name} {1 + (name[0] == 'B')}\n" for name in names if name not in test))
+        rows, _ = manifest.survey("ucf101", root / "UCF-101", annotations=lists, fold=fold)
+        manifest.write(rows, root / f"ucf101-{fold}.csv")
+    return root
+
+
+def clips_of(ucf, **settings):
+    rows, _ = read_manifest(ucf / "ucf101-1.csv", "train")
+    return ActionClips(rows, ["Archery", "Bowling"], frames=4, fps=8, size=16, **settings)
+
+
+def test_training_clips(ucf):
+    clips = clips_of(ucf, seed=3)
+    video, label, failures = clips[2, 4]
+    assert video.shape == (4, 16, 16, 3) and video.dtype == torch.uint8 and label == 1 and failures == []
+    assert video.equal(clips[2, 4][0]) and not video.equal(clips[3, 4][0])
+    assert (video.float().std((1, 2)) < 6).all()          # of one brightness, whatever the colours have become
+
+
+def test_short_videos_end_with_their_last_frame(ucf):
+    rows, _ = read_manifest(ucf / "ucf101-1.csv", "test")
+    video, label, index = ActionClips(rows, ["Archery", "Bowling"], frames=32, fps=8, size=16, clips=2, crops=3)[1]
+    assert video.shape == (6, 32, 16, 16, 3) and (label, index) == (1, 1)
+    assert video[:, 12:].eq(video[:, 12:13]).all()
+
+
+def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
+    clips = clips_of(ucf, clips=3, crops=3)
+    torch.manual_seed(0)
+    model = classifier(video_encoder("r2plus1d_10"), 2)
+    scores, hits = evaluate(model, clips, torch.device("cpu"), torch.float32)
+    for n in (0, 5):
+        video, label, _ = clips[n]
+        with torch.no_grad():
+            p = model(((video / 255 - 0.45) / 0.225).movedim(-1, 1)).softmax(1)     # (9, 2)
+        assert len(p) == 9
+        torch.testing.assert_close(scores[n], p.mean(0))
+        torch.testing.assert_close(hits[n], torch.tensor([(p.argmax(1) == label).float().mean(), 1.0]))
+
+
+def test_three_folds_and_their_mean(ucf, tmp_path):
+    """README's line of UCF101, shortened: pre-trained weights, three folds, json and csv."""
+    torch.save(video_encoder("r2plus1d_10").state_dict(), tmp_path / "video_encoder.pt")
+    command = ["--data", ucf / "ucf101-{fold}.csv", "--fold", 1, 2, 3, "--checkpoint", tmp_path / "video_encoder.pt",
+               "--out", tmp_path / "o", *SMALL]
+    done = run(*command, script="finetune.py")
+    kept = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert kept["protocol"]["epochs"] == 1 and kept["epoch"] == "last"
+    for name in ("video top-1", "clip top-1"):
+        mean = sum(kept[f"fold {n}"][name] for n in (1, 2, 3)) / 3
+        assert kept["mean"][name] == pytest.approx(mean) and f"{name} {mean:.1f} %" in done.stdout.split("mean: ")[1]
+    for fold in (1, 2, 3):
+        with open(tmp_path / "o" / f"fold{fold}" / "confusion.csv", newline="") as file:
+            head, *rows = csv.reader(file)
+        with open(tmp_path / "o" / f"fold{fold}" / "classes.csv", newline="") as file:
+            classes = list(csv.DictReader(file))
+        counts = [[int(x) for x in row[1:]] for row in rows]
+        assert head == ["", "Archery", "Bowling"] and [sum(row) for row in counts] == [1, 1]
+        assert [int(line["correct"]) for line in classes] == [counts[0][0], counts[1][1]]
+        assert kept[f"fold {fold}"]["video top-1"] == 100 * (counts[0][0] + counts[1][1]) / 2
+    again = run(*command, script="finetune.py", processes=2)                # trained already: two processes evaluate
+    assert again.stdout.count("is trained to its last step already") == 3
+    assert json.loads((tmp_path / "o" / "results.json").read_text()) == kept
+
+
+def test_two_processes_evaluate_as_one(ucf, tmp_path):
+    torch.save(video_encoder("r2plus1d_10").state_dict(), tmp_path / "video_encoder.pt")
+    results = []
+    for processes in (1, 2):
+        run("--data", ucf / "ucf101-2.csv", "--checkpoint", tmp_path / "video_encoder.pt", "--linear", "--out",
+            tmp_path / str(processes), *SMALL, "--train-clips", 3, processes=processes, script="finetune.py")
+        kept = json.loads((tmp_path / str(processes) / "results.json").read_text())
+        results.append((kept["test"], (tmp_path / str(processes) / "confusion.csv").read_text()))
+    assert results[0] == results[1] and results[0][0]["video top-1"] == 100     # brightness is plain to see
+
+
+def test_stopped_run_goes_on(ucf, tmp_path):
+    command = ["--data", str(ucf / "ucf101-1.csv"), "--checkpoint", "none", "--out", str(tmp_path), *SMALL, "--epochs", "300"]
+    with open(tmp_path / "out.txt", "w") as text:
+        process = subprocess.Popen([sys.executable, "finetune.py", *command], cwd=ROOT, stdout=text, stderr=text)
+        while not (tmp_path / "log.jsonl").exists() or '"step": 10' not in (tmp_path / "log.jsonl").read_text():
+            assert process.poll() is None, (tmp_path / "out.txt").read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 75
+    assert "stopped by a signal, saved at step " in (tmp_path / "out.txt").read_text()
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["at"][2] >= 10
+
+
+def test_bad_input(ucf, tmp_path, monkeypatch, capsys):
+    with open(ucf / "ucf101-1.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, change in (("strange", lambda row: {"label": "Diving"} if row["split"] == "test" else {}),
+                         ("undivided", lambda row: {"split": ""}), ("training", lambda row: {"split": "train"})):
+        manifest.write([row | change(row) for row in rows], tmp_path / f"{name}.csv")
+    torch.save(video_encoder("r3d_18").state_dict(), tmp_path / "r3d.pt")
+    torch.save({"args": {"arch": "r3d_18"}, "model": {f"f.{k}": v for k, v in video_encoder("r3d_18").state_dict().items()}},
+               tmp_path / "r3d_checkpoint.pt")
+    for flags, sentence in (
+            (["--data", tmp_path / "strange.csv"], "1 of the test part's classes are not in its train part: Diving"),
+            (["--data", tmp_path / "undivided.csv"], "has no train and test parts (its split column is empty)"),
+            (["--data", tmp_path / "training.csv"], "has no 'test' part, it has 'train'"),
+            (["--data", ucf / "hmdb51-{fold}.csv", "--fold", "2"], "hmdb51-2.csv: no such manifest"),
+            (["--checkpoint", tmp_path / "gone.pt"], "no checkpoint "),
+            (["--checkpoint", ucf / "ucf101-1.csv"], "is no checkpoint that can be loaded"),
+            (["--checkpoint", tmp_path / "r3d.pt"], "does not fit --arch r2plus1d_10: it lacks "),
+            (["--checkpoint", tmp_path / "r3d_checkpoint.pt"], "; it is of --arch r3d_18"),
+            (["--checkpoint", "torchvision"], "torchvision has no weights for r2plus1d_10: choose r2plus1d_18 or r3d_18"),
+            (["--batch-size", "64"], "12 training clips do not fill a batch of 64")):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--data", str(ucf / "ucf101-1.csv"), "--checkpoint", "none", "--out",
+                                          str(tmp_path / "o"), *SMALL, *map(str, flags)])
+        with pytest.raises(SystemExit) as stop:
+            finetune.main()
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert stop.value.code == 1 and len(errors) == 1 and sentence in errors[0], errors

@@ -1,0 +1,121 @@
+"""Real runs with real signals: killed, pre-empted, on two nodes, with a full disk, with a loss that is not finite."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_pretrain import SMALL, here, log_of
+
+import pretrain
+from experiments import survive
+
+
+def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
+    equal, alive, _ = survive.kills(tmp_path, ["--data", tree, "--epochs", 15, "--batch-size", 4], number=2)
+    assert equal and alive == 2
+
+
+def test_same_sees_every_difference():
+    x = {"a": [torch.ones(2), (1, 2)]}
+    assert survive.same(x, {"a": [torch.ones(2), (1, 2)]})
+    for other in ({"a": [torch.ones(2), (1, 3)]}, {"a": [torch.ones(2) + 1e-7, (1, 2)]}, {"b": x["a"]}, {"a": [torch.ones(2)]}):
+        assert not survive.same(x, other)
+
+
+def test_a_lost_worker_is_replaced(tree, tmp_path):
+    assert survive.worker(tmp_path, ["--data", tree, "--epochs", 20, "--batch-size", 2]) < 60
+    assert survive.steps(tmp_path / "two") == list(range(10, 41, 10))
+
+
+def test_signal_saves_and_two_nodes_go_on(tree, tmp_path):
+    """SIGTERM to the whole process group, loading processes too; then two agents with one process each go on."""
+    out, flags = tmp_path / "out", ["--data", tree, "--epochs", 100, "--batch-size", 2, "--save-every", 60]
+    with open(tmp_path / "out.txt", "w") as text:
+        run = subprocess.Popen([sys.executable, "pretrain.py", "--out", str(out), *survive.SHORT, *map(str, flags)], cwd=ROOT,
+                               stdout=text, stderr=text, start_new_session=True)
+        while not survive.steps(out):
+            assert run.poll() is None
+            time.sleep(0.05)
+        os.killpg(run.pid, signal.SIGTERM)
+        assert run.wait(60) == 75
+    assert "stopped by a signal, saved at step " in (tmp_path / "out.txt").read_text()
+    epoch, start, step = torch.load(out / "checkpoint.pt", weights_only=True)["at"]
+    assert (step, start) == (5 * epoch + start // 2, start) and step >= 10
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    agents = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+                                "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=1", "pretrain.py",
+                                "--out", str(out), *survive.SHORT, *map(str, flags)], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True) for _ in range(2)]
+    last = (step // 10 + 2) * 10
+    while last not in survive.steps(out):
+        assert all(agent.poll() is None for agent in agents), [agent.communicate()[0] for agent in agents]
+        time.sleep(0.05)
+    agents[0].terminate()                                 # torchrun hands it on to its worker, who tells the other's
+    text = "".join(agent.communicate(timeout=60)[0] for agent in agents)
+    assert f"continuing {out / 'checkpoint.pt'} at step {step} of " in text and "1 process(es) there, 2 here" in text
+    assert "stopped by a signal, saved at step " in text
+    at = torch.load(out / "checkpoint.pt", weights_only=True)["at"]
+    assert at[2] >= last and survive.steps(out) == list(range(10, at[2] + 1, 10))     # no line twice, none lost
+
+
+def test_loss_that_is_not_finite_stops_all(tree, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain.py",
+                           "--data", str(tree), "--out", str(tmp_path), *SMALL, "--batch-size", "2", "--lr", "1e30",
+                           "--epochs", "8"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("error") and "loss nan at step " in line]
+    assert sentences and all(".mp4" in line and "learning rate " in line and "there is no checkpoint yet" in line
+                             for line in sentences), done.stderr[-3000:]
+    last = log_of(tmp_path)[-1]
+    assert len(last["files"]) == 4 and not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name,dtype", [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")])
+def test_each_precision_trains(name, dtype, tree, tmp_path, monkeypatch, capsys):
+    assert here(monkeypatch, "--data", tree, "--out", tmp_path, *SMALL, "--epochs", "2", "--precision", name) == 0
+    head, line = log_of(tmp_path)
+    assert head["precision"] == dtype and 0 < line["loss"] < 20
+    assert (line["skipped"] > 0) == (name == "fp16")      # the first scale, 65536, is too much for float16
+
+
+def test_full_disk_leaves_the_last_checkpoint(tree, tmp_path, monkeypatch, capsys):
+    pretrain.write_whole(b"good", tmp_path / "a.pt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))    # no file may grow past it, as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*a.pt \(File too large\): make room, then the same command"):
+            pretrain.write_whole(bytes(2_000_000), tmp_path / "a.pt")
+        status = here(monkeypatch, "--data", tree, "--out", tmp_path / "run", *SMALL, "--save-every", "0")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a.pt").read_bytes() == b"good"
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(errors) == 1 and "checkpoint.pt" in errors[0] and "make room" in errors[0]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_log_is_cut_where_the_checkpoint_ends(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(line) + "\n" for line in ({"args": 1}, {"step": 10}, {"step": 20})) + '{"step": 3')
+    pretrain.shorten(log, 10)
+    assert log.read_text() == '{"args": 1}\n{"step": 10}\n'
+
+
+def test_damaged_checkpoint(tree, tmp_path, monkeypatch, capsys):
+    torch.save({"args": {}}, tmp_path / "checkpoint.pt")
+    for content, sentence in (((tmp_path / "checkpoint.pt").read_bytes(), "is no checkpoint.pt of this script: it lacks clips"),
+                              (b"PK\x03\x04 cut off", "is cut off, or another program's, or carries code")):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        assert here(monkeypatch, "--data", tree, "--out", tmp_path, *SMALL) == 1
+        assert sentence in capsys.readouterr().err and (tmp_path / "checkpoint.pt").read_bytes() == content
