@@ -6,7 +6,8 @@ from collections import Counter
 import torch
 from conftest import peak_hz
 
-from augment import LogMel, crop_at, crop_flip, normalize_frames, sample_speeds, speed_up_audio, speed_up_video
+from augment import (LogMel, crop_at, crop_flip, crop_flip_jitter, normalize_frames, sample_speeds, speed_up_audio,
+                     speed_up_video)
 
 
 def tone(hz, seconds=1.0, rate=24000):
@@ -43,6 +44,28 @@ def test_speed_up_audio_is_low_passed():
     """At speed 2 a tone of 8 kHz belongs at 16 kHz, past the limit: it goes, and does not come back at 8 kHz."""
     assert speed_up_audio(tone(8000, 2), 2)[500:-500].abs().max() < 0.01
     assert speed_up_audio(tone(4100, 2), 2)[500:-500].abs().max() > 0.9
+
+
+def test_training_view_of_fine_tuning():
+    """All frames alike, by seed; a crop of 14 to 100 % of the area, mirrored in half of the cases; colours in 80 %."""
+    H, W, many = 60, 80, 300
+    x = torch.linspace(0, 240, W).round().to(torch.uint8).expand(H, W)
+    y = torch.linspace(0, 240, H).round().to(torch.uint8)[:, None].expand(H, W)
+    ramps = torch.stack([x, y, torch.full_like(x, 120)], -1)[None].repeat(3, 1, 1, 1)     # (T, H, W, 3)
+    plain = torch.full((3, H, W, 3), 120, dtype=torch.uint8)
+    areas, mirrored, changed = [], 0, 0
+    for seed in range(many):
+        view = crop_flip_jitter(ramps, 32, seed)
+        assert view.shape == (3, 32, 32, 3) and view.eq(view[0]).all() and view.equal(crop_flip_jitter(ramps, 32, seed))
+        changed += not crop_flip_jitter(plain, 32, seed).equal(plain[:, :32, :32])
+        if view[..., 2].eq(120).all():                    # no change of colours: the ramps tell the place
+            spans = [(view[0, :, :, c].float().mean(c).diff().mean() * 32 / 240).item() for c in (0, 1)]
+            areas.append(abs(spans[0] * spans[1]))
+            mirrored += spans[0] < 0
+            assert spans[1] > 0
+    assert abs(changed / many - 0.8) < 0.1 and len(areas) > 30
+    assert 0.11 < min(areas) < 0.3 and 0.75 < max(areas) < 1.1
+    assert abs(mirrored / len(areas) - 0.5) < 3 * 0.5 / len(areas) ** 0.5
 
 
 def test_crop_flip_is_shared_by_all_frames_and_views():

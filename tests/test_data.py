@@ -238,10 +238,11 @@ def test_other_processes_are_dealt_the_rest():
 def test_evaluation_clips_are_evenly_spaced(tmp_path):
     make_video(tmp_path / "c" / "a.mp4", 5, gray=lambda t: 20 + 40 * t)
     rows, _ = rows_of(tmp_path, tmp_path / "m.csv")
-    video, audio, index = AudioVisualClips(rows, frames=4, fps=8, size=24, clips=4)[0]
+    clips = AudioVisualClips(rows, frames=4, fps=8, size=24, clips=4)
+    video, audio, index = clips[0]
     assert video.shape == (4, 4, 24, 24, 3) and audio.shape == (4, 12000) and index == 0
     assert (video[:, 0].float().mean((1, 2, 3)) - 20 - 40 * torch.tensor([0, 1.5, 3.0, 4.5])).abs().max() < 4
-    three, sound = evenly_spaced(rows[0], 4, 3, frames=4, fps=8, size=24, sound=False)
+    three, sound, _ = evenly_spaced(clips, 0, 3, sound=False)
     assert three.shape == (12, 4, 24, 24, 3) and sound.shape[0] == 0 and three[1::3].equal(video)
 
 

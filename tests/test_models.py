@@ -1,11 +1,14 @@
 """Shapes, names and numbers of the networks."""
 
+import re
+from urllib.error import URLError
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from models import Affinity, SvaCLR, audio_encoder, video_encoder
+from models import Affinity, SvaCLR, audio_encoder, load_encoder, read_state, video_encoder
 
 
 @pytest.mark.parametrize("arch", ["r2plus1d_18", "r3d_18"])
@@ -77,3 +80,66 @@ def test_bad_names():
     for make, name in ((video_encoder, "r50"), (Affinity, "cubic")):
         with pytest.raises(ValueError, match=name):
             make(name)
+
+
+def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = SvaCLR("r2plus1d_10")
+    theirs = torchvision.models.video.r2plus1d_18(weights=None)
+    torch.save({"args": {"arch": "r2plus1d_10"}, "model": model.state_dict()}, tmp_path / "checkpoint.pt")
+    torch.save(model.f.state_dict(), tmp_path / "video_encoder.pt")
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")                        # with its classifier fc
+    for name in ("checkpoint.pt", "video_encoder.pt"):
+        loaded = load_encoder(tmp_path / name, "r2plus1d_10").state_dict()
+        assert all(x.equal(loaded[key]) for key, x in model.f.state_dict().items())
+    asked = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: asked.append(url) or theirs.state_dict())
+    for source in (tmp_path / "theirs.pth", "torchvision"):
+        assert load_encoder(source).layer4[1].conv2[0][3].weight.equal(theirs.layer4[1].conv2[0][3].weight)
+    assert asked == [torchvision.models.video.R2Plus1D_18_Weights.KINETICS400_V1.url]
+    assert not load_encoder("none").stem[0].weight.equal(theirs.stem[0].weight)
+
+
+def test_encoders_that_do_not_fit(tmp_path, monkeypatch):
+    state = video_encoder("r2plus1d_10").state_dict()
+    first = state.pop("stem.0.weight")
+    torch.save(state, tmp_path / "lacks.pt")
+    torch.save(state | {"stem.0.weight": first[:3], "more": first}, tmp_path / "other.pt")
+    for name, sentence in (("lacks.pt", "it lacks 1 tensors, stem.0.weight the first"),
+                           ("other.pt", "it has besides 1 tensors, more the first; has in another shape 1 tensors, stem.0.weight")):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            load_encoder(tmp_path / name, "r2plus1d_10")
+
+    def offline(url, **_):
+        raise URLError("no network")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match="cannot download https://.*pth .*no network.*: fetch it elsewhere, and give its path"):
+        load_encoder("torchvision", "r3d_18")
+
+
+class Bomb:
+    """Pickled code: unpickled by a trusting reader, it writes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_checkpoints_are_not_trusted(tmp_path):
+    torch.save({"args": {}, "model": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
+    torch.load(tmp_path / "bomb.pt", weights_only=False)
+    (tmp_path / "exploded").unlink()                      # so it does work
+    torch.save({"args": {}}, tmp_path / "good.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:300])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    for name in ("bomb.pt", "cut.pt", "text.pt", "empty.pt"):
+        with pytest.raises(ValueError, match="is no checkpoint that can be loaded: it is cut off, or another program's, or carries code"):
+            read_state(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(ValueError, match="it lacks model; delete it or name another"):
+        read_state(tmp_path / "good.pt", ("args", "model"))
+    with pytest.raises(ValueError, match="no checkpoint .*gone.pt: run pretrain.py first"):
+        read_state(tmp_path / "gone.pt")

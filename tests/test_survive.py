@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -15,12 +16,54 @@ from conftest import ROOT
 from test_pretrain import SMALL, here, log_of
 
 import pretrain
+from data import make_loader
 from experiments import survive
 
 
 def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
     equal, alive, _ = survive.kills(tmp_path, ["--data", tree, "--epochs", 15, "--batch-size", 4], number=2)
     assert equal and alive == 2
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Ten clips that are numbers, for a network that draws some of its own."""
+
+    clips, seed = None, 0
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, key):
+        return torch.tensor([1.0 + key[1]]), torch.tensor(0.0), []
+
+
+def test_random_draws_go_on_where_they_were(tmp_path):
+    """A network with dropout, interrupted at step 12 of 20 and continued by a process that has drawn other numbers."""
+    args = Namespace(epochs=4, save_every=0.0, max_failures=0.05, out=str(tmp_path))
+
+    def train(path, breaks_at=None):
+        torch.manual_seed(1)
+        model, drawn = torch.nn.Linear(1, 50), []
+        optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), torch.amp.GradScaler("cpu", enabled=False)
+        if path.exists():
+            torch.rand(1000)
+
+        def forward(x, _):
+            drawn.append(x)
+            if len(drawn) == breaks_at:
+                raise KeyboardInterrupt
+            return torch.nn.functional.dropout(model(x), 0.5).square().mean(), lambda: torch.tensor(0.0)
+
+        pretrain.fit(path, args, {}, make_loader(Numbers(), 2), model, optimizer, scaler, lambda epoch: [0.01], forward, 0, 1)
+        return model.weight
+
+    (tmp_path / "cut").mkdir()
+    whole, cut = train(tmp_path / "whole.pt"), tmp_path / "cut" / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, breaks_at=13)
+    while not cut.exists() or torch.load(cut, weights_only=True)["at"] != (2, 4, 12):     # the writing thread goes on
+        time.sleep(0.01)
+    assert train(cut).equal(whole)
 
 
 def test_same_sees_every_difference():
