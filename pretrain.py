@@ -451,6 +451,8 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
     if rank == 0:
         writing.result()
     everyone(None)                                        # the others wait for the writing
+    for x in model.buffers() if world > 1 else []:        # BatchNorm's statistics, on CPUs each process's own: those saved
+        dist.broadcast(x, 0)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     if stop:

@@ -3,6 +3,8 @@
 import ast
 import csv
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, make_video
+from test_commands import command_lines
 from test_pretrain import run
 
 import finetune
@@ -143,29 +146,42 @@ def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
         torch.testing.assert_close(hits[n], torch.tensor([(p.argmax(1) == label).float().mean(), 1.0]))
 
 
-def test_three_folds_and_their_mean(ucf, tmp_path):
-    """README's line of UCF101, shortened: pre-trained weights, three folds, json and csv."""
-    torch.save(video_encoder("r2plus1d_10").state_dict(), tmp_path / "video_encoder.pt")
-    command = ["--data", ucf / "ucf101-{fold}.csv", "--fold", 1, 2, 3, "--checkpoint", tmp_path / "video_encoder.pt",
-               "--out", tmp_path / "o", *SMALL]
-    done = run(*command, script="finetune.py")
-    kept = json.loads((tmp_path / "o" / "results.json").read_text())
+def test_readme_lines_on_a_miniature(ucf, tmp_path):
+    """README's lines of UCF101 and HMDB51 word for word, but for the number of processes and the flags of SMALL."""
+    (tmp_path / "runs" / "k400").mkdir(parents=True)
+    torch.save({"args": {}, "model": {f"f.{name}": x for name, x in video_encoder("r2plus1d_10").state_dict().items()}},
+               tmp_path / "runs" / "k400" / "checkpoint.pt")
+    for fold in (1, 2, 3):
+        for name in ("ucf101", "hmdb51"):
+            shutil.copy(ucf / f"ucf101-{fold}.csv", tmp_path / f"{name}-{fold}.csv")
+    lines = [line for line in command_lines() if "finetune.py" in line and "{fold}" in line]
+    assert [re.search(r"--out (\S+)", line).group(1) for line in lines] == ["runs/ucf101", "runs/hmdb51"]
+    for line, processes in ((lines[0], 2), (lines[1], 1)):
+        assert line.startswith("torchrun --nproc_per_node=8 finetune.py ")
+        done = run(*line.split()[3:], *SMALL, processes=processes, script=ROOT / "finetune.py", cwd=tmp_path)
+        check_results(tmp_path / line.split()[-1], done.stdout)
+    kept = json.loads((tmp_path / "runs" / "ucf101" / "results.json").read_text())
+    again = run(*lines[0].split()[3:], *SMALL, script=ROOT / "finetune.py", cwd=tmp_path)       # trained already: evaluated by one
+    assert again.stdout.count("is trained to its last step already") == 3
+    assert json.loads((tmp_path / "runs" / "ucf101" / "results.json").read_text()) == kept
+
+
+def check_results(out, printed):
+    """results.json, confusion.csv and classes.csv of three folds agree with each other and with what was printed."""
+    kept = json.loads((out / "results.json").read_text())
     assert kept["protocol"]["epochs"] == 1 and kept["epoch"] == "last"
     for name in ("video top-1", "clip top-1"):
         mean = sum(kept[f"fold {n}"][name] for n in (1, 2, 3)) / 3
-        assert kept["mean"][name] == pytest.approx(mean) and f"{name} {mean:.1f} %" in done.stdout.split("mean: ")[1]
+        assert kept["mean"][name] == pytest.approx(mean) and f"{name} {mean:.1f} %" in printed.split("mean: ")[1]
     for fold in (1, 2, 3):
-        with open(tmp_path / "o" / f"fold{fold}" / "confusion.csv", newline="") as file:
+        with open(out / f"fold{fold}" / "confusion.csv", newline="") as file:
             head, *rows = csv.reader(file)
-        with open(tmp_path / "o" / f"fold{fold}" / "classes.csv", newline="") as file:
+        with open(out / f"fold{fold}" / "classes.csv", newline="") as file:
             classes = list(csv.DictReader(file))
         counts = [[int(x) for x in row[1:]] for row in rows]
         assert head == ["", "Archery", "Bowling"] and [sum(row) for row in counts] == [1, 1]
         assert [int(line["correct"]) for line in classes] == [counts[0][0], counts[1][1]]
         assert kept[f"fold {fold}"]["video top-1"] == 100 * (counts[0][0] + counts[1][1]) / 2
-    again = run(*command, script="finetune.py", processes=2)                # trained already: two processes evaluate
-    assert again.stdout.count("is trained to its last step already") == 3
-    assert json.loads((tmp_path / "o" / "results.json").read_text()) == kept
 
 
 def test_two_processes_evaluate_as_one(ucf, tmp_path):

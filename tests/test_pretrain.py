@@ -21,10 +21,10 @@ SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
          "--warmup", "1", "--workers", "1", "--precision", "fp32"]
 
 
-def run(*args, processes=1, script="pretrain.py", check=True):
+def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT):
     launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                       f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launch, script, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*launch, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
     assert not check or done.returncode == 0, done.stderr
     return done
 

@@ -143,6 +143,9 @@ def test_full_disk_leaves_the_last_checkpoint(tree, tmp_path, monkeypatch, capsy
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "a.pt").read_bytes() == b"good"
+    os.link(tmp_path / "a.pt", tmp_path / "b.pt")
+    pretrain.write_whole(b"better", tmp_path / "a.pt")    # another file takes its name: nothing is written into the old one
+    assert (tmp_path / "a.pt").read_bytes() == b"better" and (tmp_path / "b.pt").read_bytes() == b"good"
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert status == 1 and len(errors) == 1 and "checkpoint.pt" in errors[0] and "make room" in errors[0]
     assert not list(tmp_path.rglob("*.part"))
