@@ -53,7 +53,8 @@ def read_manifest(path, split=None):
     splits = sorted({line["split"] for line in table})
     if split is not None and splits != [""]:
         if split not in splits:
-            raise ValueError(f"{path} has no {split!r} part, it has {', '.join(map(repr, splits))}: name one with --split")
+            raise ValueError(f"{path} has no {split!r} part, it has {', '.join(map(repr, splits))}: give data that has it "
+                             "(pretrain.py and retrieval.py take another --split)")
         table = [line for line in table if line["split"] == split]
     usable = [Row(line["path"], line["label"], line["split"], float(line["duration"]), line["has_audio"] == "1")
               for line in table if not line["reason"]]
@@ -294,7 +295,7 @@ def evenly_spaced(clips, index, crops, sound):
         views = [read_clip(row.path, t0, (1,), (1,) * sound, T, fps, size * 8 // 7)
                  for t0 in (np.linspace(0, room, n) if n > 1 else [room / 2])]
     except ValueError as error:
-        raise ValueError(f"{error}: leave it out of the test part (python -m prepare.manifest --verify does)") from None
+        raise ValueError(f"{error}: take it out of the manifest (prepare.manifest's --verify finds such files)") from None
     video, audio = (torch.cat(x) for x in zip(*views))                              # (clips, T, H', W', 3), (clips, L)
     video = torch.stack([crop_at(video, size, end) for end in ((0.5,) if crops == 1 else (0, 0.5, 1))], 1)
     return video.flatten(0, 1), audio, index

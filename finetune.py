@@ -17,6 +17,7 @@ import csv
 import json
 import statistics
 import sys
+import zlib
 from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
@@ -50,7 +51,8 @@ def parse(argv=None):
     p.add_argument("--out", default="runs/finetune", help="folder of the results (default runs/finetune)")
     p.add_argument("--arch", default="r2plus1d_18", choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
                    help="video encoder f (r2plus1d_18: §2.3)")
-    p.add_argument("--linear", action="store_true", help="fit a linear classifier on the frozen encoder (default: fine-tune)")
+    p.add_argument("--linear", action="store_true", help="fit a linear classifier on the frozen encoder "
+                   "instead; what the optimiser and checkpoints need is then unread (default: fine-tune)")
     p.add_argument("--fraction", type=float, default=1.0, help="of each class's training videos, one or more (1.0)")
     p.add_argument("--frames", type=int, default=32, help="T (32; paper silent, GDT)")
     p.add_argument("--fps", type=int, default=30, help="frames per second (30; paper silent, GDT)")
@@ -106,20 +108,23 @@ def part(rows, fraction, seed):
 
 
 @torch.no_grad()
-def logits_of(model, clips, device, dtype, rank, world):
-    """(index, label, logits (clips * crops, ...)) of each video of this process: one video in memory at a time."""
-    model.eval()
-    loader = make_loader(clips, 1, loading_workers(), rank, world)
+def features(f, clips, device, dtype, workers, rank, world):
+    """(index, label, y (clips * crops, C)) of each video of this process: one video in memory at a time."""
+    f.eval()
+    loader = make_loader(clips, 1, loading_workers(workers), rank, world)
     for frames, label, (index,) in tqdm(loader, desc="evaluating", unit="video", disable=rank > 0, file=sys.stderr):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            yield index, label.item(), model(normalize_frames(frames[0].to(device))).float()
+            y = f(normalize_frames(frames[0].to(device)))                           # (clips * crops, C)
+        yield index, label.item(), y.float()
 
 
-def evaluate(model, clips, device, dtype, rank=0, world=1):
+@torch.no_grad()
+def evaluate(model, clips, device, dtype, workers=None, rank=0, world=1):
     """Test of §3.1 (GDT): scores (n, classes), the softmax averaged over a video's clips and crops, and hits (n, 2),
     the share of these whose own top 1 and top 5 have the label. Kept by index: no video counts twice."""
     results = torch.zeros(len(clips), len(clips.classes) + 2, device=device)
-    for index, label, logits in logits_of(model, clips, device, dtype, rank, world):        # (clips * crops, classes)
+    for index, label, y in features(model.f, clips, device, dtype, workers, rank, world):
+        logits = model.head(y)                                                      # (clips * crops, classes)
         best = logits.topk(min(5, logits.shape[1])).indices == label
         results[index] = torch.cat([logits.softmax(1).mean(0), best[:, :1].float().mean(0, True)[0],
                                     best.any(1).float().mean(0, True)])
@@ -178,16 +183,18 @@ def one_fold(args, data, out, device, rank, world):
     if args.linear:
         clips = ActionClips(train, classes, **clip, clips=args.train_clips, crops=1)
         x, labels = torch.zeros(len(train), args.train_clips, C, device=device), torch.zeros(len(train), device=device)
-        for index, label, y in logits_of(encoder, clips, device, dtype, rank, world):      # (clips, C)
+        for index, label, y in features(encoder, clips, device, dtype, args.workers, rank, world):
             x[index], labels[index] = y, label
         if world > 1:
             dist.all_reduce(x)
             dist.all_reduce(labels)
         model.head = fit_linear(x.flatten(0, 1), labels.long().repeat_interleave(args.train_clips))
     else:
+        weights = b"".join(x.cpu().numpy().tobytes() for x in encoder.state_dict().values())
+        args.encoder = f"{zlib.crc32(weights):08x}"       # so that a run is not continued with another encoder
         fine_tune(args, model, ActionClips(train * args.train_clips, classes, **clip), out, dtype, rank, world)
     test = ActionClips(test, classes, **clip, clips=args.test_clips)
-    scores, hits = evaluate(model, test, device, dtype, rank, world)
+    scores, hits = evaluate(model, test, device, dtype, args.workers, rank, world)
     labels = torch.tensor([classes.index(row.label) for row in test.rows])
     best = scores.topk(min(5, len(classes))).indices == labels[:, None]             # (n, 5)
     if rank == 0:
@@ -240,11 +247,10 @@ def recognise(args, device, rank, world):
         data = args.data.replace("{fold}", str(fold)) if fold else args.data
         here = out / f"fold{fold}" if fold else out
         folds[f"fold {fold}" if fold else "test"] = one_fold(Namespace(**vars(args) | {"fold": fold}), data, here, device, rank, world)
-        names = [name for name in next(iter(folds.values())) if "top" in name]
-        mean = {name: statistics.mean(result[name] for result in folds.values()) for name in names}
-        if rank == 0:
-            (out / "results.json").write_text(json.dumps({"protocol": vars(args), "epoch": "last", **folds, "mean": mean}, indent=1))
+    names = [name for name in next(iter(folds.values())) if "top" in name]
+    mean = {name: statistics.mean(result[name] for result in folds.values()) for name in names}
     if rank == 0:
+        (out / "results.json").write_text(json.dumps({"protocol": vars(args), "epoch": "last", **folds, "mean": mean}, indent=1))
         for name, result in [*folds.items(), ("mean", mean)] if len(folds) > 1 else folds.items():
             print(f"{name}: " + ", ".join(f"{key} {value:.1f} %" if "top" in key else f"{value} {key}" for key, value in result.items()))
         print(f"({'linear probe' if args.linear else f'epoch {args.epochs} of {args.epochs}'}, {args.test_clips} clips x 3 crops; "

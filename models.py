@@ -49,10 +49,14 @@ def read_state(path, names=()):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {path}: run pretrain.py first, or name another") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, AttributeError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no checkpoint that can be loaded: it is cut off, or another program's, or carries code, "
                          "which is not run; delete it or name another") from error
-    missing = [name for name in names if not isinstance(state, dict) or name not in state]
+    if not isinstance(state, dict) or not isinstance(state.get("model", {}), dict):
+        raise ValueError(f"{path} is no checkpoint: it holds something else than named tensors; name another")
+    missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(f"{path} is no checkpoint.pt of this script: it lacks {', '.join(missing)}; delete it or name another")
     return state

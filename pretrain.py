@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -38,7 +39,7 @@ PAPER_BATCH = 512                                         # §3.1: 64 GPUs x 8, 
 LOG_EVERY = 10                                            # steps
 REQUEUE = 75                                              # exit status after a signal: EX_TEMPFAIL of sysexits.h
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"           # makes torchrun's restarts start with a store of their own
-FREE = {"out", "workers", "save_every", "compile", "max_failures"}      # settings that a resumed run may change
+FREE = {"out", "workers", "save_every", "compile", "max_failures", "test_clips"}    # settings that a resumed run may change
 # For the built-in set: small frames and a small encoder, so that two CPU cores train it in minutes.
 DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_size=32, epochs=15, warmup=1)
 
@@ -112,6 +113,9 @@ def setup():
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        if local >= torch.cuda.device_count():
+            sys.exit(f"error: process {local} of this machine has no GPU of its own, there are {torch.cuda.device_count()}: "
+                     "start that many, or none with CUDA_VISIBLE_DEVICES=")
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     else:                                                 # share the cores out among this machine's processes
@@ -187,10 +191,15 @@ def write_whole(content, path):
                       "checkpoint, which stands") from error
 
 
+def content(clips):
+    """What a data set is, in few words, for the comparison of `resume`: how many files, and a sum of names and labels."""
+    return f"{len(clips)} clips, sum {zlib.crc32(''.join(f'{Path(row.path).name} {row.label} ' for row in clips.rows).encode()):08x}"
+
+
 def save(writer, path, args, clips, at, kept, model, optimizer, scaler):
     """Serialise everything, then write it to `path` in the thread of `writer`. Returns the future of that.
 
-    at: (epoch, clips of that epoch already used, steps). kept: what each process keeps, in the order of their ranks.
+    clips: of `content`. at: (epoch, clips of that epoch already used, steps). kept: what each process keeps, by rank.
     Plain values and tensors only, so that weights_only=True reads them.
     """
     state = {"args": vars(args), "clips": clips, "at": at, "processes": kept, "model": model.state_dict(),
@@ -203,14 +212,15 @@ def resume(path, args, clips, model, optimizer, scaler):
     if not path.exists():
         return (0, 0, 0), []
     state = read_state(path, ("args", "clips", "at", "processes", "model", "optimizer", "scaler"))
-    now, then = vars(args) | {"clips": clips}, state["args"] | {"clips": state["clips"]}
+    now, then = vars(args) | {"data set": clips}, state["args"] | {"data set": state["clips"]}
     other = [f"{name} {then.get(name)} there, {now.get(name)} here" for name in now.keys() | then.keys()
              if name not in FREE and now.get(name) != then.get(name)]
     if other:
         raise ValueError(f"{path} was made with other settings ({'; '.join(sorted(other))}): give those or another --out")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:                                   # empty where the run was not in float16 so far
+        scaler.load_state_dict(state["scaler"])
     return state["at"], state["processes"]
 
 
@@ -232,7 +242,7 @@ def shorten(log, last):
                 lines.append(line)
         except json.JSONDecodeError:                      # cut off in the middle
             pass
-    log.write_text("".join(lines))
+    write_whole("".join(lines).encode(), log)
 
 
 def rows_of(data, split, out, rank, world):
@@ -369,8 +379,8 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
     """
     clips, sampler, log = loader.dataset, loader.batch_sampler, path.with_name("log.jsonl")
     device, N = next(model.parameters()).device, sampler.batch_size * world
-    (epoch, start, step), kept = resume(path, args, len(clips), model, optimizer, scaler)
-    if len(set(everyone((epoch, start, step, len(clips))))) > 1:
+    (epoch, start, step), kept = resume(path, args, content(clips), model, optimizer, scaler)
+    if len(set(everyone((epoch, start, step, content(clips))))) > 1:
         raise ValueError(f"processes see different checkpoints or data: is --out {args.out} on a file system they share?")
     last_step = step + (len(clips) - start) // N + (args.epochs - epoch - 1) * len(loader)
     mine = kept[rank] if len(kept) == world else {"losses": [], "failed": sum(p["failed"] for p in kept) * (rank == 0),
@@ -383,7 +393,7 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
         return
     if rank == 0 and step:
         print(f"continuing {path} at step {step} of {last_step}" + (f": {len(kept)} process(es) there, {world} here, so the "
-              "rest of the epoch is dealt out anew and no longer the same to the bit" if len(kept) != world else ""))
+              f"rest of the epoch is dealt out anew, in batches of {N} in all, and no longer the same to the bit" if len(kept) != world else ""))
         shorten(log, step)
     elif rank == 0:
         write_line(log, {"args": vars(args), **about}, mode="w")
@@ -413,7 +423,8 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
             loss, accuracy = forward(*(x.to(device, non_blocking=True) for x in batch))
             skipped += descend(loss, optimizer, scaler)
             window.append((epoch, start, lrs, loss.detach()))
-            step, steps, at = step + 1, steps + 1, (epoch, start + N, step + 1)
+            step, steps = step + 1, steps + 1
+            at = (epoch, start + N, step) if step < last_step else (args.epochs, 0, step)
             if told:
                 told.wait()                               # so that all processes stop and save at the same step
             stop, keep = asked.tolist()
@@ -421,8 +432,12 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
             if due or stop or keep:
                 mine = {"losses": torch.stack([loss for *_, loss in window]).tolist(), "failed": failed,
                         "skipped": skipped, "rng": torch.get_rng_state()}
+                sound = torch.stack([x.isfinite().all() for x in model.parameters()]).all().item()
                 kept = everyone(mine)
                 check(path, window, kept, clips, sampler, saved_step, step, rank)
+                if not sound:
+                    raise FloatingPointError(f"weights that are not finite after step {step}, learning rate {lrs[0]:.4g}: "
+                                             f"{stands(saved_step)}; try a lower --lr and another --out")
                 replaced, now = sum(p["failed"] for p in kept), time.monotonic()
                 if replaced > args.max_failures * step * N:
                     raise ValueError(f"{replaced} of {step * N} clips had to be replaced, more than --max-failures "
@@ -443,7 +458,7 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
                 if rank == 0:
                     if writing:
                         writing.result()                  # raises what the writing has met
-                    writing = save(writer, path, args, len(clips), at, kept, model, optimizer, scaler)
+                    writing = save(writer, path, args, content(clips), at, kept, model, optimizer, scaler)
                 saved, saved_step = time.monotonic(), step
             bar.update()
             if stop:
@@ -475,6 +490,10 @@ def stream(loader, epoch, start, epochs, N):
         epoch, start = epoch + 1, 0
 
 
+def stands(step):
+    return f"the checkpoint of step {step} stands" if step else "there is no checkpoint yet"
+
+
 def check(path, window, kept, clips, sampler, saved_step, step, rank):
     """Raise FloatingPointError, on all processes, where a loss since the last log event is not finite on any."""
     for n, losses in enumerate(zip(*(p["losses"] for p in kept))):
@@ -486,9 +505,9 @@ def check(path, window, kept, clips, sampler, saved_step, step, rank):
         if rank == 0:
             write_line(path.with_name("log.jsonl"), {"step": step, "losses": losses, "files": files})
         more = f" and {len(files) - 8} more, all named in log.jsonl" if len(files) > 8 else ""
-        stands = f"the checkpoint of step {saved_step} stands" if saved_step else "there is no checkpoint yet"
-        raise FloatingPointError(f"loss {losses[rank]} at step {step}, learning rate {lrs[0]:.4g}, batch {', '.join(files[:8])}"
-                                 f"{more}: {stands}; look at these files, or try a lower --lr")
+        loss = next(x for x in losses if not math.isfinite(x))
+        raise FloatingPointError(f"loss {loss} at step {step}, learning rate {lrs[0]:.4g}, batch {', '.join(files[:8])}{more}: "
+                                 f"{stands(saved_step)}; look at these files, or try a lower --lr and another --out")
 
 
 def run(job, *args):
@@ -500,6 +519,7 @@ def run(job, *args):
         where = f" on rank {rank}" if rank else ""        # a loading process adds its traceback above the sentence
         print(f"error{where}: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
         if world > 1:
+            sys.stdout.flush()
             os._exit(1)                                   # taking the group down would wait for the others
         sys.exit(1)
     if world > 1:

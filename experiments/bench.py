@@ -1,19 +1,26 @@
 """Speed against the limit, on this machine. Ratios first: both sides of each are timed in turn, in one run.
 
-    python -m experiments.bench step                  # training step against the bare encoders
+    python -m experiments.bench step                  # training step against the bare encoders, share of the matmul rate
     python -m experiments.bench loader [PATH ...]     # samples of both views at S = 4 against the bare decode, memory
     python -m experiments.bench scan [FOLDER]         # files/s of the scan with two processes
+    python -m experiments.bench loss                  # Eq. 3 at global batches of 512 to 32,768: time, memory, share of a step
+    python -m experiments.bench retrieval             # ranks of pools of 1,000 to 32,000 clips
+    python -m experiments.bench scaling               # 1 process with 2 threads against 2 processes with 1
 
 `loader` without paths makes 10 s films of 340 x 256 at 30 fps, H.264 and AAC, with a keyframe every 250 frames, and
-reads their transcoded copies too; `scan` without a folder makes 400 short files.
+reads their transcoded copies too; `scan` without a folder makes 400 short files. --csv FILE adds what was measured to a csv.
 """
 
 import argparse
+import csv
+import json
 import multiprocessing
 import os
 import platform
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from fractions import Fraction
@@ -22,11 +29,15 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from augment import LogMel, crop_flip, normalize_frames
 from data import RATE, AudioVisualClips, make_loader, read_clip, read_manifest
 from prepare import demo, manifest, transcode
+from loss import cross_affinity, info_nce
 from pretrain import build, descend, objective, parse, precision, setup
+from retrieval import ranks
 
 
 def turns(functions, rounds, sync=lambda: None):
@@ -48,6 +59,33 @@ def ratio(ours, bare):
     r = [a / b for a, b in zip(ours, bare)]
     low, middle, high = statistics.quantiles(r, n=4)
     return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f}, {len(r)} rounds)"
+
+
+def median_ratio(ours, bare):
+    return statistics.median(a / b for a, b in zip(ours, bare))
+
+
+def synchroniser(device):
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def hardware():
+    """Cores and kind of the CPU or the GPU, and versions."""
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return (f"{len(os.sched_getaffinity(0))} core(s) of {names[0] if names else platform.machine()}, torch {torch.__version__}, "
+            f"av {av.__version__}" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
+
+
+def record(args, what, values):
+    """Add a line per value to --csv: date, hardware, command, what, quantity, value."""
+    if args.csv:
+        new = not Path(args.csv).exists()
+        with open(args.csv, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["date", "hardware", "command", "what", "quantity", "value"])
+            command = "python -m experiments.bench " + " ".join(sys.argv[1:])
+            writer.writerows([time.strftime("%Y-%m-%d"), hardware(), command, what, name, f"{value:.4g}"] for name, value in values.items())
 
 
 def step(args):
@@ -75,10 +113,95 @@ def step(args):
         loss, _, _ = objective(model, log_mel, frames.to(device), waves.to(device), settings, dtype)
         descend(loss, optimizer, scaler)
 
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if args.compile:
+        model.compile()
+    sync = synchroniser(device)
     spent = turns([ours, bare], args.rounds, sync)
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    matmul, = turns([lambda: a @ b], args.rounds, sync)
+    rate, peak = counter.get_total_flops() / min(spent[0]), 2 * size ** 3 / min(matmul)         # FLOP/s
     print(f"step / bare encoders: {ratio(*spent)}")
-    print(f"step {min(spent[0]):.3f} s, {B / min(spent[0]):.1f} clips/s; bare {min(spent[1]):.3f} s")
+    print(f"step {min(spent[0]):.3f} s, {B / min(spent[0]):.1f} clips/s; bare {min(spent[1]):.3f} s; {rate / 1e12:.2f} TFLOP/s, "
+          f"{100 * rate / peak:.0f} % of the {peak / 1e12:.2f} of a {str(dtype)[6:]} matmul")
+    settings = f"{args.arch} B{B} T{args.frames} {args.size}px {str(dtype)[6:]}{' compiled' * args.compile}"
+    record(args, f"step {settings}", {"step / bare": median_ratio(*spent), "clips per s": B / min(spent[0]),
+                                      "share of matmul rate": rate / peak})
+
+
+def loss(args):
+    """Eq. 3 for B = 8 clips of one process against the N of all: forward and backward, both directions."""
+    device, _, _ = setup()
+    B, K, C, D, sync = 8, 2, 512, 256, synchroniser(device)
+    own, firsts = torch.arange(B, device=device), None
+    for N in (512, 2048, 8192, 32768):
+        y_a, y_v = (torch.randn(B, K, C, device=device).relu().requires_grad_() for _ in range(2))
+        z_a, z_v = (F.normalize(torch.randn(N, K, D, device=device), dim=2).requires_grad_() for _ in range(2))
+
+        def both():
+            lam = cross_affinity(y_a, y_v)
+            to_v, to_a = info_nce(z_a[:B], z_v, own, 0.07), info_nce(z_v[:B], z_a, own, 0.07)
+            (lam * to_v + lam.mT * to_a).sum((1, 2)).mean().backward()
+
+        held = {}                                         # bytes of each storage that the backward needs
+
+        def pack(x):
+            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            both()
+        megabytes = sum(held.values()) / 1e6
+        spent, = turns([both], args.rounds, sync)
+        firsts = firsts or (min(spent), megabytes)
+        print(f"N {N}: {1000 * min(spent):.2f} ms ({min(spent) / firsts[0]:.1f} times that of 512), {megabytes:.1f} MB held for "
+              f"the backward ({megabytes / firsts[1]:.1f} times)")
+        record(args, f"loss B 8 N {N}", {"ms": 1000 * min(spent), "MB for the backward": megabytes})
+        if N == 512:
+            settings, model, optimizer, scaler, dtype = full_model(device)
+            frames = torch.randint(0, 256, (B, K, 30, 128, 128, 3), dtype=torch.uint8, device=device)
+            waves, log_mel = torch.randn(B, K, RATE, device=device) * 0.1, LogMel().to(device)
+            whole, = turns([lambda: descend(objective(model, log_mel, frames, waves, settings, dtype)[0], optimizer, scaler)], 2, sync)
+            print(f"N 512: {100 * min(spent) / min(whole):.2f} % of a step of 8 clips of the paper's model ({min(whole):.2f} s)")
+            record(args, "loss B 8 N 512", {"share of a step": min(spent) / min(whole)})
+
+
+def full_model(device):
+    """The paper's settings: arguments, model, optimiser, scaler, autocast dtype."""
+    settings, (dtype, _) = parse(["--data", "unread"]), precision("auto", device)
+    return settings, *build(settings, device, dtype), dtype
+
+
+def retrieval(args):
+    device, _, _ = setup()
+    for n in (1000, 8000, 32000):
+        query, gallery = (F.normalize(torch.randn(n, 256, device=device), dim=1) for _ in range(2))
+        labels = torch.arange(n, device=device) % 32
+        spent, = turns([lambda: ranks(query, gallery, labels)], args.rounds, synchroniser(device))
+        print(f"pool of {n}: {min(spent):.2f} s one way, instance and class level, {n * n / min(spent) / 1e6:.0f} million pairs/s")
+        record(args, f"retrieval n {n}", {"s": min(spent)})
+
+
+def scaling(args):
+    """pretrain.py itself on the built-in set, a global batch of 32: clips/s from its log, in turn, loading in the process."""
+    with tempfile.TemporaryDirectory() as folder:
+        demo.build(Path(folder) / "demo")
+        rates = {1: [], 2: []}
+        for n in range(args.rounds):
+            for processes in rates:
+                out = Path(folder) / f"{n}-{processes}"
+                subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                                "pretrain.py", "--out", str(out), "--epochs", "2", "--batch-size", str(32 // processes), "--workers",
+                                "0"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+                lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[2:]]     # past the first 10 steps
+                rates[processes].append(statistics.median(line["clips_per_s"] for line in lines))
+    print(f"2 processes / 1 process, the same cores: {ratio(rates[2], rates[1])}")
+    print(f"1 process {statistics.median(rates[1]):.1f} clips/s, 2 processes {statistics.median(rates[2]):.1f} clips/s")
+    record(args, "scaling", {"2 processes / 1": median_ratio(rates[2], rates[1]), "clips per s, 1": statistics.median(rates[1]),
+                             "clips per s, 2": statistics.median(rates[2])})
 
 
 def film(path, seconds=10, fps=30, rate=44100, size=(340, 256)):
@@ -204,16 +327,18 @@ def one_file(path, rounds):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=["step", "loader", "scan"])
+    p.add_argument("what", choices=["step", "loader", "scan", "loss", "retrieval", "scaling"])
     p.add_argument("paths", nargs="*", help="loader: video files with sound; scan: a folder")
     p.add_argument("--arch", default="r2plus1d_10", help="step: video encoder (default r2plus1d_10)")
     p.add_argument("--batch-size", type=int, default=32, help="step: clips (default 32)")
     p.add_argument("--frames", type=int, default=4, help="step: T (default 4)")
     p.add_argument("--size", type=int, default=32, help="step: pixels (default 32)")
     p.add_argument("--precision", default="auto", help="step: auto, bf16, fp16 or fp32 (default auto)")
-    p.add_argument("--rounds", type=int, default=15, help="measured rounds (default 15)")
+    p.add_argument("--compile", action="store_true", help="step: torch.compile the model (default off)")
+    p.add_argument("--csv", help="file to add the results to (default: none)")
+    p.add_argument("--rounds", type=int, help="measured rounds (default 15; scaling 3, retrieval 2)")
     p.add_argument("--samples", type=int, default=10000, help="loader: samples over which memory is watched (default 10000)")
     args = p.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} core(s), torch {torch.__version__}, "
-          f"av {av.__version__}" + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
-    {"step": step, "loader": loader, "scan": scan}[args.what](args)
+    args.rounds = args.rounds or {"scaling": 3, "retrieval": 2}.get(args.what, 15)
+    print(hardware())
+    {"step": step, "loader": loader, "scan": scan, "loss": loss, "retrieval": retrieval, "scaling": scaling}[args.what](args)

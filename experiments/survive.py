@@ -1,4 +1,4 @@
-"""What a run survives, shown with real processes and real signals on the built-in set (or --data).
+"""What a run survives, shown with real processes and real signals on CPUs, on the built-in set (or --data).
 
     python -m experiments.survive kills               # kill -9 at 20 random moments: the same weights, the same log
     python -m experiments.survive worker              # one of two processes killed under torchrun --max-restarts
@@ -34,7 +34,7 @@ def start(out, flags, launch=()):
     log = open(out.with_suffix(".txt"), "a")
     return subprocess.Popen([sys.executable, *torchrun, str(ROOT / "pretrain.py"), "--out", str(out), *SHORT,
                              *map(str, flags)], cwd=ROOT, stdout=log, stderr=log,
-                            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+                            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 def steps(out):
@@ -76,7 +76,7 @@ def kills(folder, flags, number, seed=0):
     for _ in range(number):
         run, before = start(cut, flags), written(cut)
         time.sleep(rng.uniform(0.5 * ready, ready + 1.5 * training / number))
-        alive, within = alive + (run.poll() is None), within + (written(cut) != before)
+        alive, within = alive + (run.poll() is None), within + (run.poll() is None and written(cut) != before)
         run.kill()
         run.wait()
     assert start(cut, flags).wait() == 0, (folder / "cut.txt").read_text()

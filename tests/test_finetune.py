@@ -206,6 +206,9 @@ def test_stopped_run_goes_on(ucf, tmp_path):
         assert process.wait(60) == 75
     assert "stopped by a signal, saved at step " in (tmp_path / "out.txt").read_text()
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["at"][2] >= 10
+    torch.save(video_encoder("r2plus1d_10").state_dict(), tmp_path / "other.pt")
+    other = run(*command, "--checkpoint", tmp_path / "other.pt", script="finetune.py", check=False)
+    assert other.returncode == 1 and "made with other settings (checkpoint none there, " in other.stderr and "; encoder " in other.stderr
 
 
 def test_bad_input(ucf, tmp_path, monkeypatch, capsys):

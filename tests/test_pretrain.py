@@ -150,9 +150,9 @@ def test_other_settings_or_data_are_refused(trained, tree, tmp_path, monkeypatch
     assert "made with other settings (eta 0.07 there, 0.1 here): give those or another --out" in capsys.readouterr().err
     assert (out / "checkpoint.pt").read_bytes() == before
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    torch.save(state | {"clips": 9}, tmp_path / "checkpoint.pt")      # a file was added since
+    torch.save(state | {"clips": "9 clips, sum 1"}, tmp_path / "checkpoint.pt")      # a file was added since
     assert here(monkeypatch, "--data", tree, "--out", tmp_path, *SMALL) == 1
-    assert "(clips 9 there, 10 here)" in capsys.readouterr().err
+    assert "(data set 9 clips, sum 1 there, 10 clips, sum " in capsys.readouterr().err
 
 
 def test_bad_data(tmp_path, monkeypatch, capsys):

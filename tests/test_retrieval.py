@@ -100,7 +100,7 @@ def test_bad_input(brief, tmp_path, monkeypatch, capsys):
             (["--checkpoint", brief.parent / "video_encoder.pt"], "is no checkpoint.pt of this script: it lacks model, args"),
             (["--data", tmp_path / "silent"], "0 usable clips in the 'test' part, R@20 needs 20 or more; left out: 22 no audio"),
             (["--data", tmp_path / "few"], "1 usable clips in the 'test' part"),
-            (["--data", tmp_path / "bad.csv"], "bad0.mp4: Invalid data found when processing input: leave it out of the test part"),
+            (["--data", tmp_path / "bad.csv"], "bad0.mp4: Invalid data found when processing input: take it out of the manifest"),
             (["--checkpoint", tmp_path / "nan.pt"], "features are not finite"),
             (["--data", tmp_path / "one"], "all clips are of one class, 'c'"),
             (["--data", tmp_path / "one", "--split", "val"], "has no 'val' part")):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
 class Numbers(torch.utils.data.Dataset):
     """Ten clips that are numbers, for a network that draws some of its own."""
 
-    clips, seed = None, 0
+    clips, seed, rows = None, 0, []
 
     def __len__(self):
         return 10
@@ -64,6 +65,18 @@ def test_random_draws_go_on_where_they_were(tmp_path):
     while not cut.exists() or torch.load(cut, weights_only=True)["at"] != (2, 4, 12):     # the writing thread goes on
         time.sleep(0.01)
     assert train(cut).equal(whole)
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path):
+    """From bfloat16, without a scaler, to float16 with one."""
+    model, args = torch.nn.Linear(2, 2), Namespace(seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    none, one = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))
+    for there, here_ in ((none, one), (one, none), (one, one)):
+        with ThreadPoolExecutor(1) as writer:
+            pretrain.save(writer, tmp_path / "c.pt", args, "x", (1, 2, 3), [], model, optimizer, there)
+        at, kept = pretrain.resume(tmp_path / "c.pt", args, "x", model, optimizer, here_)
+        assert (at, kept) == ((1, 2, 3), [])
 
 
 def test_same_sees_every_difference():
