@@ -4,11 +4,13 @@ import ast
 import csv
 import json
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -144,6 +146,23 @@ def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
         assert len(p) == 9 and p[:, 0].std() > 0.01
         torch.testing.assert_close(scores[n], p.mean(0))
         torch.testing.assert_close(hits[n], torch.tensor([(p.argmax(1) == label).float().mean(), 1.0]))
+
+
+def test_evaluation_keeps_no_clips(ucf):
+    """Thirty videos of 9.4 MB of clips each (37.7 as float32, more than malloc would keep): what is held does not grow."""
+    rows, _ = read_manifest(ucf / "ucf101-1.csv", "train")
+    clips = ActionClips(rows * 5, ["Archery", "Bowling"], frames=32, fps=8, size=128, clips=2)
+    held = []
+
+    class Encoder(torch.nn.Module):
+        def forward(self, x):
+            with open("/proc/self/statm") as file:
+                held.append(int(file.read().split()[1]) * resource.getpagesize() / 1e6)         # MB
+            return x.mean((2, 3, 4)) @ torch.ones(3, 512)
+
+    model = torch.nn.Sequential(OrderedDict(f=Encoder(), head=torch.nn.Linear(512, 2)))
+    scores, _ = evaluate(model, clips, torch.device("cpu"), torch.float32, workers=1)
+    assert scores.shape == (30, 2) and held[-1] - held[5] < 60 < 24 * 9.4
 
 
 def test_readme_lines_on_a_miniature(ucf, tmp_path):
