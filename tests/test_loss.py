@@ -184,6 +184,9 @@ for affinity in ("none", "clip", "view", "batch"):
     grads[affinity] = torch.cat([p.grad.flatten() for p in net.parameters()])
 if rank == 0:
     torch.save(grads, sys.argv[1])
+if world > 1:
+    dist.barrier()                                        # one that leaves early can abort the other
+    dist.destroy_process_group()
 '''
 
 
