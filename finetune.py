@@ -122,10 +122,10 @@ def features(f, clips, device, dtype, workers, rank, world):
 def evaluate(model, clips, device, dtype, workers=None, rank=0, world=1):
     """Test of §3.1 (GDT): scores (n, classes), the softmax averaged over a video's clips and crops, and hits (n, 2),
     the share of these whose own top 1 and top 5 have the label. Kept by index: no video counts twice."""
-    results = torch.zeros(len(clips), len(clips.classes) + 2, device=device)
+    results = torch.zeros(len(clips), len(clips.classes) + 2, device=device)        # (n, classes + 2)
     for index, label, y in features(model.f, clips, device, dtype, workers, rank, world):
         logits = model.head(y)                                                      # (clips * crops, classes)
-        best = logits.topk(min(5, logits.shape[1])).indices == label
+        best = logits.topk(min(5, logits.shape[1])).indices == label                # (clips * crops, 5)
         results[index] = torch.cat([logits.softmax(1).mean(0), best[:, :1].float().mean(0, True)[0],
                                     best.any(1).float().mean(0, True)])
     if world > 1:
@@ -139,7 +139,8 @@ def fit_linear(x, labels, decay=1e-3):
     """Softmax regression of features x (n, C) on labels (n,): the nn.Linear that minimises cross-entropy plus decay / 2
     times the squared weights, on standardised features, by L-BFGS; no learning rate to choose (this project's)."""
     mean, std = x.mean(0), x.std(0) + 1e-6                                          # (C,) x 2
-    z, linear = (x - mean) / std, nn.Linear(x.shape[1], int(labels.max()) + 1, device=x.device)
+    z = (x - mean) / std                                                            # (n, C)
+    linear = nn.Linear(x.shape[1], int(labels.max()) + 1, device=x.device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=300, line_search_fn="strong_wolfe")
@@ -182,20 +183,21 @@ def one_fold(args, data, out, device, rank, world):
         f"of {len(classes)} classes, {len(rows['train'][1])} and {len(rows['test'][1])} left out; encoder from {args.checkpoint}")
     if args.linear:
         clips = ActionClips(train, classes, **clip, clips=args.train_clips, crops=1)
-        x, labels = torch.zeros(len(train), args.train_clips, C, device=device), torch.zeros(len(train), device=device)
+        x = torch.zeros(len(train), args.train_clips, C, device=device)             # (n, clips, C)
+        labels = torch.zeros(len(train), dtype=torch.int64, device=device)          # (n,)
         for index, label, y in features(encoder, clips, device, dtype, args.workers, rank, world):
             x[index], labels[index] = y, label
         if world > 1:
             dist.all_reduce(x)
             dist.all_reduce(labels)
-        model.head = fit_linear(x.flatten(0, 1), labels.long().repeat_interleave(args.train_clips))
+        model.head = fit_linear(x.flatten(0, 1), labels.repeat_interleave(args.train_clips))
     else:
         weights = b"".join(x.cpu().numpy().tobytes() for x in encoder.state_dict().values())
         args.encoder = f"{zlib.crc32(weights):08x}"       # so that a run is not continued with another encoder
         fine_tune(args, model, ActionClips(train * args.train_clips, classes, **clip), out, dtype, rank, world)
     test = ActionClips(test, classes, **clip, clips=args.test_clips)
-    scores, hits = evaluate(model, test, device, dtype, args.workers, rank, world)
-    labels = torch.tensor([classes.index(row.label) for row in test.rows])
+    scores, hits = evaluate(model, test, device, dtype, args.workers, rank, world)  # (n, classes), (n, 2)
+    labels = torch.tensor([classes.index(row.label) for row in test.rows])          # (n,)
     best = scores.topk(min(5, len(classes))).indices == labels[:, None]             # (n, 5)
     if rank == 0:
         write_classes(out, classes, labels, scores.argmax(1))
@@ -230,7 +232,7 @@ def fine_tune(args, model, clips, out, dtype, rank, world):
 
 def write_classes(out, classes, labels, answers):
     """confusion.csv: rows the true class, columns the answer; classes.csv: videos, correct ones, accuracy of each class."""
-    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)             # (true class, answer)
     counts.index_put_((labels, answers), torch.tensor(1), accumulate=True)
     for name, head, lines in (
             ("confusion.csv", ["", *classes], [[c, *row] for c, row in zip(classes, counts.tolist())]),

@@ -123,7 +123,7 @@ def setup():
     if world > 1:
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and UNSHARED not in os.environ and os.environ["RANK"] == "0":
             print(f"warning: torchrun --max-restarts needs {UNSHARED}=1 set before it, else restarted workers look for the "
-                  "dead ones (pytorch issue 135712)", file=sys.stderr)
+                  "dead ones (pytorch/pytorch#135712)", file=sys.stderr)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return device, int(os.environ.get("RANK", 0)), world
 
@@ -191,7 +191,7 @@ def write_whole(content, path):
                       "checkpoint, which stands") from error
 
 
-def content(clips):
+def signature(clips):
     """What a data set is, in few words, for the comparison of `resume`: how many files, and a sum of names and labels."""
     return f"{len(clips)} clips, sum {zlib.crc32(''.join(f'{Path(row.path).name} {row.label} ' for row in clips.rows).encode()):08x}"
 
@@ -199,7 +199,7 @@ def content(clips):
 def save(writer, path, args, clips, at, kept, model, optimizer, scaler):
     """Serialise everything, then write it to `path` in the thread of `writer`. Returns the future of that.
 
-    clips: of `content`. at: (epoch, clips of that epoch already used, steps). kept: what each process keeps, by rank.
+    clips: of `signature`. at: (epoch, clips of that epoch already used, steps). kept: what each process keeps, by rank.
     Plain values and tensors only, so that weights_only=True reads them.
     """
     state = {"args": vars(args), "clips": clips, "at": at, "processes": kept, "model": model.state_dict(),
@@ -379,8 +379,8 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
     """
     clips, sampler, log = loader.dataset, loader.batch_sampler, path.with_name("log.jsonl")
     device, N = next(model.parameters()).device, sampler.batch_size * world
-    (epoch, start, step), kept = resume(path, args, content(clips), model, optimizer, scaler)
-    if len(set(everyone((epoch, start, step, content(clips))))) > 1:
+    (epoch, start, step), kept = resume(path, args, signature(clips), model, optimizer, scaler)
+    if len(set(everyone((epoch, start, step, signature(clips))))) > 1:
         raise ValueError(f"processes see different checkpoints or data: is --out {args.out} on a file system they share?")
     last_step = step + (len(clips) - start) // N + (args.epochs - epoch - 1) * len(loader)
     mine = kept[rank] if len(kept) == world else {"losses": [], "failed": sum(p["failed"] for p in kept) * (rank == 0),
@@ -432,10 +432,10 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
             if due or stop or keep:
                 mine = {"losses": torch.stack([loss for *_, loss in window]).tolist(), "failed": failed,
                         "skipped": skipped, "rng": torch.get_rng_state()}
-                sound = torch.stack([x.isfinite().all() for x in model.parameters()]).all().item()
+                finite = torch.stack([x.isfinite().all() for x in model.parameters()]).all().item()
                 kept = everyone(mine)
                 check(path, window, kept, clips, sampler, saved_step, step, rank)
-                if not sound:
+                if not finite:
                     raise FloatingPointError(f"weights that are not finite after step {step}, learning rate {lrs[0]:.4g}: "
                                              f"{stands(saved_step)}; try a lower --lr and another --out")
                 replaced, now = sum(p["failed"] for p in kept), time.monotonic()
@@ -458,7 +458,7 @@ def fit(path, args, about, loader, model, optimizer, scaler, rates, forward, ran
                 if rank == 0:
                     if writing:
                         writing.result()                  # raises what the writing has met
-                    writing = save(writer, path, args, content(clips), at, kept, model, optimizer, scaler)
+                    writing = save(writer, path, args, signature(clips), at, kept, model, optimizer, scaler)
                 saved, saved_step = time.monotonic(), step
             bar.update()
             if stop:
@@ -491,6 +491,7 @@ def stream(loader, epoch, start, epochs, N):
 
 
 def stands(step):
+    """In words, what is left where a run breaks off: the checkpoint of `step`, or none (0)."""
     return f"the checkpoint of step {step} stands" if step else "there is no checkpoint yet"
 
 

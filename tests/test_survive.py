@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_pretrain import SMALL, here, log_of
 
 import pretrain
-from data import make_loader
+from data import Row, make_loader
 from experiments import survive
 
 
@@ -65,6 +65,42 @@ def test_random_draws_go_on_where_they_were(tmp_path):
     while not cut.exists() or torch.load(cut, weights_only=True)["at"] != (2, 4, 12):     # the writing thread goes on
         time.sleep(0.01)
     assert train(cut).equal(whole)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss is finite, its gradient at zero is not: the run stops, and no checkpoint holds what came of it."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    args = Namespace(epochs=4, save_every=0.0, max_failures=0.05, out=str(tmp_path))
+    with pytest.raises(FloatingPointError, match="weights that are not finite after step 1, learning rate 0.01: there is no checkpoint"):
+        pretrain.fit(tmp_path / "checkpoint.pt", args, {}, make_loader(Numbers(), 2), model,
+                     torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler("cpu", enabled=False),
+                     lambda epoch: [0.01], lambda x, _: (model(x).abs().sqrt().mean(), lambda: torch.tensor(0.0)), 0, 1)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_signature_tells_data_sets_apart():
+    def of(*names_and_labels):
+        clips = Numbers()
+        clips.rows = [Row(path, label, "train", 1.0, True) for path, label in names_and_labels]
+        return pretrain.signature(clips)
+
+    one = of(("/here/a.mp4", "bell"), ("/here/b.mp4", "drum"))
+    assert one == of(("/there/a.mp4", "bell"), ("/there/b.mp4", "drum"))      # moved
+    assert len({one, of(("/here/a.mp4", "drum"), ("/here/b.mp4", "drum")), of(("/here/c.mp4", "bell"), ("/here/b.mp4", "drum"))}) == 3
+
+
+def test_restarts_without_a_store_of_their_own_are_warned_of(monkeypatch, capsys):
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_: None)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}.items():
+        monkeypatch.setenv(name, value)
+    threads = torch.get_num_threads()
+    for present in (False, True):
+        if present:
+            monkeypatch.setenv(pretrain.UNSHARED, "1")
+        pretrain.setup()
+        assert ("needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err) != present
+    torch.set_num_threads(threads)
 
 
 def test_a_run_goes_on_in_another_precision(tmp_path):
