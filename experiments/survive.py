@@ -75,7 +75,7 @@ def kills(folder, flags, number, seed=0):
     training, alive, within = time.monotonic() - began - ready, 0, 0
     for _ in range(number):
         run, before = start(cut, flags), written(cut)
-        time.sleep(rng.uniform(0.5 * ready, ready + 1.5 * training / number))
+        time.sleep(rng.uniform(0.5 * ready, ready + training / number))      # so that work is left for the last
         alive, within = alive + (run.poll() is None), within + (run.poll() is None and written(cut) != before)
         run.kill()
         run.wait()
