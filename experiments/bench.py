@@ -7,6 +7,11 @@
     python -m experiments.bench retrieval             # ranks of pools of 1,000 to 32,000 clips
     python -m experiments.bench scaling               # 1 process with 2 threads against 2 processes with 1
 
+The step of the paper's model on a GPU, batch after batch until its memory is full, and where the time goes:
+
+    python -m experiments.bench step --arch r2plus1d_18 --frames 30 --size 128 --batch-size 8 16 32 64 128 256 --profile
+    python -m experiments.bench step --arch r2plus1d_18 --frames 32 --size 224 --batch-size 8 16 32 64 --compile
+
 `loader` without paths makes 10 s films of 340 x 256 at 30 fps, H.264 and AAC, with a keyframe every 250 frames, and
 reads their transcoded copies too; `scan` without a folder makes 400 short files. --csv FILE adds what was measured to a csv.
 """
@@ -84,51 +89,81 @@ def record(args, what, values):
             writer = csv.writer(file)
             if new:
                 writer.writerow(["date", "hardware", "command", "what", "quantity", "value"])
-            command = "python -m experiments.bench " + " ".join(sys.argv[1:])
-            writer.writerows([time.strftime("%Y-%m-%d"), hardware(), command, what, name, f"{value:.4g}"] for name, value in values.items())
+            command = " ".join([f"python -m experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+            about = [time.strftime("%Y-%m-%d"), hardware(), command, what]
+            writer.writerows([*about, name, f"{value:.4g}"] for name, value in values.items())
 
 
 def step(args):
     device, _, _ = setup()
     dtype, why = precision(args.precision, device)
-    B, K = args.batch_size, 2
-    print(f"step: {args.arch}, B {B}, K {K}, T {args.frames}, {args.size} px, {str(dtype)[6:]} ({why}), "
-          f"{torch.get_num_threads()} thread(s)")
+    for B in args.batch_size:
+        print(f"step: {args.arch}, B {B}, K 2, T {args.frames}, {args.size} px, {str(dtype)[6:]} ({why}), "
+              f"{torch.get_num_threads()} thread(s){', compiled' * args.compile}")
+        try:
+            step_of(args, B, device, dtype)
+        except torch.OutOfMemoryError:
+            print(f"B {B} does not fit the memory")
+            break
+
+
+def step_of(args, B, device, dtype, K=2):
+    """The step with B clips against the bare encoders."""
     settings = parse(["--data", "unread", "--arch", args.arch])
     model, optimizer, scaler = build(settings, device, dtype)
-    log_mel = LogMel().to(device)
+    net, f, g = (torch.compile(m) if args.compile else m for m in (model, model.f, model.g))
+    log_mel, cuda = LogMel().to(device), device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
     frames = torch.randint(0, 256, (B, K, args.frames, args.size, args.size, 3), dtype=torch.uint8)
     waves = torch.randn(B, K, RATE) * 0.1
+    frames, waves = (x.pin_memory() if cuda else x for x in (frames, waves))        # as make_loader gives them
     video = normalize_frames(frames.to(device)).flatten(0, 1)                       # (B K, 3, T, H, W)
     audio = log_mel(waves.to(device)).flatten(0, 1)                                 # (B K, 1, M, F)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
     def bare():
-        with autocast:
-            y_v, y_a = model.f(video), model.g(audio)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            y_v, y_a = f(video), g(audio)
         (y_v.float().mean() + y_a.float().mean()).backward()
         model.zero_grad(set_to_none=True)
 
-    def ours():                                           # what pretrain.py does with a batch
-        loss, _, _ = objective(model, log_mel, frames.to(device), waves.to(device), settings, dtype)
-        descend(loss, optimizer, scaler)
+    def ours(net=net):                                    # what pretrain.py does with a batch
+        x, w = frames.to(device, non_blocking=True), waves.to(device, non_blocking=True)
+        descend(objective(net, log_mel, x, w, settings, dtype)[0], optimizer, scaler)
 
-    if args.compile:
-        model.compile()
     sync = synchroniser(device)
     spent = turns([ours, bare], args.rounds, sync)
     with FlopCounterMode(display=False) as counter:
-        ours()
-    size = 8192 if device.type == "cuda" else 2048
+        ours(model)
+    size = 8192 if cuda else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     matmul, = turns([lambda: a @ b], args.rounds, sync)
-    rate, peak = counter.get_total_flops() / min(spent[0]), 2 * size ** 3 / min(matmul)         # FLOP/s
+    seconds, clips = min(spent[0]), B / min(spent[0])
+    rate, peak = counter.get_total_flops() / seconds, 2 * size ** 3 / min(matmul)               # FLOP/s
     print(f"step / bare encoders: {ratio(*spent)}")
-    print(f"step {min(spent[0]):.3f} s, {B / min(spent[0]):.1f} clips/s; bare {min(spent[1]):.3f} s; {rate / 1e12:.2f} TFLOP/s, "
+    print(f"step {seconds:.3f} s, {clips:.1f} clips/s; bare {min(spent[1]):.3f} s; {rate / 1e12:.2f} TFLOP/s, "
           f"{100 * rate / peak:.0f} % of the {peak / 1e12:.2f} of a {str(dtype)[6:]} matmul")
-    settings = f"{args.arch} B{B} T{args.frames} {args.size}px {str(dtype)[6:]}{' compiled' * args.compile}"
-    record(args, f"step {settings}", {"step / bare": median_ratio(*spent), "clips per s": B / min(spent[0]),
-                                      "share of matmul rate": rate / peak})
+    values = {"step / bare": median_ratio(*spent), "clips per s": clips, "share of matmul rate": rate / peak}
+    if cuda:
+        values["peak memory, GB"] = torch.cuda.max_memory_allocated() / 1e9
+        values["hours on 8 for 231k clips, 100 epochs"] = 231e5 / 8 / clips / 3600
+        print("{peak memory, GB:.1f} GB; the paper's 231k clips x 100 epochs on 8 of these at this rate, nothing else counted: "
+              "{hours on 8 for 231k clips, 100 epochs:.1f} h".format(**values))
+    record(args, f"step {args.arch} B{B} T{args.frames} {args.size}px {str(dtype)[6:]}{' compiled' * args.compile}", values)
+    if args.profile:
+        profile(ours, device, sync)
+
+
+def profile(function, device, sync):
+    """The ten kernels (on a CPU: operations) that take most of a call's time, with their shares."""
+    with torch.profiler.profile() as seen:
+        function()
+        sync()
+    cuda = device.type == "cuda"
+    events = [e for e in seen.key_averages() if not cuda or e.device_type != torch.autograd.DeviceType.CPU]
+    spent = sorted(((e.self_device_time_total if cuda else e.self_cpu_time_total, e.key, e.count) for e in events), reverse=True)
+    for time_, name, count in spent[:10]:
+        print(f"{100 * time_ / sum(t for t, _, _ in spent):5.1f} %  {count:4} x  {name[:100]}")
 
 
 def loss(args):
@@ -234,25 +269,27 @@ def loader(args):
             paths[0].parent.mkdir(parents=True)
             film(paths[0])
         for path in paths:
-            one_file(path, args.rounds)
+            one_file(args, path)
         rows = manifest.probe_all([(path, "films", "", "") for path in paths])
         manifest.write(rows, Path(folder) / "m.csv")
-        throughput("originals", Path(folder) / "m.csv", args.rounds)
+        throughput(args, "originals", Path(folder) / "m.csv")
         transcode.run(Path(folder) / "m.csv", Path(folder) / "copy")
-        throughput("transcoded copies", Path(folder) / "copy" / "manifest.csv", args.rounds)
-        memory(Path(folder) / "small", args.samples)
+        throughput(args, "transcoded copies", Path(folder) / "copy" / "manifest.csv")
+        memory(args, Path(folder) / "small")
 
 
-def throughput(name, path, rounds):
+def throughput(args, name, path):
     """Samples/s of one loading process, as training draws them: speeds 1 to 4, place, crop and flip at random."""
     rows, _ = read_manifest(path)
-    clips = AudioVisualClips(rows * (8 * (rounds + 2) // len(rows) + 8), 30, 30, 128, 4)
+    clips = AudioVisualClips(rows * (8 * (args.rounds + 2) // len(rows) + 8), 30, 30, 128, 4)
     batches = iter(make_loader(clips, 8, workers=1))
     next(batches)                                         # the process has started
     began = time.perf_counter()
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         next(batches)
-    print(f"{name}: {8 * rounds / (time.perf_counter() - began):.1f} samples/s with one worker")
+    rate = 8 * args.rounds / (time.perf_counter() - began)
+    print(f"{name}: {rate:.1f} samples/s with one worker")
+    record(args, f"loader {name}", {"samples per s, one worker": rate})
 
 
 def resident(process):
@@ -262,24 +299,25 @@ def resident(process):
     return kilobytes["Rss"] / 1000, (kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]) / 1000
 
 
-def memory(folder, samples):
-    """Resident memory of two loading processes over `samples` samples of small films."""
+def memory(args, folder):
+    """Resident memory of two loading processes over --samples samples of small films."""
     (folder / "train" / "bell").mkdir(parents=True)
     for n in range(16):
         demo.make_clip(folder, 0, ("train", "bell", n))
     manifest.write(manifest.scan(folder), folder / "m.csv")
     rows, _ = read_manifest(folder / "m.csv")
-    clips = AudioVisualClips(rows * (samples // len(rows) + 1), 4, 4, 32, 4)
+    clips = AudioVisualClips(rows * (args.samples // len(rows) + 1), 4, 4, 32, 4)
     marks = {}
     loader = make_loader(clips, 20, workers=2)
     iterator = iter(loader)
     for n, _ in enumerate(iterator, 1):
-        if 20 * n in (1000, samples // 20 * 20):
+        if 20 * n in (1000, args.samples // 20 * 20):
             marks[20 * n] = [resident(child.pid) for child in multiprocessing.active_children()]
     sums = {n: [sum(pair[k] for pair in pairs) for k in (0, 1)] for n, pairs in marks.items()}
     first, last = min(sums), max(sums)
     print(f"memory of 2 workers: {sums[first][0]:.0f} MB after {first} samples, {sums[last][0]:.0f} MB after {last} "
           f"({100 * (sums[last][0] / sums[first][0] - 1):+.1f} %); their own {sums[first][1]:.0f} -> {sums[last][1]:.0f} MB")
+    record(args, f"loader, {last} samples", {"growth of memory since 1000": sums[last][0] / sums[first][0] - 1})
 
 
 def scan(args):
@@ -292,15 +330,16 @@ def scan(args):
         for verify in (False, True):
             began = time.perf_counter()
             rows = manifest.scan(root, workers=2, verify=verify)
-            print(f"scan{' --verify' * verify}: {len(rows) / (time.perf_counter() - began):.0f} files/s, "
-                  f"{manifest.summary(rows)}")
+            rate = len(rows) / (time.perf_counter() - began)
+            print(f"scan{' --verify' * verify}: {rate:.0f} files/s, {manifest.summary(rows)}")
+            record(args, f"scan{' --verify' * verify}, 2 workers", {"files per s": rate})
 
 
-def one_file(path, rounds):
+def one_file(args, path):
     with av.open(str(path)) as container:
         seconds, video = container.duration / av.time_base, container.streams.video[0]
         print(f"loader: {Path(path).name}, {seconds:.1f} s, {video.width}x{video.height}, {float(video.average_rate):.2f} fps")
-    starts = iter(np.random.default_rng(0).uniform(0, max(0, seconds - 4), rounds + 1).repeat(2))
+    starts = iter(np.random.default_rng(0).uniform(0, max(0, seconds - 4), args.rounds + 1).repeat(2))
 
     def ours():
         frames, wave = read_clip(path, next(starts), (1, 4), (1, 4), frames=30, fps=30, short_side=160)
@@ -319,10 +358,11 @@ def one_file(path, rounds):
                 if len(ends) == 2 and min(ends.values()) >= t0 + 4:
                     break
 
-    spent = turns([ours, bare], rounds)
+    spent = turns([ours, bare], args.rounds)
     print(f"sample / bare decode of its window: {ratio(*spent)}")
     print(f"sample {1000 * statistics.median(spent[0]):.0f} ms, {1 / statistics.mean(spent[0]):.1f} samples/s on one core; "
           f"bare decode {1000 * statistics.median(spent[1]):.0f} ms")
+    record(args, f"loader {Path(path).name}", {"sample / bare decode": median_ratio(*spent)})
 
 
 if __name__ == "__main__":
@@ -330,11 +370,13 @@ if __name__ == "__main__":
     p.add_argument("what", choices=["step", "loader", "scan", "loss", "retrieval", "scaling"])
     p.add_argument("paths", nargs="*", help="loader: video files with sound; scan: a folder")
     p.add_argument("--arch", default="r2plus1d_10", help="step: video encoder (default r2plus1d_10)")
-    p.add_argument("--batch-size", type=int, default=32, help="step: clips (default 32)")
+    p.add_argument("--batch-size", type=int, nargs="+", default=[32], help="step: clips, one or more sizes, the "
+                   "smallest first (default 32)")
     p.add_argument("--frames", type=int, default=4, help="step: T (default 4)")
     p.add_argument("--size", type=int, default=32, help="step: pixels (default 32)")
     p.add_argument("--precision", default="auto", help="step: auto, bf16, fp16 or fp32 (default auto)")
     p.add_argument("--compile", action="store_true", help="step: torch.compile the model (default off)")
+    p.add_argument("--profile", action="store_true", help="step: print where the time goes (default off)")
     p.add_argument("--csv", help="file to add the results to (default: none)")
     p.add_argument("--rounds", type=int, help="measured rounds (default 15; scaling 3, retrieval 2)")
     p.add_argument("--samples", type=int, default=10000, help="loader: samples over which memory is watched (default 10000)")

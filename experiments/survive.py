@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.bench import record
 from pretrain import build, parse, save
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +130,7 @@ if __name__ == "__main__":
     p.add_argument("--number", type=int, default=20, help="kills: how many (default 20)")
     p.add_argument("--epochs", type=int, default=4, help="length of the run (default 4)")
     p.add_argument("--batch-size", type=int, default=32, help="clips per process (default 32)")
+    p.add_argument("--csv", help="file to add the results to (default: none)")
     args = p.parse_args()
     flags = ["--data", args.data, "--epochs", args.epochs, "--batch-size", args.batch_size]
     with tempfile.TemporaryDirectory() as folder:
@@ -136,10 +138,15 @@ if __name__ == "__main__":
             equal, alive, within = kills(Path(folder), flags, args.number)
             print(f"{alive} kills, {within} of them after a new checkpoint: weights, momentum and log "
                   f"{'are those' if equal else 'DIFFER from those'} of the uninterrupted run")
+            record(args, "kills", {"alive": alive, "after a new checkpoint": within, "same weights, momentum and log": equal})
             sys.exit(not equal)
         if args.what == "worker":
-            print(f"a killed worker of two: training went on after {worker(Path(folder), flags):.1f} s")
+            seconds = worker(Path(folder), flags)
+            print(f"a killed worker of two: training went on after {seconds:.1f} s")
+            record(args, "killed worker of two", {"s": seconds})
         if args.what == "saving":
             held, whole, size = saving(Path(folder))
             print(f"a checkpoint of {size / 1e6:.0f} MB: training held up {statistics.median(held):.2f} s (at most "
                   f"{max(held):.2f}), on the disk after {statistics.median(whole):.2f} s (at most {max(whole):.2f})")
+            record(args, "checkpoint of the full model", {"MB": size / 1e6, "s held up": statistics.median(held),
+                                                          "s until on disk": statistics.median(whole)})

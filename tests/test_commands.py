@@ -1,6 +1,8 @@
 """The commands of README.md, run as written there where that takes seconds, shortened by flags where it takes longer."""
 
 import csv
+import itertools
+import json
 import os
 import re
 import shlex
@@ -8,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, make_video
 from test_pretrain import SMALL, log_of, run
 
@@ -15,6 +18,7 @@ import finetune
 import pretrain
 import retrieval
 from data import read_manifest
+from experiments import table1
 
 README = (ROOT / "README.md").read_text()
 
@@ -41,10 +45,15 @@ def test_two_processes_train_and_retrieve(tree, tmp_path):
     done = run("--data", tree, "--out", tmp_path, *SMALL, "--batch-size", "2", processes=2)
     assert "2 process(es) on cpu" in done.stdout and "global batch 4" in done.stdout and "6 negatives" in done.stdout
     assert [event["step"] for event in log_of(tmp_path)[1:]] == [8]
-    tables = [run("--checkpoint", tmp_path / "checkpoint.pt", "--clips", "2", processes=n, script="retrieval.py").stdout
+    tables = [run("--checkpoint", tmp_path / "checkpoint.pt", "--clips", "4", processes=n, script="retrieval.py").stdout
               for n in (1, 2)]
     rows = [re.findall(r"^(?:instance|class) .*", table, re.MULTILINE) for table in tables]     # gloo of torch 2.10 prints too
     assert "24 clips of 2 classes" in tables[0] and len(rows[0]) == 6 and rows[0] == rows[1]
+    found, kept = table1.measure(tmp_path / "checkpoint.pt"), json.loads((tmp_path / "retrieval.json").read_text())
+    for level, k in itertools.product(("instance", "class"), (1, 5)):             # the ablation's retrieval is retrieval.py's
+        ways = [kept[f"{level}, {way}"][f"R@{k}"][0] for way in ("audio -> video", "video -> audio")]
+        assert found[f"{level} R@{k}"] == pytest.approx(50 * sum(ways))
+    assert list(found.keys() - table1.METRICS) == [] and all(0 <= found[metric] <= 100 for metric in table1.METRICS)
     gone = run("--data", tmp_path / "gone", "--out", tmp_path / "o", *SMALL, processes=2, check=False)
     assert gone.returncode != 0 and gone.stderr.count("error: --data") == 1
 
@@ -119,11 +128,13 @@ def test_prepare_commands_run_as_written(tmp_path):
 
 
 def test_bench_of_the_step(tmp_path):
-    """README's line, with fewer rounds; what it measures goes into a csv."""
+    """README's line, with fewer rounds, two batches and a profile; what it measures goes into a csv."""
     line, = [line for line in command_lines() if "experiments.bench step" in line]
-    done = subprocess.run([sys.executable, *line.split()[1:], "--rounds", "2", "--csv", tmp_path / "b.csv"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *line.split()[1:], "--rounds", "2", "--batch-size", "2", "4", "--profile",
+                           "--csv", tmp_path / "b.csv"], cwd=ROOT, capture_output=True, text=True)
+    assert len(re.findall(r"^ *[\d.]+ % +\d+ x  aten::convolution_backward$", done.stdout, re.MULTILINE)) == 2, done.stdout
     assert re.search(r"step / bare encoders: [\d.]+ .* % of the [\d.]+ of a \w+ matmul", done.stdout, re.DOTALL), done.stderr
     with open(tmp_path / "b.csv", newline="") as file:
-        lines = {line["quantity"]: float(line["value"]) for line in csv.DictReader(file)}
-    assert lines["clips per s"] > 0 and 0 < lines["share of matmul rate"] < 2 and lines["step / bare"] > 0.5
+        lines = {(line["what"].split()[2], line["quantity"]): float(line["value"]) for line in csv.DictReader(file)}
+    for B in ("B2", "B4"):
+        assert lines[B, "clips per s"] > 0 and 0 < lines[B, "share of matmul rate"] < 2 and lines[B, "step / bare"] > 0.5
