@@ -11,11 +11,11 @@ has the highest mean class R@1 (the paper's K-sounds@1) and beats it by two stan
 these seeds and again on as many new ones.
 
 Each run is pretrain.py with its settings for the built-in set, but at 6 frames per second, so that a clip is 0.67 s long
-and speed 6 fits into the 4.5 s of a film. Measured on the test part, on the mean of 2 clips per film: retrieval of the projections z at instance and
-class level; linear probes of the encoder outputs y of video and of sound, fitted on all labels of the train part (72 a class)
-and on two a class (mean of 5 draws), since the sound probe reaches 100 % with all. The rows of 30 epochs ask whether
-training length explains a difference: "no speed" encodes as many clips in them as s = [1, 4] does in 15. One line a run in
-experiments/results/table1.csv, means and deviations in table1.md.
+and speed 6 fits into the 4.5 s of a film. Measured on the test part, on the mean of 2 clips per film: retrieval of the
+projections z at instance and class level; linear probes of the encoder outputs y of video and of sound, fitted on all
+labels of the train part (72 a class) and on two a class (mean of 5 draws), since the sound probe reaches 100 % with all.
+The rows of 30 epochs ask whether training length explains a difference: "no speed" encodes as many clips in them as
+s = [1, 4] does in 15. One line a run in experiments/results/table1.csv, means and deviations in table1.md.
 """
 
 import argparse
