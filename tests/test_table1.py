@@ -23,9 +23,11 @@ def test_rows_are_settings_of_pretraining():
 
 def test_markdown():
     lines = [{"row": name, "seed": str(seed), "flags": "", **{metric: str(value) for metric in table1.METRICS}}
-             for name, values in (("s = [1, 4], SoftInfoNCE", (51.0, 52.0, 59.0)), ("raw y", (50.0, 53.0, 62.0)))
+             for name, values in (("s = [1, 4], SoftInfoNCE", (51.0, 52.0, 59.0)), ("raw y", (50.0, 53.0, 62.0)),
+                                  ("s = [1, 4], InfoNCE, 30 epochs", (90.0,)), ("s = [1, 4], SoftInfoNCE, 30 epochs", (80.0,)))
              for seed, value in enumerate(values)]
-    *_, base, soft, line = table1.markdown(lines).splitlines()
+    *_, base, soft, line, longer, _ = table1.markdown(lines).splitlines()
     assert base == "| chance | 12.5 | 49.0 | 0.4 | 2.2 |" + " 12.5 |" * 4 + " | |"
     assert soft.endswith("| 3 |  |")                      # differences by seed: -1, 1, 3
     assert line == "| raw y |" + f" 55.0 ± {statistics.stdev((50, 53, 62)):.1f} |" * len(table1.METRICS) + " 3 | +1.0 ± 1.2 |"
+    assert longer.endswith("| 1 | +10.0 |")               # from SoftInfoNCE of the same length
