@@ -89,7 +89,7 @@ def record(args, what, values):
     if args.csv:
         new = not Path(args.csv).exists()
         with open(args.csv, "a", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(["date", "hardware", "command", "what", "quantity", "value"])
             command = " ".join([f"python -m experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])

@@ -1,6 +1,6 @@
 """Table 1 in small: the paper's five rows and the readings it leaves open, on the built-in set, over several seeds.
 
-    python -m experiments.table1                      # 45 runs of 2 to 8 minutes on two cores; goes on if interrupted
+    python -m experiments.table1                      # 45 runs of 2 to 9 minutes on two cores; goes on if interrupted
     python -m experiments.table1 --seeds 3 4 5 --rows "s = [1, 4], SoftInfoNCE" "temperature 0.1"     # more of some rows
     python -m experiments.table1 --quick              # the five rows, 2 epochs, one seed: does it run?
 
@@ -143,7 +143,7 @@ def main():
     results = (folder if args.quick else RESULTS) / "table1.csv"
     jobs = [(name, seed) for seed in args.seeds[:1 if args.quick else None] for name in (PAPER if args.quick else args.rows)]
 
-    kept = list(csv.DictReader(open(results, newline=""))) if results.exists() else []
+    kept = list(csv.DictReader(results.read_text().splitlines())) if results.exists() else []
     kept = [line for line in kept if list(line) == COLUMNS and None not in line.values() and ROWS.get(line["row"]) == line["flags"]]
     todo = [job for job in jobs if (job[0], str(job[1])) not in {(line["row"], line["seed"]) for line in kept}]
 

@@ -122,6 +122,15 @@ def test_same_sees_every_difference():
         assert not survive.same(x, other)
 
 
+def test_logs_are_compared_but_for_the_clock(tmp_path):
+    for name, loss, rate in (("one", 2.5, 40.0), ("slower", 2.5, 30.0), ("other", 2.6, 40.0)):
+        (tmp_path / name).mkdir()
+        lines = [{"args": {"out": name}}, {"step": 10, "loss": loss, "clips_per_s": rate, "wait": rate / 100}]
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one, slower, other = (survive.events(tmp_path / name) for name in ("one", "slower", "other"))
+    assert one == slower != other and one[0]["step"] == 10
+
+
 def test_a_lost_worker_is_replaced(tree, tmp_path):
     assert survive.worker(tmp_path, ["--data", tree, "--epochs", 12, "--batch-size", 2]) < 60
     assert survive.steps(tmp_path / "two") == [10, 20, 24]
