@@ -23,12 +23,11 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from augment import crop_at, crop_flip, crop_flip_jitter, sample_speeds, speed_up_audio, speed_up_video
+from support.reading import RATE, read
 
-RATE = 24000                                              # Hz, mono (paper silent; GDT)
 TRIES = 10                                                # files that may fail in a row before a run stops
 
 
@@ -76,99 +75,15 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
     """
     steps = torch.stack([speed_up_video(torch.arange(frames * s), s) for s in tau_v])   # (K, T), in 1/fps s
     steps, where = steps.unique(return_inverse=True)                                # (n,), (K, T)
-    times = (t0 + steps / fps).tolist()                                             # s, the frames to convert
     L = round(RATE * frames / fps)
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
-            samples = max(tau_a, default=0) * L
-            images, wave, late = decode_window(container, t0, times, samples, short_side, t0)
-            if late and t0 > 0:                           # some containers lead past the window: go through them
-                images, wave, _ = decode_window(container, t0, times, samples, short_side, 0)
-        views = np.stack([images[n] for n in where.flatten().tolist()])             # (K T, H, W, 3)
+        images, wave = read(path, (t0 + steps / fps).tolist(), max(tau_a, default=0) * L, short_side)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    views = np.stack([images[n] for n in where.flatten().tolist()])                 # (K T, H, W, 3)
     video = torch.from_numpy(views).unflatten(0, where.shape)                       # (K, T, H, W, 3)
     audio = [speed_up_audio(torch.from_numpy(wave[:s * L]), s) for s in tau_a]
     return video, torch.stack(audio) if audio else torch.empty(0, L)                # (K, L)
-
-
-def decode_window(container, t0, times, samples, short_side, seek):
-    """images at `times` (s, ascending) and `samples` samples of sound from t0 on, decoded from the keyframe before
-    `seek` on. late: what the container gave begins over 0.1 s after t0."""
-    video, audio = container.streams.best("video"), container.streams.best("audio") if samples else None
-    if video is None or samples and audio is None:
-        raise ValueError(f"no {'video' if video is None else 'audio'} stream")
-    streams = (video, audio) if samples else (video,)
-    if any(stream.codec_context is None for stream in streams):
-        raise ValueError("no decoder for one of its streams")
-    if not video.codec_context.is_open:
-        video.codec_context.thread_count = 1              # threads hang when a decode is left early
-    start = max((stream.start_time or 0) * stream.time_base for stream in streams)
-    zero = float(start) + t0                              # s on the container's clock, where the window begins
-    container.seek(int((start + seek) * av.time_base) if seek else container.start_time or 0)
-    resampler, sound_tick = av.AudioResampler("fltp", "mono", RATE), float(audio.time_base) if samples else 0
-    reformatter, tick = VideoReformatter(), float(video.time_base)      # shared, so that its scaler is set up once
-    needed = zero - 2 / float(video.average_rate or 10)   # s; before, frames that no other refers to are not decoded
-    images, wave = [], np.zeros(samples, np.float32)
-    first_frame = first_sound = before = before_time = image = at = skipping = None
-    for packet in container.demux(streams):
-        if packet.stream is video and len(images) < len(times):
-            early = packet.pts is not None and packet.pts * tick < needed
-            if early != skipping:
-                skipping, video.codec_context.skip_frame = early, "NONREF" if early else "DEFAULT"
-            for frame in packet.decode():
-                if frame.time is None:
-                    raise ValueError("a frame has no time stamp")
-                now = frame.time - zero + t0              # s on the clock of `times`
-                first_frame = now if first_frame is None else first_frame
-                while before and len(images) < len(times) and times[len(images)] < (before_time + now) / 2:
-                    image = convert(before, reformatter, short_side) if image is None else image
-                    images.append(image)                  # the nearest frame
-                before, before_time, image = frame, now, None
-        elif packet.stream is audio and (at is None or at < samples):
-            if packet.pts is not None and (packet.pts + (packet.duration or 0)) * sound_tick < zero - 0.2:
-                continue                                  # between the keyframe and the window; 0.2 s warm the codec up
-            for frame in packet.decode():
-                for part in resampler.resample(frame):
-                    if part.pts is None:
-                        raise ValueError("its sound has no time stamps")
-                    due = (part.pts / RATE - zero) * RATE
-                    first_sound = due if first_sound is None else first_sound
-                    at = place(wave, part, due, at)
-        if len(images) == len(times) and (at is not None and at >= samples or not samples):
-            break
-    else:                                                 # the end of the file
-        for part in resampler.resample(None) if at is not None else []:
-            at = place(wave, part, at, at)
-        images += [convert(before, reformatter, short_side)] * (len(times) - len(images)) if before else []
-    silent = samples and (at is None or at <= 0)
-    late = not images or silent or first_frame > t0 + 0.1 or samples and first_sound > 0.1 * RATE
-    if not seek and (not images or silent):
-        raise ValueError(f"no {'sound' if images else 'frame'} decodes at {t0:.2f} s")
-    return images, wave, late
-
-
-def place(wave, part, due, at):
-    """Write a decoded piece of sound where its time stamp says (due, in samples), and return where the next begins.
-
-    Pieces follow each other without a seam; only a gap of over 20 ms counts as one, smaller ones are time stamps
-    rounded by the container.
-    """
-    if at is None or abs(due - at) > RATE / 50:
-        at = round(due)
-    samples = np.frombuffer(part.planes[0], np.float32, part.samples)
-    lo, hi = max(at, 0), min(at + len(samples), len(wave))
-    if lo < hi:
-        wave[lo:hi] = samples[lo - at:hi - at]
-    return at + len(samples)
-
-
-def convert(frame, reformatter, short_side):
-    """One frame as (H, W, 3) uint8, upright, its shorter side short_side pixels."""
-    scale = short_side / min(frame.width, frame.height)
-    width, height = round(frame.width * scale), round(frame.height * scale)
-    image = reformatter.reformat(frame, width, height, "rgb24", interpolation="AREA", threads=1).to_ndarray()
-    return np.rot90(image, frame.rotation // 90) if frame.rotation % 360 else image
 
 
 class AudioVisualClips(Dataset):
