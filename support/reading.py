@@ -74,41 +74,41 @@ def in_order(frames):
         yield heappop(stamps), waiting.popleft()
 
 
-def orientation(frame):
-    """What a player does with the frame's pixels, by its display matrix: exchange x and y, then flip x, then flip y."""
+def display_matrix(frame):
+    """(a, b, c, d): a player shows the pixel (x, y) at (a x + c y, b x + d y), each a multiple of 1 / 65536."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return False, False, False
-    a, b, _, c, d, *_ = np.frombuffer(matrix, np.int32).tolist()        # x' = a x + c y, y' = b x + d y
-    return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
+    return (1, 0, 0, 1) if matrix is None else tuple(np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist())
+
+
+def upright(image, matrix):
+    """The pixels (H, W, ...) as a player shows them by the display matrix (a, b, c, d): turned, mirrored."""
+    a, b, c, d = matrix
+    if abs(b) > abs(a):                                 # a quarter turn exchanges x and y
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
 class Converter:
-    """Frames -> arrays (H, W, 3) uint8 as a player shows them, the shorter side short_side pixels, the aspect kept.
-
-    Raises ValueError where the aspect changes from one frame to another: the pictures of a clip have one shape.
-    """
+    """Frames -> arrays (H, W, 3) uint8 as a player shows them, the shorter side short_side pixels, the aspect kept."""
 
     def __init__(self, short_side):
-        self.short_side, self.reformatter, self.shape = short_side, VideoReformatter(), None
+        self.short_side, self.reformatter, self.first, self.matrix = short_side, VideoReformatter(), None, None
 
-    def size(self, frame):
-        """(width, height) to which the frame is scaled, before it is turned."""
-        turned, _, _ = orientation(frame)
-        upright = (frame.height, frame.width) if turned else (frame.width, frame.height)
-        if self.shape is None:
-            self.shape = tuple(round(side * self.short_side / min(upright)) for side in upright)
-            self.aspect = upright[0] / upright[1]
-        if abs(upright[0] / upright[1] / self.aspect - 1) > 0.01:
+    def check(self, frame):
+        """Raise ValueError unless the frame has the shape of the first: the pictures of a clip have one shape."""
+        now = frame.width, frame.height, frame.rotation
+        self.first = width, height, rotation = self.first or now
+        if now != self.first and (frame.rotation != rotation or abs(frame.width / frame.height / (width / height) - 1) > 0.01):
             raise ValueError("its pictures change their shape")
-        return self.shape[::-1] if turned else self.shape
 
     def __call__(self, frame):
-        small = self.reformatter.reformat(frame, *self.size(frame), "rgb24", interpolation="AREA", threads=1)
-        turned, flip_x, flip_y = orientation(frame)
-        image = small.to_ndarray()
-        image = image.swapaxes(0, 1) if turned else image
-        return image[::-1 if flip_y else 1, ::-1 if flip_x else 1]
+        self.check(frame)
+        width, height, _ = self.first
+        scale = self.short_side / min(width, height)
+        small = self.reformatter.reformat(frame, round(width * scale), round(height * scale), "rgb24",
+                                          interpolation="AREA", threads=1)
+        self.matrix = self.matrix or display_matrix(small)      # PyAV would keep `frame` in memory if asked for its
+        return upright(small.to_ndarray(), self.matrix)
 
 
 def sound_pieces(audio, packets, damaged):
@@ -128,7 +128,7 @@ def hear(audio, packets, start, samples, damaged):
     for piece in sound_pieces(audio, packets, damaged):
         if piece.pts is None:
             raise ValueError("its sound has no time stamps")
-        due = (float(piece.pts * piece.time_base) - start) * RATE           # where the piece belongs, in samples
+        due = (piece.time - start) * RATE           # where the piece belongs, in samples
         if at is None or abs(due - at) > SEAM * RATE:
             at = round(due)
         low, high = max(at, 0), min(at + piece.samples, samples)
