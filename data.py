@@ -17,13 +17,16 @@ import atexit
 import csv
 import multiprocessing
 import signal
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from augment import crop_at, crop_flip, crop_flip_jitter, sample_speeds, speed_up_audio, speed_up_video
 from support.reading import RATE, read
@@ -35,7 +38,8 @@ class TooManyFailures(Exception):
     """Files fail so often that the data, not a file, is at fault."""
 
 
-Row = namedtuple("Row", "path label split duration has_audio")
+# duration: s that sight and sound both cover (without sound: of the pictures). note: why sound does not serve.
+Row = namedtuple("Row", "path label split duration video_duration has_audio note")
 
 
 def read_manifest(path, split=None):
@@ -45,17 +49,20 @@ def read_manifest(path, split=None):
     manifest or has no such part.
     """
     path = Path(path)
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         table = list(csv.DictReader(file))
-    if not table or not {*Row._fields, "reason"} <= table[0].keys():
-        raise ValueError(f"{path} is no manifest with rows: make one with python -m prepare.manifest")
+    lacking = {*Row._fields, "reason"} - table[0].keys() if table else {"rows"}
+    if lacking:
+        raise ValueError(f"{path} is no manifest, it lacks {', '.join(sorted(lacking))}: make one with "
+                         "python -m prepare.manifest")
     splits = sorted({line["split"] for line in table})
     if split is not None and splits != [""]:
         if split not in splits:
             raise ValueError(f"{path} has no {split!r} part, it has {', '.join(map(repr, splits))}: give data that has it "
                              "(pretrain.py and retrieval.py take another --split)")
         table = [line for line in table if line["split"] == split]
-    usable = [Row(line["path"], line["label"], line["split"], float(line["duration"]), line["has_audio"] == "1")
+    usable = [Row(line["path"], line["label"], line["split"], float(line["duration"]),
+                  float(line["video_duration"]), line["has_audio"] == "1", line["note"])
               for line in table if not line["reason"]]
     return usable, {line["path"]: line["reason"] for line in table if line["reason"]}
 
@@ -98,7 +105,8 @@ class AudioVisualClips(Dataset):
     Items:
         training, of key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32, failures, a list of str.
         A file that fails is replaced by another draw and named in failures; TooManyFailures when 10 in a row fail.
-        evaluation, of key index: video (n, T, H, W, 3), audio (n, L), index. Raises ValueError where the file fails.
+        evaluation, of key index: video (n, T, H, W, 3), audio (n, L), (index, None). Where the file
+        fails: None, None, (index, its path and the cause).
     """
 
     def __init__(self, rows, frames=30, fps=30, size=128, max_speed=4, seed=0, clips=None):
@@ -107,7 +115,7 @@ class AudioVisualClips(Dataset):
         self.rows, self.left_out = [], {}
         for row in rows:
             if not row.has_audio:
-                self.left_out[row.path] = "no audio stream"
+                self.left_out[row.path] = row.note or "no audio stream"
             elif row.duration < self.seconds - 0.5 / fps:
                 self.left_out[row.path] = f"shorter than one clip of {self.seconds:.2f} s"
             else:
@@ -141,7 +149,8 @@ class ActionClips(Dataset):
         crops: per clip, to evaluate: 1, the middle, or 3 along the longer side.
     Items:
         training, of key (epoch, index): video (T, H, W, 3) uint8, label, failures.
-        evaluation, of key index: video (clips * crops, T, H, W, 3), label, index. Raises ValueError where the file fails.
+        evaluation, of key index: video (clips * crops, T, H, W, 3), label, (index, None). Where the
+        file fails: None, label, (index, its path and the cause).
     """
 
     def __init__(self, rows, classes, frames=32, fps=30, size=128, seed=0, clips=None, crops=3):
@@ -154,11 +163,11 @@ class ActionClips(Dataset):
     def __getitem__(self, key):
         if self.clips is None:
             return draw_or_replace(self, *key)
-        video, _, _ = evenly_spaced(self, key, self.crops, sound=False)
-        return video, self.classes.index(self.rows[key].label), key
+        video, _, last = evenly_spaced(self, key, self.crops, sound=False)
+        return video, self.classes.index(self.rows[key].label), last
 
     def draw(self, row, generator):
-        t0 = max(0, row.duration - self.frames / self.fps) * float(torch.rand((), generator=generator))
+        t0 = max(0, row.video_duration - self.frames / self.fps) * float(torch.rand((), generator=generator))
         video, _ = read_clip(row.path, t0, (1,), (), self.frames, self.fps, 2 * self.size)   # 0.14 of the area: near size
         seed = int(torch.randint(2 ** 62, (), generator=generator))
         return crop_flip_jitter(video[0], self.size, seed).contiguous(), self.classes.index(row.label)
@@ -202,23 +211,29 @@ class EpochBatches(Sampler):
 
 def evenly_spaced(clips, index, crops, sound):
     """clips.clips clips at speed 1 from the first to the last second of file `index`, each cut `crops` times (1: the
-    middle; 3: both ends of the longer side and the middle), and the index.
-    video (clips * crops, T, H, W, 3), audio (clips, L, or nothing without sound)."""
+    middle; 3: both ends of the longer side and the middle): video (clips * crops, T, H, W, 3),
+    audio (clips, L, or nothing without sound), (index, None). None, None, (index, path and cause)
+    where the file fails."""
     row, n, T, fps, size = clips.rows[index], clips.clips, clips.frames, clips.fps, clips.size
-    room = max(0, row.duration - T / fps)
+    room = max(0, (row.duration if sound else row.video_duration) - T / fps)
     try:
         views = [read_clip(row.path, t0, (1,), (1,) * sound, T, fps, size * 8 // 7)
                  for t0 in (np.linspace(0, room, n) if n > 1 else [room / 2])]
     except ValueError as error:
-        raise ValueError(f"{error}: take it out of the manifest (prepare.manifest's --verify finds such files)") from None
+        return None, None, (index, str(error))
     video, audio = (torch.cat(x) for x in zip(*views))                              # (clips, T, H', W', 3), (clips, L)
     video = torch.stack([crop_at(video, size, end) for end in ((0.5,) if crops == 1 else (0, 0.5, 1))], 1)
-    return video.flatten(0, 1), audio, index
+    return video.flatten(0, 1), audio, (index, None)
 
 
 def collate(samples):
-    """[(video, audio or label, last)] -> video (B, ...), audio (B, ...) or labels (B,), [last]."""
-    video, second, last = zip(*samples)
+    """[(video, audio or label, last)] -> video (B, ...), audio (B, ...) or labels (B,), [last].
+    Samples without a video keep only their `last`; where none has one, the first two are None."""
+    last = [sample[2] for sample in samples]
+    read = [sample for sample in samples if sample[0] is not None]
+    if not read:
+        return None, None, last
+    video, second, _ = zip(*read)
     return torch.stack(video), torch.stack([torch.as_tensor(x) for x in second]), last
 
 
@@ -247,3 +262,36 @@ def make_loader(clips, batch_size, workers=0, rank=0, world=1):
     atexit.register(end_workers)
     return DataLoader(clips, batch_sampler=batches, persistent_workers=workers > 0, generator=torch.Generator(),
                       worker_init_fn=leave_signals_to_the_trainer, **common)
+
+
+def evaluation_batches(clips, batch_size, workers, rank, world, max_failures):
+    """This process's part of an evaluation, with a progress bar: video (B, ...), audio (B, ...) or
+    labels (B,), and a list of the B indices.
+
+    A video that fails is named on stderr and left out. Raises ValueError where more than the share
+    `max_failures` of all videos fail: at once where those of one process are too many already, else
+    after the last batch, on all processes.
+    """
+    def stop_if_too_many():
+        if len(causes) > max_failures * len(clips):
+            raise ValueError(f"{len(causes)} of {len(clips)} videos failed, more than a share of "
+                             f"{max_failures:g}, the last: {causes[-1]}; all are named above: "
+                             "check the disk, mend these files or take them out of the data, or "
+                             "let more fail (--max-failures of retrieval.py and finetune.py)")
+
+    causes = []
+    loader = make_loader(clips, batch_size, workers, rank, world)
+    for video, second, last in tqdm(loader, desc="evaluating", unit="batch", disable=rank > 0,
+                                    file=sys.stderr):
+        for index, cause in last:
+            if cause:
+                causes.append(cause)
+                tqdm.write(f"failed: {cause}", file=sys.stderr)
+        stop_if_too_many()
+        if video is not None:
+            yield video, second, [index for index, cause in last if not cause]
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, causes)
+        causes = sum(gathered, [])
+        stop_if_too_many()

@@ -1,6 +1,6 @@
 """A copy of a data set on disk -> one manifest.csv: what there is, and what is left out and why (§3.1).
 
-    python -m prepare.manifest folder ROOT                      # ROOT/[train|val|test/]class/*.mp4|avi|mkv|webm|mpg|mov
+    python -m prepare.manifest folder ROOT        # ROOT/[train|val|test/]class/*.mp4, *.mkv, ...
     python -m prepare.manifest kinetics-sounds ROOT --annotations folder/of/csv --out ks.csv --workers 16
     python -m prepare.manifest hmdb51 ROOT --annotations testTrainMulti_7030_splits --fold 1
 
@@ -27,13 +27,19 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
-COLUMNS = ("path", "label", "split", "duration", "fps", "width", "height", "has_audio", "reason", "stamp")
-NUMBERS = {"duration": float, "fps": float, "width": int, "height": int, "has_audio": int}
-SUFFIXES = {".mp4", ".avi", ".mkv", ".webm", ".mpg", ".mov"}
-SPLITS = {"train": "train", "val": "val", "validate": "val", "validation": "val", "test": "test"}
+from support.reading import MonoResampler, Shape, begin, decode, end, open_streams
+
+COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height", "has_audio", "reason", "note",
+           "stamp")
+NUMBERS = {"duration": float, "video_duration": float, "fps": float, "width": int, "height": int, "has_audio": int}
+SUFFIXES = {".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".vob", ".flv",
+            ".wmv", ".3gp"}
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
+          "validation": "val", "test": "test", "testing": "test"}
 SECONDS, SECONDS_VERIFY = 20, 300                         # one file may take, to probe and to decode whole
 SAVE_EVERY = 30                                           # s from one OUT.partial to the next
 UNLISTED, COPY = "not in the official list", "another copy of a clip that is used"
+SEVERAL = "its name is an id with several clips in the official list"
 KINETICS_SOUNDS = """blowing nose,blowing out candles,bowling,chopping wood,dribbling basketball,laughing,mowing lawn,\
 playing accordion,playing bagpipes,playing bass guitar,playing clarinet,playing drums,playing guitar,playing harmonica,\
 playing keyboard,playing organ,playing piano,playing saxophone,playing trombone,playing trumpet,playing violin,\
@@ -41,9 +47,18 @@ playing xylophone,ripping paper,shoveling snow,shuffling cards,singing,stomping 
 tapping pen,tickling,strumming guitar""".split(",")       # the last is not in the list of 31
 
 
+def stem(path):
+    """The name of a video without all its suffixes: 'id_000010.mp4.webm' -> 'id_000010'."""
+    name = os.path.basename(path)
+    while os.path.splitext(name)[1].lower() in SUFFIXES:
+        name = os.path.splitext(name)[0]
+    return name
+
+
 def videos(root):
-    """All video files under root, through links too, sorted. Raises ValueError where root is no folder or has none."""
-    root, found, seen = Path(root).resolve(), [], set()
+    """(all video files under root, through links too, sorted; what the summary says of the others
+    but the hidden ones). Raises ValueError where root is no folder or has no video."""
+    root, found, others, seen = Path(root).resolve(), [], Counter(), set()
     if not root.is_dir():
         raise ValueError(f"no folder {root}: give the folder that holds the class folders of videos")
     for here, below, names in os.walk(root, followlinks=True):
@@ -52,20 +67,20 @@ def videos(root):
             below.clear()
             continue
         seen.add(os.path.realpath(here))
-        found += [Path(here, name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in SUFFIXES:
+                found.append(Path(here, name))
+            elif not name.startswith("."):
+                plain = re.fullmatch(r"\.\w{1,9}", suffix, re.ASCII)     # 'part 1. notes' has none
+                others[suffix if plain else "without suffix"] += 1
+    kinds = [f"{others[s]} {s}" for s in sorted(others, key=lambda s: (-others[s], s))]
+    kinds[5:] = ["..."] * (len(kinds) > 5)
+    notes = [f"{others.total()} other files passed over ({', '.join(kinds)})"] if others else []
     if not found:
-        raise ValueError(f"no video in {root}: expected [train|val|test/]class/*.mp4 (.avi, .mkv, .webm, .mpg, .mov)")
-    return sorted(found)
-
-
-def find(root):
-    """All (path, label, split) of class folders under root, sorted. Raises ValueError as `videos` does."""
-    root, found = Path(root).resolve(), []
-    for path in videos(root):
-        *above, _ = path.relative_to(root).parts
-        split = above.pop(0) if above and above[0] in ("train", "val", "test") else ""
-        found.append((path, "/".join(above) or root.name, split))
-    return found
+        expected = f"[train|val|test/]class/*.mp4 (or {', '.join(sorted(SUFFIXES - {'.mp4'}))})"
+        raise ValueError("; ".join([f"no video in {root}: expected {expected}", *notes]))
+    return sorted(found), notes
 
 
 def lists(annotations, pattern, what):
@@ -100,11 +115,11 @@ def cells(line):
 
 
 def kinetics_lists(annotations):
-    """{file name without suffix: (label, split, reason)} from label,youtube_id,time_start,time_end,split."""
+    """{id_start_end or id: entry} of label,youtube_id,time_start,time_end,split, for `match`."""
     def read(line):
         row = dict(zip(header, cells(line), strict=True))
-        return f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}", (
-            row["label"], SPLITS[row["split"]], "")
+        name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
+        return name, (row["label"], SPLITS[row["split"]], "", name)
 
     official, columns = {}, "label,youtube_id,time_start,time_end,split"
     for path in lists(annotations, "*.csv", "the official csv (train.csv, validate.csv, ...) or their folder"):
@@ -113,60 +128,90 @@ def kinetics_lists(annotations):
         if not set(columns.split(",")) <= set(header):
             raise ValueError(f"{path}:1: expected the columns {columns}, got {','.join(header)[:200]!r}")
         official = dict(parse(path, read, ",".join(header), skip=1)) | official
-    return official
+    ids = {}
+    for name, entry in official.items():
+        video = name.rsplit("_", 2)[0]                    # ids hold _ too
+        ids[video] = ("", "", SEVERAL, video) if video in ids else entry
+    return official | ids
 
 
-def match(paths, official):
-    """([(path, label, split, reason)], what the summary has to say of entries that are not on disk)."""
-    absent = official.keys() - {path.stem for path in paths}
-    splits = Counter(official[name][1] for name in absent if not official[name][2])
+def match(files, official, expects):
+    """([(path, label, split, reason, clip)], notes for the summary) of what `videos` returns.
+
+    official: {name without suffixes: (label, split, reason, clip)}; a clip may have several names.
+    expects: the note where no file is in the list, with {} for a clip that is.
+    """
+    paths, notes = files
+    found = [(path, *official.get(stem(path), ("", "", UNLISTED, stem(path)))) for path in paths]
+    if official and found and all(reason == UNLISTED for *_, reason, _ in found):
+        *_, clip = next(iter(official.values()))
+        return found, [f"{expects.format(clip)}, found e.g. {paths[0].name!r}", *notes]
+    absent = set(official.values()) - {entry[1:] for entry in found}
+    splits = Counter(split for _, split, reason, _ in absent if not reason)
     note = f"{splits.total()} official entries not on disk"
     note += f" ({', '.join(f'{n} of {split}' for split, n in sorted(splits.items()))})" if splits else ""
-    return [(path, *official.get(path.stem, ("", "", UNLISTED))) for path in paths], [note]
+    return found, [note, *notes]
 
 
 def folder(root):
-    """ROOT/[train|val|test/]class/*: the folders name the labels."""
-    return [(*entry, "") for entry in find(root)], []
+    """ROOT/[train|val|test/]class/*: the folders name the labels. SPLITS spells the parts."""
+    root, (paths, notes), found = Path(root).resolve(), videos(root), []
+    for path in paths:
+        *above, _ = path.relative_to(root).parts
+        split = SPLITS[above.pop(0).lower()] if above and above[0].lower() in SPLITS else ""
+        found.append((path, "/".join(above) or root.name, split, "", path))
+    return found, notes
 
 
 def kinetics400(root, annotations=None):
-    """id_start_end.mp4 anywhere under root, with the official csv (of cvdfoundation/kinetics-dataset)."""
-    return match(videos(root), kinetics_lists(annotations))
+    """id_start_end.mp4, or id.mp4 where the list has the id once, anywhere under root, with the
+    official csv (of cvdfoundation/kinetics-dataset)."""
+    return match(videos(root), kinetics_lists(annotations),
+                 "kinetics400 expects names like '{}.mp4' (id_start_end)")
 
 
 def kinetics_sounds(root, annotations=None, classes=32):
     """The 32 (or 31) classes of a Kinetics copy. Without a csv class folders name the label, spelt with _ or blanks."""
-    names, paths, found, notes = KINETICS_SOUNDS[:classes], videos(root), [], []
+    names, (paths, others), found, notes = KINETICS_SOUNDS[:classes], videos(root), [], []
     if annotations is not None:
         official = kinetics_lists(annotations)
-        ours = {name: entry for name, entry in official.items() if entry[0] in names}
-        found, notes = match([path for path in paths if path.stem in ours or path.stem not in official], ours)
+        ours = {name: entry for name, entry in official.items() if entry[0] in names or entry[2]}
+        mine = [path for path in paths if stem(path) in ours or stem(path) not in official]
+        expects = "kinetics-sounds expects names like '{}.mp4' (id_start_end)"
+        found, notes = match((mine, []), ours, expects)
     for path in paths if annotations is None else ():
         above = [part.replace("_", " ").lower() for part in path.relative_to(Path(root).resolve()).parts[:-1]]
         label = next((part for part in above if part in names), None)
         if label:
-            found.append((path, label, next((SPLITS[part] for part in above if part in SPLITS), ""), ""))
-    if all(reason for *_, reason in found):
+            split = next((SPLITS[part] for part in above if part in SPLITS), "")
+            found.append((path, label, split, "", stem(path)))
+    if not found:
         raise ValueError(f"no video of the {classes} classes in {root}: name folders by them or give --annotations")
-    return found, [*notes, f"{len(paths) - len(found)} files of other classes passed over"]
+    return found, [*notes, f"{len(paths) - len(found)} files of other classes passed over", *others]
 
 
 def vggsound(root, annotations=None):
-    """id_start.mp4 anywhere under root, with the official vggsound.csv (id,start,"label",split, no header) or the
-    train.csv and test.csv of its evaluation code (id_start.mp4,label)."""
+    """id_start.mp4 (s) or id_start_end.mp4 (ms) anywhere under root, with the official vggsound.csv
+    (id,start,"label",split; no header) or its train.csv and test.csv (id_start.mp4,label)."""
     def read(split, line):
         first, *rest = cells(line)
         if len(rest) == 1:
-            return Path(first).stem, (rest[0], SPLITS[split], "")
+            first, start = stem(first).rsplit("_", 1)
+            rest = start, *rest, split
         start, label, split = rest
-        return f"{first}_{int(start):06d}", (label, SPLITS[split], "")
+        name = f"{first}_{int(start):06d}"
+        return name, (label, SPLITS[split], "", name)
+
+    def in_ms(name):
+        first, start = name.rsplit("_", 1)
+        return f"{first}_{int(start) * 1000}_{int(start) * 1000 + 10000}"
 
     whole = annotations is None or not Path(annotations).is_dir() or (Path(annotations) / "vggsound.csv").exists()
     official = {}
     for path in lists(annotations, "vggsound.csv" if whole else "t*.csv", "the official vggsound.csv"):
         official |= parse(path, partial(read, path.stem), 'id,start,"label",split or id_start.mp4,label')
-    return match(videos(root), official)
+    official = {in_ms(name): entry for name, entry in official.items()} | official
+    return match(videos(root), official, "vggsound expects names like '{}.mp4' (id_start)")
 
 
 def ucf101(root, annotations=None, fold=1):
@@ -175,7 +220,7 @@ def ucf101(root, annotations=None, fold=1):
         label, name, n = re.fullmatch(r"(\w+)/(\w+)\.avi(?: (\d+))?\s*", line).groups()
         if number[label] != (n or number[label]):
             raise ValueError(line)
-        return name, (label, split, "")
+        return name, (label, split, "", name)
 
     what = "the folder of trainlist01-03.txt, testlist01-03.txt and classInd.txt (ucfTrainTestlist)"
     [path] = lists(annotations, "classInd.txt", what)
@@ -184,33 +229,42 @@ def ucf101(root, annotations=None, fold=1):
     for split in ("train", "test"):
         [path] = lists(annotations, f"{split}list{fold:02d}.txt", what)
         official |= parse(path, partial(read, split), "'Class/v_Class_g01_c01.avi' with a class of classInd.txt")
-    return match(videos(root), official)
+    return match(videos(root), official, "ucf101 expects names like '{}.avi'")
 
 
 def hmdb51(root, annotations=None, fold=1):
     """class/*.avi, or converted: the stem counts. The lists: <class>_test_split1.txt (1 train, 2 test, 0 unused)."""
     def read(label, line):
         name, use = re.fullmatch(r"(.+)\.avi ([012])\s*", line).groups()
-        return name, (label, *part[use])
+        return stem(name), (label, *part[use], stem(name))
 
     part = {"0": ("", f"unused in fold {fold}"), "1": ("train", ""), "2": ("test", "")}
     end, official = f"_test_split{fold}.txt", {}
     for path in lists(annotations, f"*{end}", "the folder of <class>_test_split[1-3].txt (testTrainMulti_7030_splits)"):
         official |= parse(path, partial(read, path.name.removesuffix(end)), "'name.avi 0', 1 or 2")
-    return match(videos(root), official)
+    return match(videos(root), official, "hmdb51 expects names like '{}.avi'")
 
 
 LAYOUTS = {"folder": folder, "kinetics400": kinetics400, "kinetics-sounds": kinetics_sounds, "vggsound": vggsound,
            "ucf101": ucf101, "hmdb51": hmdb51}
 
 
-def span(stream, container):
-    """(start, end) of a stream in s on the container's clock."""
-    start = float((stream.start_time or 0) * stream.time_base)
-    if stream.duration:
-        return start, start + float(stream.duration * stream.time_base)
-    end = (container.duration or 0) / av.time_base        # Matroska's runs from 0 on, not from the first stamp
-    return start, end if "matroska" in container.format.name else end + (container.start_time or 0) / av.time_base
+def last_packets(container, streams):
+    """{stream: end of its last packet, s}, of the last seconds of the file, or of more where these have none."""
+    found, back = {}, 2.0
+    start = first = min(map(begin, streams))
+    while len(found) < len(streams):
+        if container.duration:
+            start = max(first, first + container.duration / av.time_base - back)
+        container.seek(int(start * av.time_base))
+        for packet in container.demux(streams):
+            if packet.pts is not None:
+                time = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                found[packet.stream] = max(found.get(packet.stream, time), time)
+        if start == first:
+            break
+        back *= 8
+    return found
 
 
 def stamp(path):
@@ -221,38 +275,88 @@ def stamp(path):
         return ""
 
 
+class Track:
+    """What a scan learns of one stream: `last`, when its last frame ends (s), and `problem`, why it does not serve."""
+
+    def __init__(self, stream):
+        self.stream, self.last, self.problem, self.damaged = stream, None, "", []
+        self.shape, self.format = Shape(), None
+
+    def take(self, packet):
+        """Decode a packet and check its frames as support.reading.read would."""
+        try:
+            for frame in decode(self.stream, [packet], self.damaged):
+                sight = self.stream.type == "video"
+                if frame.pts is None and (sight or self.last is None):  # sound goes on without
+                    raise ValueError("it has no time stamps")
+                if self.last is None:
+                    self.damaged.clear()                  # there is nothing to read before the first frame
+                start = self.last if frame.pts is None else frame.time
+                self.last = max(start + float((frame.duration or 0) * frame.time_base), self.last or start)
+                if sight:
+                    self.shape.check(frame)
+                    self.damaged += [frame.time] * frame.is_corrupt
+                elif self.format != (frame.format.name, frame.layout.name, frame.sample_rate):
+                    self.format = frame.format.name, frame.layout.name, frame.sample_rate
+                    MonoResampler()(frame)                # raises where it does not know the format
+        except (ValueError, av.error.FFmpegError) as error:
+            self.problem = getattr(error, "strerror", None) or str(error)
+
+    def finish(self, stop):
+        """Look for problems that show at the end. stop: when it should end, s; None: not all was decoded."""
+        if self.problem:
+            return
+        if self.last is None:
+            self.problem = "it does not decode"
+        elif stop is not None and self.damaged:
+            self.problem = f"damaged frames (first at {self.damaged[0]:.2f} s)"
+        elif stop is not None and self.last < stop - 1:
+            self.problem = f"it stops too early (at {self.last:.2f} s of {stop:.2f} s)"
+
+
 def read(container, verify):
     """What a manifest row says of an open file. Decodes the first frame of each stream or, to verify, all of both.
 
-    Raises FFmpegError or ValueError where decoding fails.
+    A file that is verified is one that support.reading.read can read at every place. Where only the sound
+    does not serve, `note` says why and has_audio is 0: the pictures are of use without it.
     """
-    video, audio = container.streams.best("video"), container.streams.best("audio")
-    if video is None or video.disposition & av.stream.Disposition.attached_pic:
-        return {"reason": "no video stream"}              # the cover of a piece of music is none
-    streams = [video] if audio is None else [video, audio]
-    if any(stream.codec_context is None for stream in (*container.streams.video, *streams)):
-        return {"reason": "no decoder for one of its streams"}
-    video.codec_context.thread_count = 1                  # threads hang when a decode is left early
-    reached = {}                                          # stream -> time of its last decoded frame, s
-    for packet in container.demux(streams):
-        for frame in packet.decode() if verify or packet.stream not in reached else ():
-            reached[packet.stream] = max(reached.get(packet.stream, 0), frame.time or 0)
-            if verify and frame.is_corrupt:
-                raise ValueError(f"damaged frames (first at {frame.time or 0:.2f} s)")
-        if not verify and len(reached) == len(streams):
+    try:
+        video, _ = open_streams(container, sound=False)
+    except ValueError as error:
+        return {"reason": str(error)}
+    audio, note = container.streams.best("audio"), ""
+    if audio is not None and audio.codec_context is None:
+        audio, note = None, "no decoder for its sound"
+    tracks = {stream: Track(stream) for stream in (video, audio) if stream is not None}
+    for packet in container.demux(list(tracks)):
+        track = tracks[packet.stream]
+        if not track.problem and (verify or track.last is None):
+            track.take(packet)
+        if not verify and all(track.problem or track.last is not None for track in tracks.values()):
             break
-    if len(reached) < len(streams):
-        return {"reason": f"no {'sound' if video in reached else 'picture'} decodes"}
-    spans = [span(stream, container) for stream in streams]
-    start, end = max(start for start, _ in spans), min(end for _, end in spans)
+    stops = {stream: end(container, stream) for stream in tracks}
+    unknown = [stream for stream in tracks if stops[stream] is None]
+    if unknown:
+        stops |= {s: tracks[s].last for s in unknown} if verify else last_packets(container, unknown)
+    for stream, track in tracks.items():
+        stops[stream] = stops[stream] or begin(stream)
+        track.finish(stops[stream] if verify else None)
+    if tracks[video].problem:
+        raise ValueError(tracks[video].problem)
+    start, stop = begin(video), stops[video]
+    if stop - start < 1e-3:
+        raise ValueError("its length is not known")
     row = {"fps": round(float(video.average_rate or 0), 3), "width": video.width, "height": video.height,
-           "has_audio": len(streams) - 1, "duration": round(end - start, 3)}
-    if row["duration"] <= 0:
-        row["reason"] = "sight and sound do not overlap" if audio is not None else "its length is not known"
-    for stream, (_, end) in zip(streams, spans):
-        if verify and reached[stream] < end - 1:          # last frames begin short of the end, by less than 1 s
-            row["reason"] = f"its {stream.type} stops too early (at {reached[stream]:.2f} s of {end:.2f} s)"
-    return row
+           "video_duration": round(stop - start, 3)}
+    if audio is not None:
+        start, stop = max(start, begin(audio)), min(stop, stops[audio])
+        if tracks[audio].problem:
+            note = f"its sound cannot be read: {tracks[audio].problem}"
+        elif stop - start < 1e-3:
+            note = "sight and sound do not overlap"
+    has_audio = audio is not None and not note
+    return row | {"has_audio": int(has_audio), "note": note,
+                  "duration": round(stop - start, 3) if has_audio else row["video_duration"]}
 
 
 def blank(path, label, split, reason=""):
@@ -331,7 +435,7 @@ def read_rows(path):
     """{path: row} of an earlier manifest. Raises ValueError where the file is none."""
     if not path.exists():
         return {}
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
         if not {"path", "label", "reason"} <= set(table.fieldnames or ()):
             raise ValueError(f"--out {path} is no manifest and would be written over: give another")
@@ -368,23 +472,25 @@ def probe_all(entries, workers=2, verify=False, out=None):
     return [rows[path] for path, *_ in entries]
 
 
-def drop_copies(rows):
+def drop_copies(rows, clips):
     """Of the usable files of one clip one stays: the one in a folder of replacements (as of Kinetics) or the first."""
+    def order(pair):
+        return "replac" not in pair[0]["path"].lower(), pair[0]["path"]
+
     used = {}
-    for row in sorted(rows, key=lambda row: ("replac" not in row["path"].lower(), row["path"])):
-        clip = row["label"], row["split"], Path(row["path"]).stem
+    for row, clip in sorted(zip(rows, clips), key=order):
+        clip = row["label"], row["split"], clip
         if not row["reason"] and used.setdefault(clip, row) is not row:
             row["reason"] = COPY
 
 
 def survey(layout, root, workers=2, out=None, verify=False, **options):
-    """(rows, notes on what is not on disk) of a copy. options: annotations, fold, classes, as the layout takes."""
+    """(rows, notes for the summary) of a copy. options: annotations, fold, classes, as it takes."""
     for name in options.keys() - signature(LAYOUTS[layout]).parameters:
         raise ValueError(f"layout {layout} takes no --{name}")
     entries, notes = LAYOUTS[layout](root, **options)
-    rows = probe_all(entries, workers, verify, out)
-    if layout != "folder":
-        drop_copies(rows)
+    rows = probe_all([entry[:4] for entry in entries], workers, verify, out)
+    drop_copies(rows, [clip for *_, clip in entries])
     if out:
         write(rows, out)
         Path(f"{out}.partial").unlink(missing_ok=True)
@@ -433,4 +539,7 @@ if __name__ == "__main__":
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: what was read is kept, run the same command to go on")
-    print(f"{args['out']}: {summary(rows, notes)}")
+    done = f"{args['out']}: {summary(rows, notes)}"
+    if all(row["reason"] for row in rows):                # the manifest is written all the same
+        sys.exit(f"error: {done}")
+    print(done)

@@ -11,15 +11,16 @@ never enlarged here, but training enlarges them where it draws a short side abov
 import argparse
 import csv
 import hashlib
-import heapq
 import json
 import os
 import sys
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from fractions import Fraction
 from functools import partial
-from itertools import chain
+from heapq import merge
+from itertools import chain, starmap
 from pathlib import Path
 
 import av
@@ -28,11 +29,14 @@ from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from prepare.manifest import COLUMNS, probe, write
+from support.reading import (RATE, SEAM, UPRIGHT, MonoResampler, Shape, begin, decode, display_matrix, end, in_order,
+                             open_streams, upright)
 
-RATE = 24000                                              # Hz, mono, what data.read_clip gives
-SEAM = RATE // 50                                         # 20 ms: smaller gaps in the sound are rounded time stamps
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
-REORDER = 4                                               # pictures: AVI tells the stamps of B-frames in another order
+
+
+class SoundError(ValueError):
+    """The pictures of a file can be transcoded, its sound cannot."""
 
 
 def even_size(width, height, short_side):
@@ -41,95 +45,102 @@ def even_size(width, height, short_side):
     return tuple(max(2, min(2 * round(side * scale / 2), side // 2 * 2)) for side in (width, height))
 
 
-def picture(frame, reformatter, short_side):
-    """The frame as it goes to the encoder: small, yuv420p, upright; `encoded` stamps it."""
-    size = even_size(frame.width, frame.height, short_side)
-    small = partial(reformatter.reformat, interpolation="AREA", threads=1)
-    if frame.rotation % 360:
-        upright = np.rot90(small(frame, *size, "rgb24").to_ndarray(), frame.rotation // 90)
-        image = small(av.VideoFrame.from_ndarray(np.ascontiguousarray(upright), "rgb24"), format="yuv420p")
-    else:
-        image = small(frame, *size, "yuv420p")
-    image.time_base = frame.time_base
-    image.pict_type = 0                                   # the source's keyframes are not those of the copy
-    return image
+class Shrinker:
+    """(time stamp, frame) -> the frame for the encoder: small, yuv420p, as a player shows it."""
+
+    def __init__(self, short_side):
+        self.short_side, self.shape, self.matrix = short_side, Shape(), None
+        self.small = partial(VideoReformatter().reformat, interpolation="AREA", threads=1)
+
+    def __call__(self, stamp, frame):
+        size = even_size(*self.shape.check(frame), self.short_side)
+        image = self.small(frame, *size, "yuv420p")
+        self.matrix = self.matrix or display_matrix(image)
+        if self.matrix != UPRIGHT:
+            array = upright(self.small(frame, *size, "rgb24").to_ndarray(), self.matrix)
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
+            image = self.small(image, format="yuv420p")
+        image.pts, image.time_base = stamp, frame.time_base
+        image.pict_type = 0                               # the source's keyframes are not those of the copy
+        return image
 
 
-def seamless(parts, at):
-    """Decoded pieces of sound, each stamped with where it begins (samples), so that they follow each other from `at` on
-    (None: from where the first says). Gaps become silence; what is told twice is left out."""
-    for part in parts:
-        due = at if part.pts is None else part.pts
-        at = due if at is None else at
-        if due < at - SEAM:
+def pictures(container, video):
+    """(time stamp, frame) of all pictures in the order of presentation. The first comes twice where the
+    file says that the stream begins before it, for that is time 0 of its clips. Raises ValueError where
+    a picture is damaged or missing."""
+    damaged, last, stop = [], None, begin(video)
+    for stamp, frame in in_order(decode(video, container.demux(video), damaged)):
+        if last is None:
+            damaged.clear()                               # there is nothing to read before the first frame
+            last = (video.start_time or 0) - 1
+            if stamp > last + 1:
+                yield last + 1, frame
+        if frame.is_corrupt:
+            damaged.append(frame.time)
+        if damaged:
+            break
+        if stamp > last:                                  # an encoder takes each stamp once
+            yield stamp, frame
+        last, stop = stamp, float((stamp + (frame.duration or 0)) * video.time_base)
+    if damaged:
+        raise ValueError(f"damaged frames (first at {damaged[0]:.2f} s)")
+    if stop < (end(container, video) or 0) - 1:
+        raise ValueError(f"its pictures end at {stop:.2f} s, over 1 s before its header says")
+
+
+def sound_pieces(container, audio):
+    """All sound, mono at 24 kHz, with stamps by which the pieces follow each other from where the stream
+    begins. Gaps become silence; what is told twice is left out. Raises SoundError where it is damaged."""
+    damaged, resample, at, rounding = [], MonoResampler(), round(begin(audio) * RATE), 0
+    frames = chain(decode(audio, container.demux(audio), damaged), [None])
+    for piece in (piece for frame in frames for piece in resample(frame)):
+        if rounding == 0:
+            damaged.clear()                               # there is nothing to hear before the first piece
+        due = at if piece.pts is None else round(piece.time * RATE)
+        if due < at - SEAM * RATE:
             continue
-        if due > at + SEAM:
-            if due > at + 3600 * RATE:
-                raise ValueError("its sound has a gap of over an hour")
+        if due > at + 3600 * RATE:
+            raise SoundError("its sound has a gap of over an hour")
+        if due > at + rounding:
             silence = av.AudioFrame.from_ndarray(np.zeros((1, due - at), np.float32), "fltp", "mono")
-            silence.sample_rate, silence.time_base, silence.pts = RATE, part.time_base, at
+            silence.sample_rate, silence.time_base, silence.pts = RATE, Fraction(1, RATE), at
             yield silence
             at = due
-        part.pts = at
-        yield part
-        at += part.samples
+        piece.pts, piece.time_base = at, Fraction(1, RATE)
+        yield piece
+        at, rounding = at + piece.samples, SEAM * RATE    # smaller gaps are rounded time stamps
+    if damaged:
+        raise SoundError(f"its sound is damaged at {damaged[0]:.2f} s")
 
 
-def first_picture(path, short_side):
-    """The first frame as `picture` gives it: the only thing that tells size, rotation and colours alike."""
-    with av.open(str(path)) as container:
-        video = container.streams.best("video")
-        video.codec_context.thread_count = 1
-        for frame in container.decode(video):
-            return picture(frame, VideoReformatter(), short_side)
-    raise ValueError("no picture decodes")
-
-
-def encode(source, target, short_side, gop):
-    """Write source as target, H.264 and AAC in mp4. Raises FFmpegError, OSError, ValueError where it cannot."""
-    first = first_picture(source, short_side)
-    with av.open(str(source)) as container:
-        video, audio = container.streams.best("video"), container.streams.best("audio")
+def encode(source, target, short_side, gop, sound):
+    """Write source as target, H.264 and, with sound, AAC in mp4. Raises FFmpegError, OSError, ValueError,
+    or SoundError where the sound alone cannot be had."""
+    with av.open(str(source)) as eye, av.open(str(source)) as ear:      # so that both are read in their order
+        video, _ = open_streams(eye, sound=False)
+        frames = starmap(Shrinker(short_side), pictures(eye, video))
+        first = next(frames, None)
+        if first is None:
+            raise ValueError("no picture decodes")
         scale = video.time_base.denominator               # the mp4's own clock rounds where a track begins: a fine one
         clock = {"movie_timescale": str(scale * -(-10000 // scale))}
         with av.open(str(target), "w", format="mp4", options=clock) as out:
             h264 = H264 | {"g": str(gop)}
-            sight = out.add_stream("libx264", rate=video.average_rate or 30, options=h264, pix_fmt="yuv420p",
-                                   width=first.width, height=first.height, time_base=video.time_base)
-            sight.codec_context.colorspace, sight.codec_context.color_range = first.colorspace, first.color_range
-            sound = out.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000) if audio is not None else None
-            for packet in encoded(container, video, audio, sight, sound, short_side):
+            x264 = out.add_stream("libx264", rate=video.average_rate or 30, options=h264, pix_fmt="yuv420p",
+                                  width=first.width, height=first.height, time_base=video.time_base)
+            x264.codec_context.colorspace, x264.codec_context.color_range = first.colorspace, first.color_range
+            packets = [(p for frame in chain([first], frames, [None]) for p in x264.encode(frame))]
+            if sound:
+                try:
+                    _, audio = open_streams(ear)
+                except ValueError as error:
+                    raise SoundError(str(error)) from error
+                aac = out.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000)
+                pieces = chain(sound_pieces(ear, audio), [None])
+                packets.append(p for piece in pieces for p in aac.encode(piece))
+            for packet in merge(*packets, key=lambda packet: packet.dts * packet.time_base):
                 out.mux(packet)
-
-
-def encoded(container, video, audio, sight, sound, short_side):
-    """The packets of the encoders sight and sound for the streams video and audio (or None) of an open container."""
-    resampler, reformatter = av.AudioResampler("fltp", "mono", RATE), VideoReformatter()
-    pictures, times, last, at, end = deque(), [], None, None, 0           # times: a heap of their stamps
-    streams = [video] if audio is None else [video, audio]
-    for stream in streams:
-        stream.codec_context.thread_count = 1
-    for packet in chain(container.demux(streams), [None]):
-        for frame in packet.decode() if packet is not None else []:
-            if packet.stream is audio:
-                for part in seamless(resampler.resample(frame), at):
-                    at = part.pts + part.samples
-                    yield from sound.encode(part)
-            elif frame.pts is not None:
-                pictures.append(picture(frame, reformatter, short_side))
-                heapq.heappush(times, frame.pts)
-                end = max(end, frame.pts + (frame.duration or 0))
-        while len(pictures) > (REORDER if packet is not None else 0):
-            image, image.pts = pictures.popleft(), heapq.heappop(times)
-            if last is None or image.pts > last:
-                yield from sight.encode(image)
-                last = image.pts
-    if video.duration and (video.start_time or 0) + video.duration - end > 1 / video.time_base:
-        raise ValueError("its pictures end over 1 s before its header says")
-    for part in seamless(resampler.resample(None), at) if at is not None else []:
-        yield from sound.encode(part)
-    yield from sight.encode(None)
-    yield from sound.encode(None) if at is not None else []
 
 
 def work(job, short_side, gop):
@@ -139,10 +150,18 @@ def work(job, short_side, gop):
     entry = row["label"], row["split"]
     try:
         if target.exists() and (not source.exists() or target.stat().st_mtime >= source.stat().st_mtime):
-            return probe((target, *entry)) | {"path": str(target)}, "skipped"
+            copy = probe((target, *entry)) | {"path": str(target), "note": row["note"]}
+            if row["has_audio"] == "1" and not copy["has_audio"]:
+                copy["note"] = "its sound could not be transcoded"
+            return copy, "skipped"
         target.parent.mkdir(parents=True, exist_ok=True)
-        encode(source, part, short_side, gop)
-        copy = probe((part, *entry)) | {"path": str(target)}
+        note = row["note"]
+        try:
+            encode(source, part, short_side, gop, sound=row["has_audio"] == "1")
+        except SoundError as error:
+            note = str(error)
+            encode(source, part, short_side, gop, sound=False)
+        copy = probe((part, *entry)) | {"path": str(target), "note": note}
         if copy["reason"]:
             raise ValueError(f"its copy: {copy['reason']}")
         os.replace(part, target)
@@ -157,9 +176,9 @@ def read(manifest):
     """All rows of a manifest.csv. Raises ValueError where none is usable."""
     if not Path(manifest).is_file():
         raise ValueError(f"no manifest {manifest}: make one with python -m prepare.manifest")
-    with open(manifest, newline="") as file:
+    with open(manifest, newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    if not rows or not {"path", "label", "split", "duration", "reason"} <= rows[0].keys():
+    if not rows or not set(COLUMNS) <= rows[0].keys():
         raise ValueError(f"{manifest} is no manifest with rows: make one with python -m prepare.manifest")
     if all(row["reason"] for row in rows):
         raise ValueError(f"{manifest} has no usable row, each has a reason: look at its last columns")

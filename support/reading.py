@@ -50,13 +50,26 @@ def begin(stream):
     return float((stream.start_time or 0) * stream.time_base)
 
 
+def end(container, stream):
+    """The time at which the stream ends by the file's header or by Matroska's tags, s; None where neither tells."""
+    if stream.duration:
+        return begin(stream) + float(stream.duration * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    if tag:
+        hours, minutes, seconds = map(float, tag.groups())
+        counted_from = begin(stream) if "_STATISTICS_TAGS" in stream.metadata else 0.0      # mkvmerge, FFmpeg
+        return counted_from + 3600 * hours + 60 * minutes + seconds
+    return None
+
+
 def decode(stream, packets, damaged):
     """The frames of the packets. The time of each packet that does not decode is added to the list `damaged`."""
     for packet in packets:
         try:
             yield from stream.decode(packet)
         except av.error.FFmpegError:
-            damaged.append(float((packet.pts or 0) * stream.time_base) if packet else 0.0)
+            if packet is not None and packet.pts is not None:
+                damaged.append(float(packet.pts * stream.time_base))
 
 
 def in_order(frames):
@@ -74,10 +87,13 @@ def in_order(frames):
         yield heappop(stamps), waiting.popleft()
 
 
+UPRIGHT = 65536, 0, 0, 65536                            # the display matrix of most files
+
+
 def display_matrix(frame):
-    """(a, b, c, d): a player shows the pixel (x, y) at (a x + c y, b x + d y), each a multiple of 1 / 65536."""
+    """(a, b, c, d): a player shows the pixel (x, y) at (a x + c y, b x + d y), in units of 1 / 65536."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
-    return (1, 0, 0, 1) if matrix is None else tuple(np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist())
+    return UPRIGHT if matrix is None else tuple(np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist())
 
 
 def upright(image, matrix):
@@ -88,47 +104,62 @@ def upright(image, matrix):
     return image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
 
 
+class Shape:
+    """Checks that all frames have the shape of the first: the pictures of a clip have one."""
+
+    def __init__(self):
+        self.first = None
+
+    def check(self, frame):
+        """(width, height) of the first frame. ValueError if this frame's aspect (by over 1 %) or rotation is another."""
+        now = frame.width, frame.height, frame.rotation
+        self.first = width, height, rotation = self.first or now
+        if now != self.first and (now[2] != rotation or abs(now[0] / now[1] * height / width - 1) > 0.01):
+            raise ValueError("its pictures change their shape")
+        return width, height
+
+
 class Converter:
     """Frames -> arrays (H, W, 3) uint8 as a player shows them, the shorter side short_side pixels, the aspect kept."""
 
     def __init__(self, short_side):
-        self.short_side, self.reformatter, self.first, self.matrix = short_side, VideoReformatter(), None, None
-
-    def check(self, frame):
-        """Raise ValueError unless the frame has the shape of the first: the pictures of a clip have one shape."""
-        now = frame.width, frame.height, frame.rotation
-        self.first = width, height, rotation = self.first or now
-        if now != self.first and (frame.rotation != rotation or abs(frame.width / frame.height / (width / height) - 1) > 0.01):
-            raise ValueError("its pictures change their shape")
+        self.short_side, self.reformatter, self.shape, self.matrix = short_side, VideoReformatter(), Shape(), None
 
     def __call__(self, frame):
-        self.check(frame)
-        width, height, _ = self.first
+        width, height = self.shape.check(frame)
         scale = self.short_side / min(width, height)
-        small = self.reformatter.reformat(frame, round(width * scale), round(height * scale), "rgb24",
-                                          interpolation="AREA", threads=1)
-        self.matrix = self.matrix or display_matrix(small)      # PyAV would keep `frame` in memory if asked for its
+        size = round(width * scale), round(height * scale)
+        small = self.reformatter.reformat(frame, *size, "rgb24", interpolation="AREA", threads=1)
+        self.matrix = self.matrix or display_matrix(small)      # asked for the frame's, PyAV would keep the frame alive
         return upright(small.to_ndarray(), self.matrix)
 
 
-def sound_pieces(audio, packets, damaged):
-    """The sound of the packets as mono AudioFrames at 24 kHz. Where the format changes, a new resampler goes on."""
-    resampler = kind = None
-    for frame in decode(audio, packets, damaged):
-        if kind != (kind := (frame.format.name, frame.layout.name, frame.sample_rate)):
-            yield from resampler.resample(None) if resampler else ()
-            resampler = av.AudioResampler("fltp", "mono", RATE)
-        yield from resampler.resample(frame)
-    yield from resampler.resample(None) if resampler else ()
+class MonoResampler:
+    """Frames of sound -> AudioFrames, mono, float32, 24 kHz. Where the format changes, a new resampler goes on."""
+
+    def __init__(self):
+        self.resampler = self.format = None
+
+    def __call__(self, frame):
+        """The pieces that the frame gives, a list; for None those that are still held back."""
+        kind = None if frame is None else (frame.format.name, frame.layout.name, frame.sample_rate)
+        pieces = self.resampler.resample(None) if self.resampler and kind != self.format else []
+        if frame is not None:
+            if kind != self.format:
+                self.resampler, self.format = av.AudioResampler("fltp", "mono", RATE), kind
+            pieces += self.resampler.resample(frame)
+        return pieces
 
 
 def hear(audio, packets, start, samples, damaged):
     """`samples` samples of sound from time `start` on, float32, silent where there is none; None if nothing decodes."""
-    wave, at = np.zeros(samples, np.float32), None
-    for piece in sound_pieces(audio, packets, damaged):
-        if piece.pts is None:
+    wave, at, resample = np.zeros(samples, np.float32), None, MonoResampler()
+    for piece in (p for frame in chain(decode(audio, packets, damaged), [None]) for p in resample(frame)):
+        if piece.pts is None and at is None:
             raise ValueError("its sound has no time stamps")
-        due = (piece.time - start) * RATE           # where the piece belongs, in samples
+        due = at if piece.pts is None else (piece.time - start) * RATE      # where the piece belongs, in samples
+        if at is None:
+            damaged.clear()                             # after a seek the first packet may be a fragment
         if at is None or abs(due - at) > SEAM * RATE:
             at = round(due)
         low, high = max(at, 0), min(at + piece.samples, samples)
@@ -140,20 +171,25 @@ def hear(audio, packets, start, samples, damaged):
     return wave if at is not None else None
 
 
-def collect(container, video, audio, first, wanted, end, fresh, sort):
+def collect(container, video, audio, first, wanted, stop, fresh, sort):
     """The packets of the pictures from a keyframe not after `first` to REORDER behind the last wanted time, and those of
-    the sound from WARM_UP before the first wanted time until past `end`. None if the container gives only later ones."""
+    the sound from WARM_UP before the first wanted time until past `stop`. None if the container gives only later ones.
+
+    Raises ValueError where the file ends in the middle of what is wanted, over 1 s before its header says."""
     pictures, sound, behind, opening = [], [], 0, np.inf
     ticks = {stream: float(stream.time_base) for stream in (video, audio) if stream is not None}
+    reached = dict.fromkeys(ticks, -np.inf)
     for packet in container.demux(list(ticks)):
         if not packet.size:                             # PyAV ends each stream with an empty packet
             continue
-        time = None if packet.pts is None else packet.pts * ticks[packet.stream]
+        time, tick = None if packet.pts is None else packet.pts * ticks[packet.stream], ticks[packet.stream]
+        if time is not None:
+            reached[packet.stream] = max(reached[packet.stream], time + (packet.duration or 0) * tick)
         if packet.stream is audio:
             opening = min(opening, np.inf if time is None else time)
-            if time is None or time + (packet.duration or 0) * ticks[audio] >= wanted[0] - WARM_UP:
+            if time is None or reached[audio] >= wanted[0] - WARM_UP:
                 sound.append(packet)
-            if behind >= REORDER and time is not None and time > end:
+            if behind >= REORDER and time is not None and time > stop:
                 break
         elif behind < REORDER and (pictures or fresh or packet.is_keyframe):
             if packet.is_keyframe and not fresh and time is not None:
@@ -166,7 +202,12 @@ def collect(container, video, audio, first, wanted, end, fresh, sort):
             if behind >= REORDER and audio is None:
                 break
     late = audio is not None and opening > max(begin(audio), wanted[0] - WARM_UP) + 1e-3
-    return None if not fresh and (late or not pictures) else (pictures, sound)
+    if not fresh and (late or not pictures):
+        return None
+    for stream, last in ((video, wanted[-1]), (audio, stop)):
+        if stream is not None and reached[stream] < min(last, (end(container, stream) or 0) - 1):
+            raise ValueError(f"its {stream.type} ends at {reached[stream]:.2f} s of {end(container, stream):.2f} s")
+    return pictures, sound
 
 
 def nearest(stamps, times):
@@ -269,7 +310,8 @@ def read(path, times, samples=0, short_side=160):
                 found, chosen, wrong = decode_wanted(video, pictures, [t / tick for t in wanted], convert, damaged)
                 images, missing = [found.get(stamp) for stamp in chosen], set(chosen) - found.keys()
             wave = hear(audio, sound, wanted[0], samples, cracks) if audio is not None else np.zeros(0, np.float32)
-            key = max((p.pts * tick for p in pictures if p.is_keyframe and p.pts * tick <= wanted[0]), default=-np.inf)
+            keys = [p.pts * tick for p in pictures if p.is_keyframe and p.pts is not None]
+            key = max((time for time in keys if time <= wanted[0]), default=min(keys, default=-np.inf))
             damaged = [t for t in damaged if t >= key] + [t for t in cracks if 0 <= t - wanted[0] < samples / RATE]
             again = trouble and trouble[0] != pictures[0].pts and trouble[1:] == (missing, damaged)
             trouble = pictures[0].pts, missing, damaged

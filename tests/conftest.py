@@ -13,32 +13,24 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-
-BITS = 9
-
-
-def barcode(n, size):
-    """The number n as 9 black or white columns."""
-    width, height = size
-    bits = (n >> np.arange(BITS)) & 1
-    return np.tile((235 * bits[np.arange(width) * BITS // width])[None, :, None], (height, 1, 3)).astype(np.uint8)
+from experiments import frames                            # noqa: E402
+from experiments.frames import barcode                    # noqa: E402
 
 
 def read_barcode(video):
-    """(..., H, W, 3) uint8 -> (...) the numbers."""
-    W = video.shape[-2]
-    columns = torch.tensor([(2 * b + 1) * W // (2 * BITS) for b in range(BITS)])
-    bits = video.float().mean((-3, -1))[..., columns] > 120
-    return (bits * 2 ** torch.arange(BITS)).sum(-1)
+    """(..., H, W, 3) uint8 -> (...) the numbers, a tensor."""
+    return torch.as_tensor(frames.read_barcode(video))
 
 
 def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, rate=44100, layout="mono", codec="libx264",
-               audio_codec="aac", gray=None, wave=None, start=0.0, gop=12, turned=0, ticks=None):
+               audio_codec="aac", gray=None, wave=None, start=0.0, gop=12, turned=0, ticks=None,
+               sound_seconds=None, muxer=None):
     """One file. Each frame shows its number as a barcode unless gray(t) gives one gray value at time t (s); the sound
     is a tone (Hz) unless wave(t) gives samples. start: the first time stamp. tone=None: no sound track. turned:
-    degrees by which a player is to turn the picture, counter-clockwise. ticks: stamps of the frames in 1/fps s."""
+    degrees by which a player is to turn the picture, counter-clockwise. ticks: stamps of the frames in 1/fps s.
+    sound_seconds: length of the sound, if it is not that of the pictures. muxer: options of the container."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as out:
+    with av.open(str(path), "w", options=muxer or {}) as out:
         options = {"g": str(gop), "crf": "5"} if codec == "libx264" else {}
         video = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), width=size[0], height=size[1],
                                pix_fmt="yuv420p", options=options)
@@ -54,7 +46,7 @@ def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, rate=44100, l
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
         if audio is not None:
-            t = np.arange(round(seconds * rate)) / rate
+            t = np.arange(round((sound_seconds or seconds) * rate)) / rate
             sound = wave(t) if wave else 0.5 * np.sin(2 * np.pi * tone * t)
             channels = {"mono": 1, "stereo": 2, "5.1": 6}[layout]
             planes = np.ascontiguousarray(np.tile(sound.astype(np.float32), (channels, 1)))

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import ROOT, make_video
 from data import read_manifest
-from prepare import manifest
+from prepare import manifest, transcode
 
 
 @pytest.fixture(scope="session")
@@ -228,6 +228,179 @@ def test_folder(put, tmp_path):
     (tmp_path / "f/a/circle").symlink_to(tmp_path / "f")
     assert short(manifest.scan(tmp_path / "f")) == {
         "1.mp4": ("a", "", ""), "2.MKV": ("a/deep", "", ""), "3.avi": ("f", "", ""), "4.mp4": ("linked", "", "")}
+
+
+# ---- names as tools give them
+
+@pytest.mark.parametrize("name, stem", [
+    ("a_000001_000011.mp4", "a_000001_000011"), ("a_000001_000011.MP4.webm", "a_000001_000011"),
+    ("a.mp4.mkv.Ts", "a"), ("Dr. No (1.5)_[x]_clap.avi", "Dr. No (1.5)_[x]_clap"),
+    ("a.txt.mp4", "a.txt"), ("mp4.mp4", "mp4"), (".mp4", ".mp4"), ("a.mp4.part", "a.mp4.part"),
+    ("folder.mp4/a.b", "a.b")])
+def test_a_stem_is_without_all_suffixes_of_videos(name, stem):
+    assert manifest.stem(Path(name)) == stem
+
+
+def test_all_suffixes_are_found(put, tmp_path):
+    names = ["a", "b.m4v", "c.3GP", "d.ts", "e.mpeg", "f.flv", "g.wmv", "h.vob", "i.mp4", "j.avi",
+             "k.mkv", "l.webm", "m.mpg", "n.MOV", "o.txt"]
+    for name in names:
+        put(f"r/a/{name}")
+    found, notes = manifest.videos(tmp_path / "r")
+    assert [path.name for path in found] == names[1:-1]
+    assert notes == ["2 other files passed over (1 .txt, 1 without suffix)"]
+
+
+def test_other_files_are_counted(put, tmp_path):
+    for name in ("1.mp4", "a.TXT", "deep/b.txt", "c.zip", ".hidden.txt", ".DS_Store"):
+        put(f"r/a/{name}")
+    rows, notes = manifest.survey("folder", tmp_path / "r")
+    assert notes == ["3 other files passed over (2 .txt, 1 .zip)"]
+    assert manifest.summary(rows, notes) == "1 files, 1 usable; " + notes[0]
+    for name in ("d.zip", "e.zip", "f.part", "g.json", "h.csv", "i.jpg", "1. j k", "\udce9.\udce9"):
+        put(f"r/a/{name}")
+    kinds = "3 .zip, 2 .txt, 2 without suffix, 1 .csv, 1 .jpg, ..."
+    assert manifest.videos(tmp_path / "r")[1] == [f"11 other files passed over ({kinds})"]
+    (tmp_path / "r/a/1.mp4").unlink()
+    with pytest.raises(ValueError, match=r"no video in .*expected .*\.webm.*; 11 other files"):
+        manifest.scan(tmp_path / "r")
+    put("clean/a/1.mp4"), put("clean/.hidden")
+    assert manifest.survey("folder", tmp_path / "clean")[1] == []
+
+
+BOWLING = {"l.csv": K400 + "bowling,--07WQ2iBlw,1,11,train\n"}
+LISTS = {                                        # layout: (name of a clip, lists that have it)
+    "kinetics400": ("--07WQ2iBlw_000001_000011", BOWLING),
+    "kinetics-sounds": ("--07WQ2iBlw_000001_000011", BOWLING),
+    "vggsound": ("--07WQ2iBlw_000001", {"vggsound.csv": '--07WQ2iBlw,1,"a, b",train\n'}),
+    "ucf101": ("v_A_g01_c01", {"classInd.txt": "1 A\n", "testlist01.txt": "",
+                               "trainlist01.txt": "A/v_A_g01_c01.avi 1\n"}),
+    "hmdb51": ("Dr. No [1.5]_clap", {"clap_test_split1.txt": "Dr. No [1.5]_clap.avi 1 \n"})}
+
+
+@pytest.mark.parametrize("layout", LISTS)
+@pytest.mark.parametrize("mark", ("", "\ufeff"))
+def test_double_suffixes_and_lists_with_a_mark(put, tmp_path, layout, mark):
+    """Each layout takes name.mp4.mkv, uses a clip once, tells others, reads lists with a BOM."""
+    name, lists = LISTS[layout]
+    put(f"r/x/{name}.mp4.MKV", "mkv"), put(f"r/x/{name}.mp4.webm", "mkv"), put("r/notes.txt")
+    for file, content in lists.items():
+        (tmp_path / file).write_text(mark + content, encoding="utf-8")
+    rows, notes = manifest.survey(layout, tmp_path / "r", annotations=tmp_path)
+    assert [(row["split"], row["reason"]) for row in rows] == [
+        ("train", ""), ("train", manifest.COPY)]
+    assert notes[0] == "0 official entries not on disk"
+    assert notes[-1] == "1 other files passed over (1 .txt)"
+
+
+def test_kinetics_named_by_the_id_alone(put, tmp_path):
+    put("k/once_-AAAA_.mp4"), put("k/twiceAAAAAA.mp4.mkv"), put("k/twiceAAAAAA_000005_000015.mp4")
+    put("k/bothAAAAAAA.mp4"), put("k/bothAAAAAAA_000001_000011.mp4"), put("k/othersAAAAA.mp4")
+    text(tmp_path / "l/train.csv", K400 + "bowling,once_-AAAA_,1,11,train\n"
+         "bowling,twiceAAAAAA,5,15,train\nbowling,bothAAAAAAA,1,11,train\n"
+         "yoga,othersAAAAA,1,11,train\n")
+    text(tmp_path / "l/val.csv", K400 + "bowling,twiceAAAAAA,25,35,val\n"
+         "bowling,bothAAAAAAA,1,11,train\n")               # the same entry once more: one clip
+    used = ("bowling", "train", "")
+    ours = {"once_-AAAA_.mp4": used, "twiceAAAAAA_000005_000015.mp4": used, "bothAAAAAAA.mp4": used,
+            "bothAAAAAAA_000001_000011.mp4": ("bowling", "train", manifest.COPY),
+            "twiceAAAAAA.mp4.mkv": (
+                "", "", "its name is an id with several clips in the official list")}
+    rows, notes = manifest.survey("kinetics400", tmp_path / "k", annotations=tmp_path / "l")
+    assert short(rows) == ours | {"othersAAAAA.mp4": ("yoga", "train", "")}
+    assert notes == ["1 official entries not on disk (1 of val)"]
+    rows, notes = manifest.survey("kinetics-sounds", tmp_path / "k", annotations=tmp_path / "l")
+    assert short(rows) == ours and notes == [
+        "1 official entries not on disk (1 of val)", "1 files of other classes passed over"]
+
+
+@pytest.mark.parametrize("evaluation", (False, True))
+def test_vggsound_named_in_milliseconds(put, tmp_path, evaluation):
+    put("v/-1pRmoJIGQc_10000_20000.mp4"), put("v/a_b-c_100_1_0_10000.mp4.webm", "mkv")
+    put("v/bothAAAAAAA_000007.mp4"), put("v/bothAAAAAAA_7000_17000.mp4")
+    put("v/-1pRmoJIGQc_11000_21000.mp4")
+    entries = [("-1pRmoJIGQc", 10, "train"), ("a_b-c_100_1", 0, "test"),
+               ("bothAAAAAAA", 7, "train"), ("goneAAAAAAA", 1, "test")]
+    for split in ("train", "test"):
+        text(tmp_path / f"lists/{split}.csv", "".join(
+            f"{name}_{start:06d}.mp4,waves\n" for name, start, part in entries if part == split))
+    if not evaluation:
+        text(tmp_path / "lists/vggsound.csv", "".join(
+            f'{name},{start},"waves",{part}\n' for name, start, part in entries))
+    rows, notes = manifest.survey("vggsound", tmp_path / "v", annotations=tmp_path / "lists")
+    assert short(rows) == {
+        "-1pRmoJIGQc_10000_20000.mp4": ("waves", "train", ""),
+        "a_b-c_100_1_0_10000.mp4.webm": ("waves", "test", ""),
+        "bothAAAAAAA_000007.mp4": ("waves", "train", ""),
+        "bothAAAAAAA_7000_17000.mp4": ("waves", "train", manifest.COPY),
+        "-1pRmoJIGQc_11000_21000.mp4": ("", "", "not in the official list")}
+    assert notes == ["1 official entries not on disk (1 of test)"]
+
+
+@pytest.mark.parametrize("part, split", [
+    ("train", "train"), ("TRAIN", "train"), ("Training", "train"), ("val", "val"), ("valid", "val"),
+    ("Validate", "val"), ("Validation", "val"), ("test", "test"), ("Testing", "test"),
+    ("eval", ""), ("trains", "")])
+def test_folders_of_parts(put, tmp_path, part, split):
+    put(f"r/{part}/bowling/1.mp4"), put(f"r/bowling/{part}/2.mp4")
+    label = "bowling" if split else f"{part}/bowling"
+    assert short(manifest.scan(tmp_path / "r"), "label", "split") == {
+        "1.mp4": (label, split), "2.mp4": (f"bowling/{part}", "")}       # the first folder alone
+    rows = manifest.scan(tmp_path / "r", layout="kinetics-sounds")
+    assert short(rows, "label", "split") == dict.fromkeys(("1.mp4", "2.mp4"), ("bowling", split))
+
+
+def test_a_manifest_with_a_mark(put, tmp_path, monkeypatch):
+    """All that read a manifest take one that begins with a BOM, as Excel writes it."""
+    put("r/a/1.mp4")
+    out = tmp_path / "m.csv"
+    rows = manifest.scan(tmp_path / "r", out=out)
+    out.write_bytes(b"\xef\xbb\xbf" + out.read_bytes())
+    assert read_manifest(out)[0][0].path == rows[0]["path"]
+    assert transcode.read(out)[0]["path"] == rows[0]["path"]
+    names = hand_in(monkeypatch)
+    assert manifest.scan(tmp_path / "r", out=out) == rows and names == []
+
+
+def command(*args):
+    """(exit status, stdout, last line of stderr) of prepare.manifest."""
+    done = subprocess.run([sys.executable, "-m", "prepare.manifest", *map(str, args)], cwd=ROOT,
+                          text=True, capture_output=True)
+    return done.returncode, done.stdout, (done.stderr.splitlines() or [""])[-1]
+
+
+@pytest.mark.parametrize("layout, form", [
+    ("kinetics400", "'--07WQ2iBlw_000001_000011.mp4' (id_start_end)"),
+    ("kinetics-sounds", "'--07WQ2iBlw_000001_000011.mp4' (id_start_end)"),
+    ("vggsound", "'--07WQ2iBlw_000001.mp4' (id_start)"), ("ucf101", "'v_A_g01_c01.avi'"),
+    ("hmdb51", "'Dr. No [1.5]_clap.avi'")])
+def test_names_that_do_not_fit_are_told(put, tmp_path, layout, form):
+    put("r/b.mp4"), put("r/a'.mp4")
+    for file, content in LISTS[layout][1].items():
+        text(tmp_path / "lists" / file, content)
+    out = tmp_path / "m.csv"
+    done = command(layout, tmp_path / "r", "--annotations", tmp_path / "lists", "--out", out)
+    others = "; 0 files of other classes passed over" * (layout == "kinetics-sounds")
+    assert done == (
+        1, "", f"error: {out}: 2 files, 0 usable, 2 left out: 2 not in the official list; "
+        f"{layout} expects names like {form}, found e.g. \"a'.mp4\"{others}")
+    with open(out, newline="") as file:
+        assert [row["reason"] for row in csv.DictReader(file)] == [manifest.UNLISTED] * 2
+
+
+def test_files_that_are_named_rightly_but_not_usable(put, tmp_path):
+    """The reasons alone are told. The functions do not raise, the command ends with 1."""
+    put("r/--07WQ2iBlw_000001_000011.mp4").write_bytes(b""), put("r/unlistedAAA.mp4")
+    listed, out = text(tmp_path / "l.csv", BOWLING["l.csv"]), tmp_path / "m.csv"
+    rows, notes = manifest.survey("kinetics400", tmp_path / "r", annotations=listed)
+    assert [row["reason"] for row in rows] == ["empty file", "not in the official list"]
+    assert notes == ["0 official entries not on disk"]
+    assert command("kinetics400", tmp_path / "r", "--annotations", listed, "--out", out) == (
+        1, "", f"error: {out}: 2 files, 0 usable, 2 left out: 1 empty file, 1 not in the official "
+        "list; 0 official entries not on disk")
+    (tmp_path / "r/unlistedAAA.mp4").unlink()
+    assert command("folder", tmp_path / "r", "--out", out) == (
+        1, "", f"error: {out}: 1 files, 0 usable, 1 left out: 1 empty file")
 
 
 # ---- lists that do not serve

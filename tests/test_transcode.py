@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -92,29 +91,6 @@ def test_variable_frame_rate(tmp_path):
     copy, _ = copy_of(path, tmp_path)
     assert seen(copy)[0] == seen(path)[0] and np.ptp(np.diff([float(t) for t, _ in seen(copy)[0]])) > 0.15
     assert float(seen(copy)[0][0][0]) == pytest.approx(times[0], abs=1e-4)
-
-
-def test_stamps_out_of_order_are_sorted(tmp_path):
-    """As AVI gives them for B-frames: the pictures come in the right order, each with its neighbour's stamp."""
-    def swapped():
-        for n in (0, 2, 1, 3, 5, 4, 6):
-            frame = av.VideoFrame.from_ndarray(barcode(len(got), (72, 54)), "rgb24")
-            frame.pts, frame.time_base = n * 100, Fraction(1, 1000)
-            got.append(frame)
-            yield frame
-    got = []
-    path = film(tmp_path / "a.mkv", np.arange(7) / 10, Fraction(1, 1000))
-    with av.open(str(path)) as container, av.open(str(tmp_path / "b.mp4"), "w") as out:
-        sight = out.add_stream("libx264", rate=10, width=72, height=54, pix_fmt="yuv420p", time_base=Fraction(1, 1000))
-        frames = swapped()
-
-        class Source:                                     # a container whose packets decode to `swapped`
-            def demux(self, streams):
-                for packet in container.demux(streams):
-                    yield SimpleNamespace(stream=packet.stream, decode=lambda: [f for f in [next(frames, None)] if f])
-        for packet in transcode.encoded(Source(), container.streams.video[0], None, sight, None, 64):
-            out.mux(packet)
-    assert seen(tmp_path / "b.mp4")[0] == [(Fraction(n, 10), n) for n in range(7)]
 
 
 @pytest.mark.parametrize("video_at,sound_at", [(0, 0), (1.5, 1.5), (0, 0.63), (0.85, 0)])
@@ -244,7 +220,7 @@ def test_what_fails_is_named_and_left_out(tmp_path, capsys):
     usable, left_out = read_manifest(tmp_path / "out" / "manifest.csv")
     assert [r.path for r in usable] == [str(tmp_path / "out" / "x" / "a.mp4")]
     assert left_out[str(broken)].startswith("cannot be transcoded: ")
-    assert "end over 1 s before" in left_out[str(tmp_path / "in" / "x" / "c.mp4")]
+    assert "over 1 s before its header says" in left_out[str(tmp_path / "in" / "x" / "c.mp4")]
     assert left_out[str(tmp_path / "in" / "x" / "d.mp4")] == "not in the list"
     assert f"{broken}: cannot be transcoded" in capsys.readouterr().err
 

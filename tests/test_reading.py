@@ -1,0 +1,249 @@
+"""The right picture and sound from every container: a matrix of films whose frames carry their numbers, and odd files."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from conftest import make_video, peak_hz, read_barcode
+
+from data import ActionClips, AudioVisualClips, read_clip, read_manifest
+from experiments import frames
+from prepare import manifest, transcode
+from support.reading import RATE, read
+
+SHORT_SIDE = 48
+STORE_NO_DELAY = {".avi", ".3gp"}                         # of the sound's encoder, so that all players are late
+
+
+def shown(path, times, sound=False):
+    """The numbers that the reader shows at the times."""
+    samples = round((times[-1] - times[0] + 0.1) * RATE) if sound else 0
+    return frames.read_barcode(np.stack(read(path, times, samples, SHORT_SIDE)[0]))
+
+
+def scanned(path, verify=True):
+    return manifest.probe((path, "c", ""), verify)
+
+
+@pytest.mark.parametrize("film", frames.FILMS, ids=lambda film: film.name)
+def test_matrix(film, tmp_path):
+    """No frame of 240 is wrong, in the film and in its transcoded copy; --verify passes both; beeps are in time."""
+    path = frames.make(film, tmp_path)
+    times, numbers, begins = frames.truth(path)
+    assert numbers.tolist() == list(range(len(film.ticks or range(round(frames.SECONDS * film.fps)))))
+    row = scanned(path)
+    assert (row["reason"], row["note"], row["has_audio"]) == ("", "", int(film.sound is not None))
+    assert abs(row["video_duration"] + begins[0] - times[-1]) < 0.25
+    assert frames.ask(path, shown, times, numbers, begins) == (0, frames.PLACES * frames.FRAMES)
+    transcode.encode(path, copy := tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=film.sound is not None)
+    row = scanned(copy)
+    assert (row["reason"], row["note"]) == ("", "")
+    assert frames.ask(copy, shown, times, numbers, begins) == (0, frames.PLACES * frames.FRAMES)
+    if film.sound is None:
+        return
+    first = times[0] - (film.ticks or [0])[0] / film.fps - max(begins)              # of the film's clock, in the reader's
+    whole = first_to_last(path, 0, times[-1] - max(begins)) - first                 # from the beginning, without a seek
+    late = whole - np.arange(len(whole)) - 0.5
+    assert len(whole) >= 4 and (abs(late) < 0.01).all() or path.suffix in STORE_NO_DELAY and (abs(late) < 0.05).all()
+    for source in (path, copy):
+        for t0 in np.random.default_rng(0).uniform(0, times[-1] - max(begins) - 1.5, 6):
+            beeps = first_to_last(source, t0, 1.5) - first
+            assert len(beeps) and abs(whole[:, None] - beeps).min(0).max() < 0.01, (source, t0)
+
+
+def first_to_last(path, t0, seconds):
+    """When the beeps begin in a clip, in s after zero; not one that has begun before the clip."""
+    _, wave = read(path, [t0], round(seconds * RATE), SHORT_SIDE)
+    beeps = frames.onsets(wave, RATE)
+    return t0 + beeps[beeps > 0.025]
+
+
+def ts(path, seconds=3, start=0.0, **settings):
+    """An MPEG-TS film: two of them, one after the other, are one film whose format changes in mid-stream."""
+    return make_video(path, seconds, 25, start=start, audio_codec="aac", **settings).read_bytes()
+
+
+@pytest.mark.parametrize("rate,layout", [(48000, "mono"), (44100, "stereo"), (32000, "stereo")])
+def test_sound_may_change_its_format(tmp_path, rate, layout):
+    path = tmp_path / "a.ts"
+    path.write_bytes(ts(tmp_path / "1.ts", tone=600) + ts(tmp_path / "2.ts", start=3, tone=600, rate=rate, layout=layout))
+    row = scanned(path)
+    assert (row["reason"], row["note"], row["has_audio"]) == ("", "", 1) and abs(row["duration"] - 6) < 0.2
+    transcode.encode(path, tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=True)
+    for source in (path, tmp_path / "copy.mp4"):
+        for t0 in (0.5, 2.5, 4.2):
+            _, wave = read(source, [t0], RATE, SHORT_SIDE)
+            for part in np.split(wave, 4):
+                assert abs(peak_hz(part) - 600) < 8 and part.std() > 0.25, (source, t0)
+
+
+def test_pictures_of_another_shape_are_named(tmp_path):
+    path = tmp_path / "a.ts"
+    path.write_bytes(ts(tmp_path / "1.ts") + ts(tmp_path / "2.ts", start=3, size=(54, 72)))
+    assert scanned(path)["reason"] == "cannot be read to the end: its pictures change their shape"
+    assert read_barcode(read_clip(path, 0.4, (1,), (1,), 10, 25, 54)[0])[0].tolist() == list(range(10, 20))
+    with pytest.raises(ValueError, match="a.ts: its pictures change their shape"):
+        read_clip(path, 2.5, (1,), (1,), 25, 25, 54)
+    path.write_bytes(ts(tmp_path / "1.ts") + ts(tmp_path / "2.ts", start=3, size=(144, 108)))       # larger, the same shape
+    assert scanned(path)["reason"] == ""
+    assert read_clip(path, 2.5, (1,), (1,), 25, 25, 54)[0].shape == (1, 25, 54, 72, 3)
+
+
+@pytest.mark.parametrize("degrees,hflip,vflip,expected", [
+    (0, False, False, "abcd"), (180, False, False, "dcba"), (-90, False, False, "cadb"), (90, False, False, "bdac"),
+    (0, True, False, "badc"), (0, False, True, "cdab"), (90, True, False, "dbca"), (90, False, True, "acbd")])
+def test_pictures_as_a_player_shows_them(tmp_path, degrees, hflip, vflip, expected):
+    """The four corners, from the top left row by row, after all turns and mirror images that a file can ask for; the
+    copy's pixels lie so."""
+    levels = dict(zip("abcd", (20, 90, 160, 230)))
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=10, width=96, height=64, pix_fmt="yuv420p")
+        video.set_display_rotation(degrees, hflip=hflip, vflip=vflip)
+        image = np.array([levels[c] for c in "abcd"], np.uint8).reshape(2, 2).repeat(32, 0).repeat(48, 1)
+        for _ in range(10):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(np.repeat(image[..., None], 3, 2), "rgb24")))
+        out.mux(video.encode(None))
+    transcode.encode(path, tmp_path / "copy.mp4", 64, 15, sound=False)
+    for source in (path, tmp_path / "copy.mp4"):
+        (image,), _ = read(source, [0.3], 0, 64)
+        H, W = image.shape[:2]
+        assert (H, W) == ((96, 64) if degrees in (90, -90) else (64, 96))
+        corners = [image[y, x].mean() for y in (H // 4, 3 * H // 4) for x in (W // 4, 3 * W // 4)]
+        assert "".join(min(levels, key=lambda c: abs(levels[c] - value)) for value in corners) == expected, source
+
+
+def damage(path, first, last):
+    """Overwrite the packets of the pictures first to last (by their order in the file)."""
+    with av.open(str(path)) as container:
+        spans = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    for pos, size in spans[first:last + 1]:
+        data[pos:pos + size] = b"\xff" * size
+    path.write_bytes(data)
+
+
+def test_what_is_damaged_is_refused_and_the_rest_is_right(tmp_path):
+    path = make_video(tmp_path / "a.mp4", 8, 25, gop=25)
+    damage(path, 80, 85)                                  # in the fourth second
+    assert scanned(path, verify=False)["reason"] == ""
+    assert scanned(path)["reason"].startswith("cannot be read to the end: damaged frames (first at 3.")
+    refused = 0
+    for t0 in np.arange(0, 7, 0.3):
+        try:
+            video, _ = read_clip(path, t0, (1,), (1,), 12, 25, SHORT_SIDE)
+            seen = read_barcode(video)[0].numpy() / 25
+            assert abs(seen - t0 - np.arange(12) / 25).max() <= 0.5 / 25 + 2e-3, t0
+        except ValueError as error:
+            assert "a.mp4: damaged at 3." in str(error) and 2.6 < t0 < 4, t0
+            refused += 1
+    assert refused in (3, 4, 5)
+    with pytest.raises(ValueError, match="damaged frames"):
+        transcode.encode(path, tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=True)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_a_file_that_was_cut_is_refused_past_its_end(tmp_path, suffix):
+    whole = make_video(tmp_path / f"whole.{suffix}", 6, 25, codec="mpeg4", audio_codec="ac3", rate=48000)
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "mp4":                                   # its index stands at the end of the file: at the front first
+        with av.open(str(whole)) as old, av.open(str(path), "w", options={"movflags": "faststart"}) as new:
+            streams = {stream: new.add_stream_from_template(stream) for stream in old.streams}
+            for packet in old.demux():
+                if packet.dts is not None:
+                    packet.stream = streams[packet.stream]
+                    new.mux(packet)
+        whole = path
+    path.write_bytes(whole.read_bytes()[:whole.stat().st_size // 2])
+    assert scanned(path)["reason"].startswith("cannot be read to the end: ")
+    video, _ = read_clip(path, 1, (1,), (1,), 12, 25, SHORT_SIDE)
+    assert read_barcode(video)[0].tolist() == list(range(25, 37))
+    for tau_a in ((), (1,)):
+        with pytest.raises(ValueError, match=f"a.{suffix}: "):
+            read_clip(path, 4, (1,), tau_a, 12, 25, SHORT_SIDE)
+
+
+def test_slides_pass_and_stand_until_the_next(tmp_path):
+    path = make_video(tmp_path / "a.mp4", 6, 10, tone=300, ticks=[0, 50, 100, 150, *range(200, 256)])
+    row = scanned(path)
+    assert row["reason"] == "" and abs(row["video_duration"] - 25.6) < 0.01
+    assert shown(path, [0, 2.4, 2.6, 7.6, 12.4, 19.9, 21]).tolist() == [0, 0, 1, 2, 2, 4, 14]
+
+
+# ---- lengths
+
+def test_each_track_has_a_length_of_its_own(tmp_path):
+    """Pictures of 6 s and sound of 2 s, in containers that tell the length of a track and in others: 2 s together."""
+    for suffix, codec in (("mp4", "libx264"), ("mkv", "libx264"), ("flv", "libx264"), ("ts", "libx264"), ("avi", "mpeg4"),
+                          ("webm", "libvpx")):
+        sound = {"avi": "libmp3lame", "webm": "libopus"}.get(suffix, "aac")
+        path = make_video(tmp_path / f"a.{suffix}", 6, 25, rate=48000, codec=codec, audio_codec=sound, sound_seconds=2)
+        for verify in (False, True):
+            row = scanned(path, verify)
+            assert row["reason"] == row["note"] == "", (suffix, row)
+            assert abs(row["duration"] - 2) < 0.1 and abs(row["video_duration"] - 6) < 0.1, (suffix, row)
+
+
+@pytest.mark.parametrize("suffix,codec,sound", [("webm", "libvpx", "libopus"), ("mkv", "libx264", "aac")])
+def test_a_live_stream_without_any_length(tmp_path, suffix, codec, sound):
+    path = make_video(tmp_path / f"a.{suffix}", 5, 25, rate=48000, codec=codec, audio_codec=sound, muxer={"live": "1"})
+    with av.open(str(path)) as container:
+        assert container.duration is None
+    for verify in (False, True):
+        row = scanned(path, verify)
+        assert row["reason"] == "" and abs(row["duration"] - 5) < 0.1, row
+    assert shown(path, [3.0, 3.04, 4.0], sound=True).tolist() == [75, 76, 100]
+
+
+def test_an_edit_list_cuts_off_the_beginning(tmp_path):
+    """Media from 1.5 s on, in mid-GOP: what is before is decoded but not shown, and not counted in the length."""
+    path = make_video(tmp_path / "a.mp4", 5, 30, gop=30, tone=None)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"elst") + 12                         # version, flags and count; then length, media time, rate
+    assert int.from_bytes(data[at - 4:at]) == 1
+    with av.open(str(path)) as container:
+        scale = container.streams.video[0].time_base.denominator
+    length, begins = int.from_bytes(data[at:at + 4]), int.from_bytes(data[at + 4:at + 8])
+    data[at:at + 8] = (length * 7 // 10).to_bytes(4) + (begins + 3 * scale // 2).to_bytes(4)
+    path.write_bytes(data)
+    row = scanned(path)
+    assert row["reason"] == "" and abs(row["video_duration"] - 3.5) < 0.05
+    assert shown(path, [0, 0.1, 0.6, 3.4]).tolist() == [45, 48, 63, 147]
+    assert shown(path, [2.0, 2.1]).tolist() == [105, 108]
+
+
+# ---- sound that does not serve
+
+def test_sound_never_decides_about_pictures(tmp_path):
+    """A film whose sound is short, starts late, has no decoder or is damaged: fine-tuning sees all of its pictures."""
+    root = tmp_path / "r" / "c"
+    make_video(root / "short.mp4", 6, 25, sound_seconds=1)
+    data = make_video(root / "no_decoder.mkv", 6, 25).read_bytes()
+    (root / "no_decoder.mkv").write_bytes(data.replace(b"A_AAC", b"A_ZZZ"))
+    make_video(root / "damaged.mp4", 6, 25)
+    with av.open(str(root / "damaged.mp4")) as container:
+        packet = [p for p in container.demux(audio=0) if p.size][100]
+    data = bytearray((root / "damaged.mp4").read_bytes())
+    data[packet.pos:packet.pos + packet.size] = b"\xff" * packet.size
+    (root / "damaged.mp4").write_bytes(data)
+    manifest.write(manifest.scan(tmp_path / "r", verify=True), tmp_path / "m.csv")
+    rows, left_out = read_manifest(tmp_path / "m.csv")
+    assert not left_out
+    notes = {Path(row.path).stem: row.note for row in rows}
+    assert notes["short"] == "" and notes["no_decoder"] == "no decoder for its sound"
+    assert notes["damaged"].startswith("its sound cannot be read: damaged frames (first at 2.")
+    clips = ActionClips(rows, ["c"], frames=5, fps=25, size=SHORT_SIDE, clips=4, crops=1)
+    for index in range(3):
+        seen = frames.read_barcode(read(rows[index].path, [5.8], 0, SHORT_SIDE)[0])
+        assert seen.tolist() == [145] and abs(rows[index].video_duration - 6) < 0.05
+        video, _, _ = clips[index]
+        assert not video[3].equal(video[0])               # the last clip is not the first once more
+    sounding = AudioVisualClips(rows, frames=8, fps=16, size=24)
+    assert [Path(row.path).stem for row in sounding.rows] == ["short"]
+    assert set(sounding.left_out.values()) == {notes["no_decoder"], notes["damaged"]}
+    transcode.run(tmp_path / "m.csv", tmp_path / "copy", SHORT_SIDE)
+    copies, left_out = read_manifest(tmp_path / "copy" / "manifest.csv")
+    assert not left_out and [row.note for row in copies] == [row.note for row in rows]
+    assert all(abs(row.video_duration - 6) < 0.05 for row in copies)
+
