@@ -38,7 +38,8 @@ class TooManyFailures(Exception):
     """Files fail so often that the data, not a file, is at fault."""
 
 
-# duration: s that sight and sound both cover (without sound: of the pictures). note: why sound does not serve.
+# duration: s that pictures and sound both cover; the pictures' where there is no sound that can be
+# used (has_audio False; the note tells why).
 Row = namedtuple("Row", "path label split duration video_duration has_audio note")
 
 
@@ -53,8 +54,8 @@ def read_manifest(path, split=None):
         table = list(csv.DictReader(file))
     lacking = {*Row._fields, "reason"} - table[0].keys() if table else {"rows"}
     if lacking:
-        raise ValueError(f"{path} is no manifest, it lacks {', '.join(sorted(lacking))}: make one with "
-                         "python -m prepare.manifest")
+        raise ValueError(f"{path} is no manifest of this version, it lacks "
+                         f"{', '.join(sorted(lacking))}: make one with python -m prepare.manifest")
     splits = sorted({line["split"] for line in table})
     if split is not None and splits != [""]:
         if split not in splits:
@@ -84,7 +85,8 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
     steps, where = steps.unique(return_inverse=True)                                # (n,), (K, T)
     L = round(RATE * frames / fps)
     try:
-        images, wave = read(path, (t0 + steps / fps).tolist(), max(tau_a, default=0) * L, short_side)
+        times = (t0 + steps / fps).tolist()                                         # s
+        images, wave = read(path, times, max(tau_a, default=0) * L, short_side)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     views = np.stack([images[n] for n in where.flatten().tolist()])                 # (K T, H, W, 3)

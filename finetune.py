@@ -16,7 +16,6 @@ import argparse
 import csv
 import json
 import statistics
-import sys
 import zlib
 from argparse import Namespace
 from collections import OrderedDict
@@ -28,10 +27,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from augment import normalize_frames
-from data import ActionClips, make_loader
+from data import ActionClips, evaluation_batches, make_loader
 from models import C, load_encoder
 from pretrain import fit, loading_workers, precision, rows_of, run, running_flags
 
@@ -72,6 +70,8 @@ def parse(argv=None):
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {low} or more")
     if not 0 < args.fraction <= 1:
         p.error(f"--fraction {args.fraction}: more than 0, at most 1")
+    if not 0 <= args.max_failures < 1:
+        p.error(f"--max-failures {args.max_failures}: 0 or more, less than 1")
     if args.fold and "{fold}" not in (args.data or ""):
         p.error("--fold needs a --data with {fold} in its name, e.g. --data ucf101-{fold}.csv")
     if "{fold}" in (args.data or "") and not args.fold:
@@ -108,31 +108,37 @@ def part(rows, fraction, seed):
 
 
 @torch.no_grad()
-def features(f, clips, device, dtype, workers, rank, world):
-    """(index, label, y (clips * crops, C)) of each video of this process: one video in memory at a time."""
+def features(f, clips, device, dtype, workers, rank, world, max_failures):
+    """(index, label, y (clips * crops, C)) of each video of this process that can be read, one
+    video in memory at a time. ValueError where more than the share `max_failures` of all cannot."""
     f.eval()
-    loader = make_loader(clips, 1, loading_workers(workers), rank, world)
-    for frames, label, (index,) in tqdm(loader, desc="evaluating", unit="video", disable=rank > 0, file=sys.stderr):
+    for frames, label, (index,) in evaluation_batches(clips, 1, loading_workers(workers), rank,
+                                                      world, max_failures):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             y = f(normalize_frames(frames[0].to(device)))                           # (clips * crops, C)
         yield index, label.item(), y.float()
 
 
 @torch.no_grad()
-def evaluate(model, clips, device, dtype, workers=None, rank=0, world=1):
+def evaluate(model, clips, device, dtype, workers=None, rank=0, world=1, max_failures=0.05):
     """Test of §3.1 (GDT): scores (n, classes), the softmax averaged over a video's clips and crops, and hits (n, 2),
-    the share of these whose own top 1 and top 5 have the label. Kept by index: no video counts twice."""
-    results = torch.zeros(len(clips), len(clips.classes) + 2, device=device)        # (n, classes + 2)
-    for index, label, y in features(model.f, clips, device, dtype, workers, rank, world):
+    the share of these whose own top 1 and top 5 have the label. Kept by index: no video counts
+    twice. Third, the n rows of `clips` that could be read; ValueError where more than the share
+    `max_failures` could not."""
+    results = torch.zeros(len(clips), len(clips.classes) + 3, device=device)    # last: was read
+    for index, label, y in features(model.f, clips, device, dtype, workers, rank, world,
+                                    max_failures):
         logits = model.head(y)                                                      # (clips * crops, classes)
         best = logits.topk(min(5, logits.shape[1])).indices == label                # (clips * crops, 5)
         results[index] = torch.cat([logits.softmax(1).mean(0), best[:, :1].float().mean(0, True)[0],
-                                    best.any(1).float().mean(0, True)])
+                                    best.any(1).float().mean(0, True), y.new_ones(1)])
     if world > 1:
         dist.all_reduce(results)                          # every index is filled by one process, zero on the others
     if not torch.isfinite(results).all():
         raise ValueError("scores are not finite: the training has diverged, try a lower --lr")
-    return results[:, :-2].cpu(), results[:, -2:].cpu()
+    kept = results[:, -1].nonzero().flatten().tolist()
+    results = results[kept].cpu()                         # (n, classes + 3)
+    return results[:, :-3], results[:, -3:-1], [clips.rows[n] for n in kept]
 
 
 def fit_linear(x, labels, decay=1e-3):
@@ -181,29 +187,39 @@ def one_fold(args, data, out, device, rank, world):
     clip = dict(frames=args.frames, fps=args.fps, size=args.size, seed=args.seed)
     say(f"{world} process(es) on {device.type}, {str(dtype)[6:]} ({why}); {len(train)} training and {len(test)} test videos "
         f"of {len(classes)} classes, {len(rows['train'][1])} and {len(rows['test'][1])} left out; encoder from {args.checkpoint}")
+    unread = {}
     if args.linear:
         clips = ActionClips(train, classes, **clip, clips=args.train_clips, crops=1)
         x = torch.zeros(len(train), args.train_clips, C, device=device)             # (n, clips, C)
-        labels = torch.zeros(len(train), dtype=torch.int64, device=device)          # (n,)
-        for index, label, y in features(encoder, clips, device, dtype, args.workers, rank, world):
+        labels = torch.full((len(train),), -1, device=device)                       # (n,), or -1
+        for index, label, y in features(encoder, clips, device, dtype, args.workers, rank, world,
+                                        args.max_failures):
             x[index], labels[index] = y, label
         if world > 1:
             dist.all_reduce(x)
-            dist.all_reduce(labels)
+            dist.all_reduce(labels, dist.ReduceOp.MAX)
+        x, labels = x[labels >= 0], labels[labels >= 0]
+        if len(labels.unique()) < len(classes):
+            raise ValueError("all training videos of a class failed: mend or replace those named above")
+        unread = {"failed in training": len(train) - len(x)}
+        if len(x) < len(train):
+            say(f"{len(train) - len(x)} of {len(train)} training videos failed")
         model.head = fit_linear(x.flatten(0, 1), labels.repeat_interleave(args.train_clips))
     else:
         weights = b"".join(x.cpu().numpy().tobytes() for x in encoder.state_dict().values())
         args.encoder = f"{zlib.crc32(weights):08x}"       # so that a run is not continued with another encoder
         fine_tune(args, model, ActionClips(train * args.train_clips, classes, **clip), out, dtype, rank, world)
     test = ActionClips(test, classes, **clip, clips=args.test_clips)
-    scores, hits = evaluate(model, test, device, dtype, args.workers, rank, world)  # (n, classes), (n, 2)
-    labels = torch.tensor([classes.index(row.label) for row in test.rows])          # (n,)
+    scores, hits, read = evaluate(model, test, device, dtype, args.workers, rank, world,
+                                  args.max_failures)      # (n, classes), (n, 2), n rows
+    labels = torch.tensor([classes.index(row.label) for row in read])               # (n,)
     best = scores.topk(min(5, len(classes))).indices == labels[:, None]             # (n, 5)
     if rank == 0:
         write_classes(out, classes, labels, scores.argmax(1))
     return {"video top-1": 100 * best[:, 0].double().mean().item(), "video top-5": 100 * best.any(1).double().mean().item(),
             "clip top-1": 100 * hits[:, 0].double().mean().item(), "clip top-5": 100 * hits[:, 1].double().mean().item(),
-            "test videos": len(labels), "classes": len(classes)}
+            "test videos": len(labels), "classes": len(classes),
+            "failed": len(test) - len(labels), **unread}
 
 
 def fine_tune(args, model, clips, out, dtype, rank, world):
@@ -254,7 +270,10 @@ def recognise(args, device, rank, world):
     if rank == 0:
         (out / "results.json").write_text(json.dumps({"protocol": vars(args), "epoch": "last", **folds, "mean": mean}, indent=1))
         for name, result in [*folds.items(), ("mean", mean)] if len(folds) > 1 else folds.items():
-            print(f"{name}: " + ", ".join(f"{key} {value:.1f} %" if "top" in key else f"{value} {key}" for key, value in result.items()))
+            m, n = result.get("failed", 0), result.get("test videos", 0)
+            print(f"{name}: " + ", ".join(f"{key} {x:.1f} %" if "top" in key else f"{x} {key}"
+                                          for key, x in result.items() if "failed" not in key)
+                  + f", {m} of {m + n} test videos failed" * (m > 0))
         print(f"({'linear probe' if args.linear else f'epoch {args.epochs} of {args.epochs}'}, {args.test_clips} clips x 3 crops; "
               f"{out}/results.json)")
 

@@ -101,8 +101,10 @@ def running_flags(p):
                      help="(default auto: bf16 where the hardware has it, fp16 on older GPUs, else fp32)")
     run.add_argument("--workers", type=int, default=None, help="loading processes per process (default: the cores "
                      "per process but one, at most 8)")
-    run.add_argument("--max-failures", type=float, default=0.05, help="share of clips replaced because their file fails "
-                     "that stops the run (0.05; this project's)")
+    run.add_argument("--max-failures", type=float, default=0.05, help="share of clips that may "
+                     "fail to be read, replaced in training and left out in a test; more stop it "
+                     "(0.05; this project's)")
+
     run.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints (10)")
     return run
 

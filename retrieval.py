@@ -14,7 +14,6 @@ n clips in the pool, D feature width, B clips of a batch.
 
 import argparse
 import json
-import sys
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -22,10 +21,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from augment import LogMel, normalize_frames
-from data import AudioVisualClips, make_loader
+from data import AudioVisualClips, evaluation_batches
 from models import C, SvaCLR, read_state
 from pretrain import loading_workers, precision, rows_of, run
 
@@ -33,27 +31,34 @@ RANKS = (1, 5, 10, 20)
 
 
 @torch.no_grad()
-def extract(model, clips, batch_size, workers, device, dtype, feature="z", rank=0, world=1):
+def extract(model, clips, batch_size, workers, device, dtype, feature="z", rank=0, world=1,
+            max_failures=0.05):
     """Features of all clips, sound (n, D) and video (n, D), on every process: unit length, the mean over the clips of a
     file, unit length again. feature: "z", the projections | "y", the encoder outputs (l(y) where l is no identity).
+    Third, the n rows of `clips` that they are of: a file that fails has neither feature, and
+    ValueError is raised where more than the share `max_failures` of the files fail.
 
     clips: AudioVisualClips with clips set. Kept by index, so any number of processes counts no clip twice.
     """
     model.eval()
     log_mel, width = LogMel().to(device), model.h_v[-1].out_features if feature == "z" else C
     features = torch.zeros(2, len(clips), width, device=device)                     # sound, video
-    for frames, waves, index in tqdm(make_loader(clips, batch_size, workers, rank, world), desc="features", unit="batch",
-                                     disable=rank > 0, file=sys.stderr):
+    read = torch.zeros(len(clips), device=device)         # 1 where the file was read
+    for frames, waves, index in evaluation_batches(clips, batch_size, workers, rank, world,
+                                                   max_failures):
         video, audio = normalize_frames(frames.to(device)), log_mel(waves.to(device))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             y_v, y_a, z_v, z_a = model(video, audio)                                # (B, clips of a file, C or D)
         both = torch.stack([z_a, z_v] if feature == "z" else [y_a, y_v]).float()    # (2, B, clips of a file, D)
-        features[:, list(index)] = F.normalize(F.normalize(both, dim=3).mean(2), dim=2)     # (2, B, D)
+        features[:, index] = F.normalize(F.normalize(both, dim=3).mean(2), dim=2)   # (2, B, D)
+        read[index] = 1
     if world > 1:
         dist.all_reduce(features)                         # every index is filled by one process, zero on the others
+        dist.all_reduce(read)
     if not torch.isfinite(features).all():
         raise ValueError("features are not finite: the checkpoint's training has diverged")
-    return features[0], features[1]
+    kept = read.nonzero().flatten().tolist()
+    return features[0, kept], features[1, kept], [clips.rows[n] for n in kept]
 
 
 def ranks(query, gallery, labels, first=0, last=None, chunk=256):
@@ -111,21 +116,31 @@ def load(args, rank=0, world=1):
     return model, then, clips, left_out | clips.left_out
 
 
-def evaluate(args, device, rank, world):
-    """§3.3: features of the part, ranks both ways, the table. Raises ValueError where there is nothing to rank."""
-    model, _, clips, left_out = load(args, rank, world)
-    names = sorted({row.label for row in clips.rows})
-    labels = torch.tensor([names.index(row.label) for row in clips.rows], device=device)
-    if len(clips) < max(RANKS):
+def classes_of(rows, split, left_out):
+    """The names of the rows' classes, sorted. Raises ValueError where these rows are no pool to
+    rank: too few, or of one class. left_out: {path: reason}, for the message."""
+    names = sorted({row.label for row in rows})
+    if len(rows) < max(RANKS):
         causes = Counter(left_out.values()).most_common(3)
-        raise ValueError(f"{len(clips)} usable clips in the {args.split!r} part, R@{max(RANKS)} needs {max(RANKS)} or more; left "
+        raise ValueError(f"{len(rows)} usable clips in the {split!r} part, R@{max(RANKS)} needs {max(RANKS)} or more; left "
                          "out: " + (", ".join(f"{n} {reason}" for reason, n in causes) or "none"))
     if len(names) < 2:
         raise ValueError(f"all clips are of one class, {names[0]!r}: class-level retrieval needs two, see the label column")
-    dtype, _ = precision("auto", device)
-    sound, video = extract(model.to(device), clips, 8, loading_workers(), device, dtype, args.feature, rank, world)
+    return names
 
-    n, results = len(clips), {}
+
+def evaluate(args, device, rank, world):
+    """§3.3: features of the part, ranks both ways, the table. Raises ValueError where there is nothing to rank."""
+    model, _, clips, left_out = load(args, rank, world)
+    classes_of(clips.rows, args.split, left_out)          # before the work
+    dtype, _ = precision("auto", device)
+    sound, video, rows = extract(model.to(device), clips, 8, loading_workers(), device, dtype,
+                                 args.feature, rank, world, args.max_failures)
+    failed = dict.fromkeys({row.path for row in clips.rows} - {row.path for row in rows}, "failed")
+    names = classes_of(rows, args.split, left_out | failed)
+    labels = torch.tensor([names.index(row.label) for row in rows], device=device)
+
+    n, results = len(rows), {}
     first, last = n * rank // world, n * (rank + 1) // world      # each process ranks its share of the queries
     for way, q, g in (("audio -> video", sound, video), ("video -> audio", video, sound)):
         before = labels.new_zeros(2, n)
@@ -134,17 +149,19 @@ def evaluate(args, device, rank, world):
             dist.all_reduce(before)
         results[way] = shares(before)
     if rank == 0:
-        report(args, n, names, len(left_out), results, chance(labels))
+        report(args, n, names, len(left_out), len(clips), results, chance(labels))
 
 
-def report(args, n, names, left_out, results, base):
-    """Print the table, and keep it as retrieval.json."""
+def report(args, n, names, left_out, videos, results, base):
+    """Print the table, and keep it as retrieval.json. Of `videos` files n could be read."""
     path = Path(args.checkpoint)
-    print(f"{path}, {n} clips of {len(names)} classes ({left_out} left out), {args.clips} clips per file, feature "
+    failed = f"; {videos - n} of {videos} videos failed" if n < videos else ""
+    print(f"{path}, {n} clips of {len(names)} classes ({left_out} left out{failed}), {args.clips} clips per file, feature "
           f"{args.feature}, R@k in % +- standard error")
     print(f"{'':24}" + "".join(f"{f'R@{k}':>13}" for k in RANKS))
     kept = {"checkpoint": str(path), "data": args.data, "split": args.split, "clips_per_file": args.clips,
-            "feature": args.feature, "pool": n, "classes": len(names), "left_out": left_out}
+            "feature": args.feature, "pool": n, "classes": len(names), "left_out": left_out,
+            "videos": videos, "failed": videos - n}
     for level, name in enumerate(("instance", "class")):
         for way, found in results.items():
             errors = {k: (found[k][level] * (1 - found[k][level]) / n) ** 0.5 for k in RANKS}
@@ -163,9 +180,13 @@ def main():
     p.add_argument("--split", default="test", help="the part to search (default test)")
     p.add_argument("--clips", type=int, default=10, help="clips per file, averaged (10; paper silent, GDT)")
     p.add_argument("--feature", default="z", choices=["z", "y"], help="projections or encoder outputs (default z)")
+    p.add_argument("--max-failures", type=float, default=0.05, help="share of videos that may fail "
+                   "to be read and are then left out; more stop it (0.05; this project's)")
     args = p.parse_args()
     if args.clips < 1:
         p.error(f"--clips {args.clips}: 1 or more")
+    if not 0 <= args.max_failures < 1:
+        p.error(f"--max-failures {args.max_failures}: 0 or more, less than 1")
     run(evaluate, args)
 
 

@@ -3,6 +3,7 @@
     python -m experiments.bench step                  # training step against the bare encoders, share of the matmul rate
     python -m experiments.bench loader [PATH ...]     # samples of both views at S = 4 against the bare decode, memory
     python -m experiments.bench scan [FOLDER]         # files/s of the scan with two processes
+    python -m experiments.bench frames                # wrong frames, beside other libraries
     python -m experiments.bench loss                  # Eq. 3 at global batches of 512 to 32,768: time, memory, share of a step
     python -m experiments.bench retrieval             # ranks of pools of 1,000 to 32,000 clips
     python -m experiments.bench scaling               # 1 process with 2 threads against 2 processes with 1
@@ -40,11 +41,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from augment import LogMel, crop_flip, normalize_frames
-from data import RATE, AudioVisualClips, make_loader, read_clip, read_manifest
-from prepare import demo, manifest, transcode
+from data import AudioVisualClips, make_loader, read_clip, read_manifest
+from experiments import frames as films
 from loss import soft_info_nce
+from prepare import demo, manifest, transcode
 from pretrain import build, descend, objective, parse, precision, setup
 from retrieval import ranks
+from support.reading import RATE
 
 
 def turns(functions, rounds, sync=lambda: None):
@@ -348,6 +351,37 @@ def scan(args):
             record(args, f"scan{' --verify' * verify}, 2 workers", {"files per s": rate})
 
 
+def frames(args):
+    """Wrong frames of 50 films, of this project's reader and of the libraries that are installed."""
+    readers = {"ours": films.ours} | films.others()
+    wrong = {name: [] for name in readers}
+    with tempfile.TemporaryDirectory() as folder:
+        for film in films.FILMS:
+            path = films.make(film, Path(folder))
+            known = films.truth(path)
+            for name, reader in list(readers.items()):
+                try:
+                    count, asked = films.ask(path, reader, *known)
+                except Exception as error:                # whatever a library raises
+                    cause = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+                    print(f"{name}, {film.name}: {cause}", file=sys.stderr)
+                    count = asked = films.PLACES * films.FRAMES     # none of its frames is right
+                    if film is films.FILMS[0]:            # not even H.264 in mp4: it does not work here
+                        del readers[name], wrong[name]
+                        continue
+                wrong[name].append(count)
+            if film is films.FILMS[0]:
+                print(f"{'frames wrong':26}" + "".join(f"{name:>12}" for name in wrong))
+            counts = [counts[-1] for counts in wrong.values()]
+            print(f"{film.name:26}" + "".join(f"{count:>12}" for count in counts), flush=True)
+    total = asked * len(films.FILMS)
+    for name, counts in wrong.items():
+        bad = sum(count > 0 for count in counts)
+        print(f"{name}: {sum(counts)} of {total} frames wrong, in {bad} of {len(counts)} films")
+        values = {"wrong": sum(counts), "asked": total, "films with wrong frames": bad}
+        record(args, f"frames, {name}", values)
+
+
 def one_file(args, path):
     with av.open(str(path)) as container:
         seconds, video = container.duration / av.time_base, container.streams.video[0]
@@ -378,9 +412,12 @@ def one_file(args, path):
     record(args, f"loader {Path(path).name}", {"sample / bare decode": median_ratio(*spent)})
 
 
+BENCHES = {"step": step, "loader": loader, "frames": frames, "scan": scan, "loss": loss,
+           "retrieval": retrieval, "scaling": scaling}
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=["step", "loader", "scan", "loss", "retrieval", "scaling"])
+    p.add_argument("what", choices=list(BENCHES))
     p.add_argument("paths", nargs="*", help="loader: video files with sound; scan: a folder")
     p.add_argument("--arch", default="r2plus1d_10", help="step: video encoder (default r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32], help="step: clips, one or more sizes, the "
@@ -398,4 +435,4 @@ if __name__ == "__main__":
     if args.rounds < 2:
         p.error(f"--rounds {args.rounds}: 2 or more, for quartiles")
     print(hardware())
-    {"step": step, "loader": loader, "scan": scan, "loss": loss, "retrieval": retrieval, "scaling": scaling}[args.what](args)
+    BENCHES[args.what](args)

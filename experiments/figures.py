@@ -98,12 +98,12 @@ def neighbours(args):
     model, then, clips, _ = load(args)
     device, _, _ = setup()
     dtype, _ = precision("auto", device)
-    z_a, z_v = extract(model.to(device), clips, 8, loading_workers(), device, dtype)
-    nearest = (z_a @ z_v.T).topk(min(5, len(clips))).indices.tolist()               # (n, 5)
-    queries = spread(args.show, len(clips))
+    z_a, z_v, rows = extract(model.to(device), clips, 8, loading_workers(), device, dtype)
+    nearest = (z_a @ z_v.T).topk(min(5, len(rows))).indices.tolist()                # (n, 5)
+    queries = spread(args.show, len(rows))
 
     def frame(index):
-        row = clips.rows[index]
+        row = rows[index]
         video, _ = read_clip(row.path, row.duration / 2, (1,), (), 1, then.fps, 96)
         return crop_at(video, 96)[0, 0]
 
@@ -111,9 +111,10 @@ def neighbours(args):
     for line, q in zip(axes, queries):
         for axis, index, rank in zip(line, [q, *nearest[q]], range(6)):
             axis.imshow(frame(index))
-            right = index == q or clips.rows[index].label == clips.rows[q].label
+            right = index == q or rows[index].label == rows[q].label
             axis.set_title("sound of" if rank == 0 else f"{rank}{': its own' if index == q else ''}", fontsize=8)
-            axis.set_xlabel(clips.rows[index].label, fontsize=7, color="black" if right else "red")
+            axis.set_xlabel(rows[index].label, fontsize=7, color="black" if right else "red")
+
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     save(figure, args.out)

@@ -1,12 +1,16 @@
-"""Does a reader show the right frame? Small films of the containers and codecs in use, each frame with its number.
+"""Does a reader show the right frame? Films of 50 kinds of containers and codecs, whose frames show
+their numbers.
 
-    python -m experiments.bench frames                  # frames wrong per film, for this project's reader and others
+    python -m experiments.bench frames      # wrong frames per film, of this reader and of others
 
-A frame is wrong if it is not the one whose time stamp is nearest to the time asked for. The truth comes from decoding
-the whole film from its beginning: a decoder puts the frames in the order of presentation, and their sorted stamps are
-their times. Two equally near frames, within TIE, are both right.
+A frame is wrong if it is not the one whose time stamp is nearest to the time asked for. The truth
+comes from decoding the whole film from its beginning: a decoder puts the frames in the order of
+presentation, and their sorted stamps are their times. Frames that are equally near, within TIE,
+are all right.
 """
 
+import importlib
+import os
 import random
 from collections import namedtuple
 from fractions import Fraction
@@ -14,28 +18,36 @@ from fractions import Fraction
 import av
 import numpy as np
 
+from support.reading import RATE, read
+
+os.environ.setdefault("SVT_LOG", "1")                   # the AV1 encoder prints errors alone
 BITS = 9
 SIZE = 128, 96                                          # H.263 knows few sizes, this is one of them
 SECONDS = 6
 TIE = 2e-3                                              # s
 PLACES, FRAMES = 20, 12                                 # asked of each film
 
-# name: suffix and what is special. sound: codec and rate. muxer: options of the container. start: first stamp, s.
+# sound: codec and rate. muxer, format: the container's options, and its kind if the suffix does not
+# tell it. start: first time stamp, s. ticks: stamps of the frames in units of 1 / fps.
 Film = namedtuple("Film", "name codec fps sound options pixels muxer start ticks format",
                   defaults=(30, ("aac", 44100), {}, "yuv420p", {}, 0, None, None))
 NTSC = Fraction(30000, 1001)
-FILM = Fraction(24000, 1001)
-FAST = {"preset": "ultrafast"}                          # x264, x265: no B-frames unless asked for
-MP2, MP3, OPUS, PCM, AC3 = ("mp2", 48000), ("libmp3lame", 44100), ("libopus", 48000), ("pcm_s16le", 44100), ("ac3", 48000)
+CINEMA = Fraction(24000, 1001)
+MP2, MP3, AC3 = ("mp2", 48000), ("libmp3lame", 44100), ("ac3", 48000)
+OPUS, PCM, AMR = ("libopus", 48000), ("pcm_s16le", 44100), ("libopencore_amrnb", 8000)
 
 
-def x264(b=3, **more):
-    return {"preset": "veryfast", "bf": str(b), "g": "48", "b_strategy": "0"} | {k: str(v) for k, v in more.items()}
+def x264(b=3, params="", g=48, flags=""):
+    """Options of libx264: b B-frames, a keyframe every g frames, x264's own params."""
+    options = {"preset": "veryfast", "bf": str(b), "g": str(g), "b_strategy": "0"}
+    given = {"x264-params": params, "flags": flags}
+    return options | {name: value for name, value in given.items() if value}
 
 
-def x265(**more):
-    return {"preset": "ultrafast", "x265-params": ":".join(
-        ["log-level=none:bframes=3:b-adapt=0:keyint=48", *(f"{k}={v}" for k, v in more.items())])}
+def x265(params="keyint=48"):
+    """Options of libx265: 3 B-frames, x265's own params."""
+    params = f"log-level=none:bframes=3:b-adapt=0:{params}"
+    return {"preset": "ultrafast", "x265-params": params}
 
 
 def uneven(n, seed=0):
@@ -48,27 +60,28 @@ VPX = {"deadline": "realtime", "cpu-used": "8", "g": "48"}
 FILMS = [
     Film("h264_b0.mp4", "libx264", 30, options=x264(0)),
     Film("h264_b3.mp4", "libx264", 25, options=x264(3, g=250)),
-    Film("h264_b5_pyramid.mp4", "libx264", NTSC, options=x264(5, **{"x264-params": "b-pyramid=normal"})),
-    Film("h264_open_gop.mp4", "libx264", 30, options=x264(3, g=24, **{"x264-params": "open-gop=1"})),
+    Film("h264_b5_pyramid.mp4", "libx264", NTSC, options=x264(5, "b-pyramid=normal")),
+    Film("h264_open_gop.mp4", "libx264", 30, options=x264(3, "open-gop=1", g=24)),
     Film("h264_444.mp4", "libx264", 24, options=x264(3), pixels="yuv444p"),
     Film("h264_10_bit.mp4", "libx264", 30, options=x264(3), pixels="yuv420p10le"),
-    Film("h264_fragmented.mp4", "libx264", 30, options=x264(3), muxer={"movflags": "frag_keyframe+empty_moov"}),
+    Film("h264_fragmented.mp4", "libx264", 30, options=x264(3),
+         muxer={"movflags": "frag_keyframe+empty_moov"}),
     Film("h264_uneven.mp4", "libx264", 30, options=x264(3), ticks=uneven(52)),
     Film("h264_late.mp4", "libx264", 30, options=x264(3), start=1.5),
     Film("h264_silent.mp4", "libx264", 50, None, x264(3)),
-    Film("h264_intra_refresh.mp4", "libx264", 30, options=x264(0, **{"x264-params": "intra-refresh=1"})),
-    Film("hevc.mp4", "libx265", 30, options=x265(**{"open-gop": 0})),
-    Film("hevc_open_gop.mp4", "libx265", 25, options=x265(**{"open-gop": 1, "keyint": 24})),
-    Film("hevc_layers.mp4", "libx265", 30, options=x265(**{"temporal-layers": 3})),
+    Film("h264_intra_refresh.mp4", "libx264", 30, options=x264(0, "intra-refresh=1")),
+    Film("hevc.mp4", "libx265", 30, options=x265("open-gop=0:keyint=48")),
+    Film("hevc_open_gop.mp4", "libx265", 25, options=x265("open-gop=1:keyint=24")),
+    Film("hevc_layers.mp4", "libx265", 30, options=x265("temporal-layers=3:keyint=48")),
     Film("av1.mp4", "libsvtav1", 30, options=AV1),
     Film("vp9.mp4", "libvpx-vp9", 30, OPUS, VPX),
     Film("mpeg4_b2.mp4", "mpeg4", 25, options={"bf": "2", "g": "30"}),
-    Film("h264_b3.mov", "libx264", FILM, PCM, x264(3)),
+    Film("h264_b3.mov", "libx264", CINEMA, PCM, x264(3)),
     Film("prores.mov", "prores_ks", 25, PCM, pixels="yuv422p10le"),
     Film("mjpeg.mov", "mjpeg", 15, PCM, pixels="yuvj420p"),
     Film("h264_uneven.mkv", "libx264", 30, ("flac", 48000), x264(3), ticks=uneven(52, 1)),
     Film("hevc_10_bit.mkv", "libx265", 30, AC3, x265(), "yuv420p10le"),
-    Film("av1.mkv", "libsvtav1", FILM, OPUS, AV1, start=0.7),
+    Film("av1.mkv", "libsvtav1", CINEMA, OPUS, AV1, start=0.7),
     Film("ffv1.mkv", "ffv1", 25, ("flac", 44100)),
     Film("mpeg4_b2.mkv", "mpeg4", 30, MP3, {"bf": "2", "g": "60"}),
     Film("msmpeg4.mkv", "msmpeg4", 25, MP3, {"mbd": "rd"}),
@@ -89,12 +102,12 @@ FILMS = [
     Film("h264_b3.ts", "libx264", 30, ("aac", 48000), x264(3)),
     Film("hevc.ts", "libx265", 25, ("aac", 48000), x265()),
     Film("mpeg2_b2.ts", "mpeg2video", 25, MP2, {"bf": "2", "g": "15"}),
-    Film("ts_inside.mp4", "libx264", 30, ("aac", 44100), x264(3, g=60, **{"x264-params": "open-gop=1"}), format="mpegts"),
+    Film("ts_inside.mp4", "libx264", 30, options=x264(3, "open-gop=1", g=60), format="mpegts"),
     Film("h264_interlaced.ts", "libx264", 25, MP2, x264(2, flags="+ildct+ilme")),
     Film("h264_b3.flv", "libx264", 30, options=x264(3)),
     Film("flv1.flv", "flv", 15, MP3),
-    Film("h263.3gp", "h263", 15, ("libopencore_amrnb", 8000), {"g": "30"}),
-    Film("mpeg4.3gp", "mpeg4", 12, ("libopencore_amrnb", 8000), {"g": "48"}),
+    Film("h263.3gp", "h263", 15, AMR, {"g": "30"}),
+    Film("mpeg4.3gp", "mpeg4", 12, AMR, {"g": "48"}),
     Film("wmv2.wmv", "wmv2", 25, ("wmav2", 44100), {"g": "50"}),
 ]
 
@@ -102,8 +115,9 @@ FILMS = [
 def barcode(n, size=SIZE):
     """The number n as 9 black or white columns, (H, W, 3) uint8."""
     width, height = size
-    bits = (n >> np.arange(BITS)) & 1
-    return np.tile((235 * bits[np.arange(width) * BITS // width])[None, :, None], (height, 1, 3)).astype(np.uint8)
+    bits = (n >> np.arange(BITS)) & 1                                               # (BITS,)
+    line = (235 * bits[np.arange(width) * BITS // width]).astype(np.uint8)          # (W,)
+    return np.tile(line[None, :, None], (height, 1, 3))
 
 
 def read_barcode(images):
@@ -125,12 +139,11 @@ def make(film, folder):
     path, fps = folder / film.name, Fraction(film.fps)
     ticks = film.ticks or range(round(SECONDS * film.fps))
     with av.open(str(path), "w", format=film.format, options=film.muxer) as out:
-        video = out.add_stream(film.codec, rate=fps, width=SIZE[0], height=SIZE[1], pix_fmt=film.pixels,
-                               options=film.options)
-        video.bit_rate = 2_000_000
+        video = out.add_stream(film.codec, rate=fps, width=SIZE[0], height=SIZE[1],
+                               pix_fmt=film.pixels, options=film.options, bit_rate=2_000_000)
         video.codec_context.thread_count = 1
         codec, rate = film.sound or (None, None)
-        audio = out.add_stream(codec, rate=rate, layout="mono", bit_rate=64000) if film.sound else None
+        audio = film.sound and out.add_stream(codec, rate=rate, layout="mono", bit_rate=64000)
         offset = round(film.start * fps)
         for n, tick in enumerate(ticks):
             if film.pixels == "pal8":
@@ -144,7 +157,8 @@ def make(film, folder):
         if audio is not None:
             t = np.arange(round((ticks[-1] + 1) / fps * rate)) / rate
             frame = av.AudioFrame.from_ndarray(beep(t).astype(np.float32)[None], "fltp", "mono")
-            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), round(offset / fps * rate)
+            frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
+            frame.pts = round(offset / fps * rate)
             for part in av.AudioResampler(audio.format.name, "mono", rate).resample(frame):
                 out.mux(audio.encode(part))
             out.mux(audio.encode(None))
@@ -152,30 +166,76 @@ def make(film, folder):
 
 
 def truth(path):
-    """The films' frames in the order of presentation, by decoding all from the beginning: their times in s and their
-    numbers; and where the streams begin, the pictures and, if there is any, the sound."""
+    """The frames in the order of presentation, by decoding all from the beginning: their times in s
+    and their numbers; and when the streams begin, the pictures and, if there is any, the sound."""
     with av.open(str(path)) as container:
         streams = [container.streams.video[0], *container.streams.audio[:1]]
         begins = [float((stream.start_time or 0) * stream.time_base) for stream in streams]
-        frames = [(frame.time, read_barcode(frame.to_ndarray(format="rgb24"))) for frame in container.decode(streams[0])]
-    return np.sort([time for time, _ in frames]), np.array([number for _, number in frames]), begins
+        times, numbers = [], []
+        for frame in container.decode(streams[0]):
+            times.append(frame.time)
+            numbers.append(read_barcode(frame.to_ndarray(format="rgb24")))
+    return np.sort(times), np.array(numbers), begins
 
 
-def ask(path, reader, times, numbers, begins, seed=0):
-    """Ask a reader for FRAMES pictures at each of PLACES random places and at a random rate each. Returns how many were
-    wrong and how many were asked for. reader(path, times, sound) -> the numbers that it shows."""
-    rng, wrong = random.Random(f"{path.name} {seed}"), 0
-    for place in range(PLACES):
-        sound = place % 2 == 1 and len(begins) > 1
+def ask(path, reader, times, numbers, begins):
+    """Ask a reader for FRAMES pictures at each of PLACES random places, at a random rate each.
+
+    times, numbers, begins: from `truth`. reader(path, asked, places, sound) -> (FRAMES, H, W, 3):
+    the pictures at the times `asked` (s after zero); these are the pictures at `places` in the order
+    of presentation. sound: whether the reader is to read sound too.
+    Returns how many pictures were wrong, and how many were asked for.
+    """
+    rng, wrong = random.Random(path.name), 0
+    for n in range(PLACES):
+        sound = n % 2 == 1 and len(begins) > 1
         clock = times - (max(begins) if sound else begins[0])                       # s after zero
         fps = rng.choice((4, 10, 16, 25, 30, 60))
-        t0 = 0.0 if place < 2 else rng.uniform(0, max(0.0, clock[-1] - FRAMES / fps))
+        t0 = 0.0 if n < 2 else rng.uniform(0, max(0.0, clock[-1] - FRAMES / fps))
         asked = t0 + np.arange(FRAMES) / fps
-        shown = reader(path, asked.tolist(), sound)
-        distance = abs(clock - asked[:, None])                                      # (FRAMES, frames of the film)
+        distance = abs(clock - asked[:, None])                                      # (FRAMES, all)
+        shown = read_barcode(reader(path, asked.tolist(), distance.argmin(1).tolist(), sound))
         right = distance <= distance.min(1, keepdims=True) + TIE
         wrong += sum(number not in numbers[near] for number, near in zip(shown, right))
     return wrong, PLACES * FRAMES
+
+
+def ours(path, asked, places, sound):
+    """This project's reader, as data.read_clip uses it."""
+    samples = round((asked[-1] - asked[0] + 0.1) * RATE) if sound else 0
+    return np.stack(read(path, asked, samples, short_side=48)[0])
+
+
+def with_decord(decord, path, places):
+    return decord.VideoReader(str(path), num_threads=1).get_batch(places).asnumpy()
+
+
+def with_opencv(cv2, path, places):
+    film, images = cv2.VideoCapture(str(path)), []
+    for place in places:
+        film.set(cv2.CAP_PROP_POS_FRAMES, place)
+        images.append(film.read()[1])
+    return np.stack(images)
+
+
+def with_torchcodec(decoders, path, places):
+    film = decoders.VideoDecoder(str(path), seek_mode="exact", num_ffmpeg_threads=1)
+    return film.get_frames_at(places).data.permute(0, 2, 3, 1).numpy()
+
+
+def others():
+    """{name: reader} of the libraries that are installed. A reader is asked for the right frames by
+    their places in the order of presentation, because the libraries do not agree on which frame
+    belongs to a time."""
+    found = {}
+    for name, module, reader in (("decord", "decord", with_decord), ("OpenCV", "cv2", with_opencv),
+                                 ("torchcodec", "torchcodec.decoders", with_torchcodec)):
+        try:
+            library = importlib.import_module(module)
+        except (ImportError, RuntimeError):               # RuntimeError: torchcodec finds no FFmpeg
+            continue
+        found[name] = lambda path, asked, places, sound, r=reader, lib=library: r(lib, path, places)
+    return found
 
 
 def onsets(wave, rate):

@@ -83,8 +83,10 @@ def measure(checkpoint):
         rows[split], names = clips.rows, sorted({row.label for row in clips.rows})
         labels[split] = torch.tensor([names.index(row.label) for row in clips.rows], device=device)
         model, model.l = model.to(device), torch.nn.Identity()      # y are the encoder outputs, whatever the mapping
-        y[split] = extract(model, clips, 8, loading_workers(), device, dtype, "y")   # sound, video (n, C)
-    sound, video = extract(model, clips, 8, loading_workers(), device, dtype, "z")
+        y[split] = extract(model, clips, 8, loading_workers(), device, dtype, "y",
+                           max_failures=0)                # sound, video (n, C), and their rows
+    sound, video, _ = extract(model, clips, 8, loading_workers(), device, dtype, max_failures=0)
+
     found = [recall_at_k(*pair, labels["test"]) for pair in ((sound, video), (video, sound))]
     result = {f"{level} R@{k}": 50 * sum(way[k][n] for way in found) for n, level in enumerate(("instance", "class"))
               for k in (1, 5)}

@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from support.reading import MonoResampler, Shape, begin, decode, end, open_streams
 
-COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height", "has_audio", "reason", "note",
-           "stamp")
-NUMBERS = {"duration": float, "video_duration": float, "fps": float, "width": int, "height": int, "has_audio": int}
+COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height",
+           "has_audio", "reason", "note", "stamp")
+NUMBERS = {"duration": float, "video_duration": float, "fps": float, "width": int, "height": int,
+           "has_audio": int}
 SUFFIXES = {".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".vob", ".flv",
             ".wmv", ".3gp"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
@@ -250,8 +251,8 @@ LAYOUTS = {"folder": folder, "kinetics400": kinetics400, "kinetics-sounds": kine
 
 
 def last_packets(container, streams):
-    """{stream: end of its last packet, s}, of the last seconds of the file, or of more where these have none."""
-    found, back = {}, 2.0
+    """{stream: when its last packet ends, s}. A stream that has no packet at all is not in it."""
+    found, back = {}, 2.0                                 # back: how much of the file's end is read
     start = first = min(map(begin, streams))
     while len(found) < len(streams):
         if container.duration:
@@ -276,7 +277,8 @@ def stamp(path):
 
 
 class Track:
-    """What a scan learns of one stream: `last`, when its last frame ends (s), and `problem`, why it does not serve."""
+    """What a scan learns of one stream: `last`, when its last frame ends (s), and `problem`, why it
+    cannot be used."""
 
     def __init__(self, stream):
         self.stream, self.last, self.problem, self.damaged = stream, None, "", []
@@ -290,9 +292,10 @@ class Track:
                 if frame.pts is None and (sight or self.last is None):  # sound goes on without
                     raise ValueError("it has no time stamps")
                 if self.last is None:
-                    self.damaged.clear()                  # there is nothing to read before the first frame
+                    self.damaged.clear()                  # nothing is read before the first frame
                 start = self.last if frame.pts is None else frame.time
-                self.last = max(start + float((frame.duration or 0) * frame.time_base), self.last or start)
+                stop = start + float((frame.duration or 0) * frame.time_base)
+                self.last = max(stop, self.last or stop)
                 if sight:
                     self.shape.check(frame)
                     self.damaged += [frame.time] * frame.is_corrupt
@@ -303,7 +306,8 @@ class Track:
             self.problem = getattr(error, "strerror", None) or str(error)
 
     def finish(self, stop):
-        """Look for problems that show at the end. stop: when it should end, s; None: not all was decoded."""
+        """Look for problems that show at the end. stop: when the stream should end, s; None if it was
+        not decoded to its end."""
         if self.problem:
             return
         if self.last is None:
@@ -315,10 +319,11 @@ class Track:
 
 
 def read(container, verify):
-    """What a manifest row says of an open file. Decodes the first frame of each stream or, to verify, all of both.
+    """What a manifest row says of an open file, after decoding the first frame of each stream or, with
+    verify, all frames.
 
-    A file that is verified is one that support.reading.read can read at every place. Where only the sound
-    does not serve, `note` says why and has_audio is 0: the pictures are of use without it.
+    A verified file is one that support.reading.read can read at every place. If only the sound cannot
+    be used, `note` says why and has_audio is 0, because the pictures can be used without it.
     """
     try:
         video, _ = open_streams(container, sound=False)
@@ -336,8 +341,10 @@ def read(container, verify):
             break
     stops = {stream: end(container, stream) for stream in tracks}
     unknown = [stream for stream in tracks if stops[stream] is None]
-    if unknown:
-        stops |= {s: tracks[s].last for s in unknown} if verify else last_packets(container, unknown)
+    if unknown and verify:
+        stops |= {stream: tracks[stream].last for stream in unknown}
+    elif unknown:
+        stops |= last_packets(container, unknown)
     for stream, track in tracks.items():
         stops[stream] = stops[stream] or begin(stream)
         track.finish(stops[stream] if verify else None)
@@ -439,6 +446,8 @@ def read_rows(path):
         table = csv.DictReader(file)
         if not {"path", "label", "reason"} <= set(table.fieldnames or ()):
             raise ValueError(f"--out {path} is no manifest and would be written over: give another")
+        if not set(COLUMNS) <= set(table.fieldnames):     # of an earlier version: all is read again
+            return {}
         return {row["path"]: row for row in table}
 
 

@@ -29,8 +29,8 @@ from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from prepare.manifest import COLUMNS, probe, write
-from support.reading import (RATE, SEAM, UPRIGHT, MonoResampler, Shape, begin, decode, display_matrix, end, in_order,
-                             open_streams, upright)
+from support.reading import (RATE, SEAM, UPRIGHT, MonoResampler, Shape, begin, decode, display_matrix,
+                             end, in_order, open_streams, upright)
 
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
 
@@ -61,18 +61,18 @@ class Shrinker:
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
             image = self.small(image, format="yuv420p")
         image.pts, image.time_base = stamp, frame.time_base
-        image.pict_type = 0                               # the source's keyframes are not those of the copy
+        image.pict_type = 0                               # the copy has keyframes of its own
         return image
 
 
 def pictures(container, video):
-    """(time stamp, frame) of all pictures in the order of presentation. The first comes twice where the
-    file says that the stream begins before it, for that is time 0 of its clips. Raises ValueError where
-    a picture is damaged or missing."""
+    """(time stamp, frame) of all pictures in the order of presentation. If the file says that the
+    stream begins before its first picture, that picture comes twice, for there is time 0 of its clips.
+    Raises ValueError if a picture is damaged or missing."""
     damaged, last, stop = [], None, begin(video)
     for stamp, frame in in_order(decode(video, container.demux(video), damaged)):
         if last is None:
-            damaged.clear()                               # there is nothing to read before the first frame
+            damaged.clear()                               # nothing is read before the first frame
             last = (video.start_time or 0) - 1
             if stamp > last + 1:
                 yield last + 1, frame
@@ -90,13 +90,13 @@ def pictures(container, video):
 
 
 def sound_pieces(container, audio):
-    """All sound, mono at 24 kHz, with stamps by which the pieces follow each other from where the stream
-    begins. Gaps become silence; what is told twice is left out. Raises SoundError where it is damaged."""
+    """All sound, mono at 24 kHz, in pieces that follow each other from where the stream begins: gaps
+    become silence, and what comes twice is left out. Raises SoundError if a packet is damaged."""
     damaged, resample, at, rounding = [], MonoResampler(), round(begin(audio) * RATE), 0
     frames = chain(decode(audio, container.demux(audio), damaged), [None])
     for piece in (piece for frame in frames for piece in resample(frame)):
         if rounding == 0:
-            damaged.clear()                               # there is nothing to hear before the first piece
+            damaged.clear()                               # nothing is heard before the first piece
         due = at if piece.pts is None else round(piece.time * RATE)
         if due < at - SEAM * RATE:
             continue
@@ -115,9 +115,9 @@ def sound_pieces(container, audio):
 
 
 def encode(source, target, short_side, gop, sound):
-    """Write source as target, H.264 and, with sound, AAC in mp4. Raises FFmpegError, OSError, ValueError,
-    or SoundError where the sound alone cannot be had."""
-    with av.open(str(source)) as eye, av.open(str(source)) as ear:      # so that both are read in their order
+    """Write source as target, an mp4 of H.264 and, with sound, AAC. Raises FFmpegError, OSError,
+    ValueError, or SoundError if only the sound is at fault."""
+    with av.open(str(source)) as eye, av.open(str(source)) as ear:      # each stream in its order
         video, _ = open_streams(eye, sound=False)
         frames = starmap(Shrinker(short_side), pictures(eye, video))
         first = next(frames, None)
@@ -127,9 +127,11 @@ def encode(source, target, short_side, gop, sound):
         clock = {"movie_timescale": str(scale * -(-10000 // scale))}
         with av.open(str(target), "w", format="mp4", options=clock) as out:
             h264 = H264 | {"g": str(gop)}
-            x264 = out.add_stream("libx264", rate=video.average_rate or 30, options=h264, pix_fmt="yuv420p",
-                                  width=first.width, height=first.height, time_base=video.time_base)
-            x264.codec_context.colorspace, x264.codec_context.color_range = first.colorspace, first.color_range
+            x264 = out.add_stream("libx264", rate=video.average_rate or 30, options=h264,
+                                  pix_fmt="yuv420p", width=first.width, height=first.height,
+                                  time_base=video.time_base)
+            x264.codec_context.colorspace = first.colorspace
+            x264.codec_context.color_range = first.color_range
             packets = [(p for frame in chain([first], frames, [None]) for p in x264.encode(frame))]
             if sound:
                 try:

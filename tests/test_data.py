@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_video, peak_hz, read_barcode
 
-from data import (AudioVisualClips, EpochBatches, TooManyFailures, evenly_spaced, make_loader, read_clip,
-                  read_manifest)
+from data import (ActionClips, AudioVisualClips, EpochBatches, TooManyFailures, evaluation_batches,
+                  evenly_spaced, make_loader, read_clip, read_manifest)
 from prepare import manifest
 
 
@@ -239,11 +239,44 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     make_video(tmp_path / "c" / "a.mp4", 5, gray=lambda t: 20 + 40 * t)
     rows, _ = rows_of(tmp_path, tmp_path / "m.csv")
     clips = AudioVisualClips(rows, frames=4, fps=8, size=24, clips=4)
-    video, audio, index = clips[0]
-    assert video.shape == (4, 4, 24, 24, 3) and audio.shape == (4, 12000) and index == 0
+    video, audio, last = clips[0]
+    assert video.shape == (4, 4, 24, 24, 3) and audio.shape == (4, 12000) and last == (0, None)
     assert (video[:, 0].float().mean((1, 2, 3)) - 20 - 40 * torch.tensor([0, 1.5, 3.0, 4.5])).abs().max() < 4
     three, sound, _ = evenly_spaced(clips, 0, 3, sound=False)
     assert three.shape == (12, 4, 24, 24, 3) and sound.shape[0] == 0 and three[1::3].equal(video)
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_files_that_fail_leave_an_evaluation(tmp_path, workers, capfd):
+    """Of the batches of three, one fails as a whole and one in part: the rest comes as it is."""
+    for n in range(8):
+        make_video(tmp_path / "c" / f"{n}.mp4", 2, 10)
+    rows, _ = rows_of(tmp_path, tmp_path / "m.csv")
+    clips = AudioVisualClips(rows, frames=4, fps=8, size=24, clips=2)
+    whole = [clips[n] for n in range(8)]
+    bad = (0, 1, 2, 7)
+    for n in bad:
+        (tmp_path / "c" / f"{n}.mp4").write_bytes(b"damaged since the scan")
+    path = tmp_path / "c" / "7.mp4"
+    failure = (7, f"{path}: Invalid data found when processing input")
+    assert clips[7] == (None, None, failure)
+    assert ActionClips(rows, ["b", "c"], 4, 8, 24, clips=2)[7] == (None, 1, failure)
+
+    batches = list(evaluation_batches(clips, 3, workers, 0, 1, max_failures=0.5))
+    assert [index for *_, index in batches] == [[3, 4, 5], [6]]
+    for video, audio, index in batches:
+        assert video.equal(torch.stack([whole[n][0] for n in index]))
+        assert audio.equal(torch.stack([whole[n][1] for n in index]))
+    said = capfd.readouterr().err
+    for n in bad:
+        assert said.count(f"failed: {tmp_path / 'c' / f'{n}.mp4'}: Invalid data") == 1
+    seen = []
+    with pytest.raises(ValueError, match=f"4 of 8 videos failed, .* of 0.45, the last: {path}: "):
+        for _, _, index in evaluation_batches(clips, 3, workers, 0, 1, max_failures=0.45):
+            seen += index
+    assert seen == [3, 4, 5]
+    with pytest.raises(ValueError, match="3 of 8 videos failed, .* of 0.25, the last: .*2.mp4: "):
+        next(evaluation_batches(clips, 3, workers, 0, 1, max_failures=0.25))
 
 
 def test_a_silent_film_can_be_read_without_sound(tmp_path):

@@ -54,6 +54,7 @@ def test_every_flag_is_read():
 @pytest.mark.parametrize("flags,sentence", [
     (["--fold", "4"], "invalid choice: 4"), (["--data", "u.csv", "--fold", "1"], "--fold needs a --data with {fold} in its name"),
     (["--data", "u{fold}.csv"], "needs --fold, e.g. --fold 1 2 3"), (["--fraction", "0"], "--fraction 0.0: more than 0, at most 1"),
+    (["--max-failures", "1"], "--max-failures 1.0: 0 or more, less than 1"),
     (["--epochs", "0"], "--epochs 0: 1 or more"), (["--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_flags(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -68,7 +69,7 @@ def test_head_at_the_start():
 
 
 def test_part_of_the_labels():
-    rows = [Row(f"{label}{n}", label, "train", 1.0, True) for label, many in (("a", 40), ("b", 3)) for n in range(many)]
+    rows = [Row(f"{label}{n}", label, "train", 1.0, 1.0, True, "") for label, many in (("a", 40), ("b", 3)) for n in range(many)]
     paths = {share: {row.path for row in part(rows, share, 0)} for share in (0.01, 0.25, 0.5, 1.0)}
     assert [len(paths[share]) for share in paths] == [2, 11, 22, 43]
     assert paths[0.01] < paths[0.25] < paths[0.5] < paths[1.0]
@@ -128,8 +129,8 @@ def test_training_clips(ucf):
 
 def test_short_videos_end_with_their_last_frame(ucf):
     rows, _ = read_manifest(ucf / "ucf101-1.csv", "test")
-    video, label, index = ActionClips(rows, ["Archery", "Bowling"], frames=32, fps=8, size=16, clips=2, crops=3)[1]
-    assert video.shape == (6, 32, 16, 16, 3) and (label, index) == (1, 1)
+    video, label, last = ActionClips(rows, ["Archery", "Bowling"], frames=32, fps=8, size=16, clips=2, crops=3)[1]
+    assert video.shape == (6, 32, 16, 16, 3) and (label, last) == (1, (1, None))
     assert video[:, 12:].eq(video[:, 12:13]).all()
 
 
@@ -138,7 +139,8 @@ def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
     torch.manual_seed(0)
     model = classifier(video_encoder("r2plus1d_10"), 2)
     model.head.weight.data *= 100                         # so that the clips of a video differ
-    scores, hits = evaluate(model, clips, torch.device("cpu"), torch.float32)
+    scores, hits, rows = evaluate(model, clips, torch.device("cpu"), torch.float32)
+    assert rows == clips.rows
     for n in (0, 5):
         video, label, _ = clips[n]
         with torch.no_grad():
@@ -146,6 +148,14 @@ def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
         assert len(p) == 9 and p[:, 0].std() > 0.01
         torch.testing.assert_close(scores[n], p.mean(0))
         torch.testing.assert_close(hits[n], torch.tensor([(p.argmax(1) == label).float().mean(), 1.0]))
+    damaged = clips.rows[2]._replace(path=str(ucf / "gone.avi"))
+    with_it = clips_of(ucf, clips=3, crops=3)
+    with_it.rows = [*clips.rows[:2], damaged, *clips.rows[3:]]
+    left = evaluate(model, with_it, torch.device("cpu"), torch.float32, max_failures=0.2)
+    assert left[0].equal(scores[[0, 1, 3, 4, 5]]) and left[1].equal(hits[[0, 1, 3, 4, 5]])
+    assert left[2] == clips.rows[:2] + clips.rows[3:]
+    with pytest.raises(ValueError, match="1 of 6 videos failed, .* the last: .*gone.avi: No such"):
+        evaluate(model, with_it, torch.device("cpu"), torch.float32)
 
 
 def test_evaluation_keeps_no_clips(ucf):
@@ -161,7 +171,7 @@ def test_evaluation_keeps_no_clips(ucf):
             return x.mean((2, 3, 4)) @ torch.ones(3, 512)
 
     model = torch.nn.Sequential(OrderedDict(f=Encoder(), head=torch.nn.Linear(512, 2)))
-    scores, _ = evaluate(model, clips, torch.device("cpu"), torch.float32, workers=1)
+    scores, *_ = evaluate(model, clips, torch.device("cpu"), torch.float32, workers=1)
     assert scores.shape == (30, 2) and held[-1] - held[5] < 60 < 24 * 9.4
 
 
@@ -203,15 +213,41 @@ def check_results(out, printed):
         assert kept[f"fold {fold}"]["video top-1"] == 100 * (counts[0][0] + counts[1][1]) / 2
 
 
-def test_two_processes_evaluate_as_one(ucf, tmp_path):
+def damaged(ucf, tmp_path, chosen):
+    """Two manifests of fold 2, six training videos, then two of the test: with the chosen ones
+    damaged, and without them."""
+    with open(ucf / "ucf101-2.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows.sort(key=lambda row: row["split"] == "test")
+    for n in chosen:
+        rows[n]["path"] = str(tmp_path / f"bad{n}.avi")
+        (tmp_path / f"bad{n}.avi").write_bytes(b"damaged since the scan")
+    manifest.write(rows, tmp_path / "with.csv")
+    manifest.write([row for n, row in enumerate(rows) if n not in chosen], tmp_path / "without.csv")
+    return tmp_path / "with.csv", tmp_path / "without.csv"
+
+
+def test_two_processes_evaluate_as_one_and_without_files_that_fail(ucf, tmp_path):
+    """One of the six training videos of --linear and one of the two test videos fail, each on
+    another process: the result is that without them, and says so."""
+    with_them, without = damaged(ucf, tmp_path, (4, 7))
     torch.save(video_encoder("r2plus1d_10").state_dict(), tmp_path / "video_encoder.pt")
     results = []
-    for processes in (1, 2):
-        run("--data", ucf / "ucf101-2.csv", "--checkpoint", tmp_path / "video_encoder.pt", "--linear", "--out",
-            tmp_path / str(processes), *SMALL, "--train-clips", 3, processes=processes, script="finetune.py")
-        kept = json.loads((tmp_path / str(processes) / "results.json").read_text())
-        results.append((kept["test"], (tmp_path / str(processes) / "confusion.csv").read_text()))
-    assert results[0] == results[1] and results[0][0]["video top-1"] == 100     # brightness is plain to see
+    for data, processes in ((without, 1), (with_them, 1), (with_them, 2)):
+        out = tmp_path / f"{data.stem}{processes}"
+        done = run("--data", data, "--checkpoint", tmp_path / "video_encoder.pt", "--linear",
+                   "--out", out, *SMALL, "--train-clips", 3, "--max-failures", "0.5",
+                   processes=processes, script="finetune.py")
+        kept = json.loads((out / "results.json").read_text())["test"]
+        many = int(data == with_them)
+        assert (kept.pop("failed"), kept.pop("failed in training")) == (many, many)
+        for said in ("1 of 2 test videos failed", "1 of 6 training videos failed"):
+            assert done.stdout.count(said) == many
+        for n in (4, 7):
+            assert done.stderr.count(f"failed: {tmp_path / f'bad{n}.avi'}: Invalid data") == many
+        results.append((kept, (out / "confusion.csv").read_text()))
+    assert results[0] == results[1] == results[2] and results[0][0]["test videos"] == 1
+    assert results[0][0]["video top-1"] == 100            # brightness is plain to see
 
 
 def test_stopped_run_goes_on(ucf, tmp_path):
@@ -239,7 +275,11 @@ def test_bad_input(ucf, tmp_path, monkeypatch, capsys):
     torch.save(video_encoder("r3d_18").state_dict(), tmp_path / "r3d.pt")
     torch.save({"args": {"arch": "r3d_18"}, "model": {f"f.{k}": v for k, v in video_encoder("r3d_18").state_dict().items()}},
                tmp_path / "r3d_checkpoint.pt")
+    archery_bad, _ = damaged(ucf, tmp_path, (0, 1, 2))
     for flags, sentence in (
+            (["--data", archery_bad, "--linear"], "1 of 6 videos failed, more than a share of 0"),
+            (["--data", archery_bad, "--linear", "--max-failures", "0.5"],
+             "all training videos of a class failed: mend or replace those named above"),
             (["--data", tmp_path / "strange.csv"], "1 of the test part's classes are not in its train part: Diving"),
             (["--data", tmp_path / "undivided.csv"], "has no train and test parts (its split column is empty)"),
             (["--data", tmp_path / "training.csv"], "has no 'test' part, it has 'train'"),

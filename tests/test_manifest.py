@@ -489,6 +489,21 @@ def test_a_second_scan_reads_only_what_is_new_or_changed(put, tmp_path, monkeypa
     assert names == []                                     # but a verified one is a probed one
 
 
+def test_a_manifest_of_an_earlier_version_is_read_anew(put, tmp_path, monkeypatch):
+    put("r/a/a.mp4")
+    names, out = hand_in(monkeypatch), tmp_path / "m.csv"
+    first = manifest.scan(tmp_path / "r", out=out)
+    with open(out, newline="") as file:
+        rows = [{name: row[name] for name in row if name not in ("video_duration", "note")} for row in csv.DictReader(file)]
+    with open(out, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(ValueError, match="m.csv is no manifest of this version, it lacks note, video_duration"):
+        read_manifest(out)
+    assert manifest.scan(tmp_path / "r", out=out) == first and names == ["a.mp4", "a.mp4"]
+
+
 def test_labels_are_read_anew(ucf, tmp_path, monkeypatch):
     names, out = hand_in(monkeypatch), tmp_path / "m.csv"
     for fold in (1, 2):

@@ -1,6 +1,7 @@
 """Retrieval against a brute-force copy, chance against random features, and what the command says to bad input."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -77,6 +78,44 @@ def test_command_prints_and_keeps_the_table(brief):
         assert kept["instance, chance"]["R@5"] == pytest.approx(5 / 24)
 
 
+def damaged(tree, tmp_path, chosen):
+    """Two manifests of the tree's test part: with the chosen files damaged, and without them."""
+    rows = [row for row in manifest.scan(tree) if row["split"] == "test"]
+    for n in chosen:
+        rows[n]["path"] = str(tmp_path / f"bad{n}.mp4")
+        (tmp_path / f"bad{n}.mp4").write_bytes(b"damaged since the scan")
+    manifest.write(rows, tmp_path / "with.csv")
+    manifest.write([row for n, row in enumerate(rows) if n not in chosen], tmp_path / "without.csv")
+    return tmp_path / "with.csv", tmp_path / "without.csv"
+
+
+def test_a_file_that_fails_leaves_the_pool(tree, brief, tmp_path):
+    """One of 24, on the last process: the numbers are those without it, and the table says so."""
+    with_it, without = damaged(tree, tmp_path, (13,))
+    found = []
+    for data, processes in ((without, 1), (with_it, 1), (with_it, 2)):
+        done = run("--checkpoint", brief, "--data", data, "--clips", "2", script="retrieval.py",
+                   processes=processes)
+        kept = json.loads((brief.parent / "retrieval.json").read_text())
+        many = int(data == with_it)
+        assert (kept.pop("failed"), kept.pop("videos"), kept["pool"]) == (many, 23 + many, 23)
+        assert done.stdout.count("of 2 classes (0 left out; 1 of 24 videos failed)") == many
+        assert done.stderr.count(f"failed: {tmp_path / 'bad13.mp4'}: Invalid data") == many
+        kept.pop("data")
+        found.append(kept)
+    assert found[0] == found[1] == found[2]
+
+
+def test_two_processes_count_their_failures_together(tree, brief, tmp_path):
+    """One of each process's twelve: each alone is within the share of 24, both are not."""
+    data, _ = damaged(tree, tmp_path, (4, 13))
+    done = run("--checkpoint", brief, "--data", data, "--clips", "2", script="retrieval.py",
+               processes=2, check=False)
+    assert done.returncode != 0 and "R@20" not in done.stdout
+    assert re.search("error(?: on rank 1)?: 2 of 24 videos failed, more than a share of 0.05, the "
+                     f"last: {tmp_path}/bad13.mp4: Invalid", done.stderr)
+
+
 def test_bad_input(brief, tmp_path, monkeypatch, capsys):
     made = make_video(tmp_path / "silent" / "test" / "c" / "0.mp4", 1, 10, tone=None)
     for n in range(1, 22):
@@ -94,13 +133,20 @@ def test_bad_input(brief, tmp_path, monkeypatch, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(made.read_bytes())
     manifest.write(manifest.scan(tmp_path / "bad"), tmp_path / "bad.csv")
-    (tmp_path / "bad" / "class0" / "bad0.mp4").write_bytes(b"damaged since the scan")
+    for n in (0, 2):
+        (tmp_path / "bad" / "class0" / f"bad{n}.mp4").write_bytes(b"damaged since the scan")
+    with open(tmp_path / "bad.csv") as file, open(tmp_path / "twenty.csv", "w") as twenty:
+        twenty.writelines(line for line in file if not re.search("bad[23].mp4", line))
     for flags, sentence in (
             (["--checkpoint", tmp_path / "gone.pt"], "no checkpoint"),
             (["--checkpoint", brief.parent / "video_encoder.pt"], "is no checkpoint.pt of this script: it lacks model, args"),
             (["--data", tmp_path / "silent"], "0 usable clips in the 'test' part, R@20 needs 20 or more; left out: 22 no audio"),
             (["--data", tmp_path / "few"], "1 usable clips in the 'test' part"),
-            (["--data", tmp_path / "bad.csv"], "bad0.mp4: Invalid data found when processing input: take it out of the manifest"),
+            (["--data", tmp_path / "bad.csv"], "2 of 22 videos failed, more than a share of 0.05, "
+             f"the last: {tmp_path}/bad/class0/bad2.mp4: Invalid data found when processing input; "
+             "all are named above"),
+            (["--data", tmp_path / "twenty.csv"], "19 usable clips in the 'test' part, R@20 needs "
+             "20 or more; left out: 1 failed"),
             (["--checkpoint", tmp_path / "nan.pt"], "features are not finite"),
             (["--data", tmp_path / "one"], "all clips are of one class, 'c'"),
             (["--data", tmp_path / "one", "--split", "val"], "has no 'val' part")):

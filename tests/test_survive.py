@@ -82,7 +82,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 def test_signature_tells_data_sets_apart():
     def of(*names_and_labels):
         clips = Numbers()
-        clips.rows = [Row(path, label, "train", 1.0, True) for path, label in names_and_labels]
+        clips.rows = [Row(path, label, "train", 1.0, 1.0, True, "") for path, label in names_and_labels]
         return pretrain.signature(clips)
 
     one = of(("/here/a.mp4", "bell"), ("/here/b.mp4", "drum"))

@@ -1,9 +1,13 @@
 """The ablation: its rows are settings of pretrain.py, its table is the csv's means and deviations."""
 
+import shutil
 import statistics
+
+import pytest
 
 import pretrain
 from experiments import table1
+from prepare import manifest
 
 
 def test_rows_are_settings_of_pretraining():
@@ -19,6 +23,16 @@ def test_rows_are_settings_of_pretraining():
         assert sum(seen[name][key] != soft[key] for key in soft) == 1, name
     for name in table1.LONGER:                            # each differs from the row of its name in its length
         assert seen[name] == seen[name.removesuffix(", 30 epochs")] | {"epochs": 30}
+
+
+def test_a_film_that_fails_ends_the_measurement(tree, brief, tmp_path):
+    """Rows of the table measured on other films could not be compared."""
+    rows = manifest.scan(tree)
+    next(row for row in rows if row["split"] == "test")["path"] = str(tmp_path / "gone.mp4")
+    manifest.write(rows, tmp_path / "manifest.csv")
+    shutil.copy(brief, tmp_path)
+    with pytest.raises(ValueError, match="1 of 24 videos failed, .*gone.mp4: No such file"):
+        table1.measure(tmp_path / brief.name)
 
 
 def test_markdown():
