@@ -4,9 +4,11 @@
     python -m prepare.manifest kinetics-sounds ROOT --annotations folder/of/csv --out ks.csv --workers 16
     python -m prepare.manifest hmdb51 ROOT --annotations testTrainMulti_7030_splits --fold 1
 
-Columns: path (absolute), label, split ("" where none is known), duration (s, the part that sight and sound both cover),
-fps, width, height, has_audio (0 | 1), reason (why the file is left out; empty: usable), stamp ("bytes:mtime in ns", and
-":verified" after --verify). Run again, files whose stamp still holds are not read again; with --verify, those verified.
+Columns: path (absolute), label, split ("" where none is known), duration (s that pictures and sound
+both cover), video_duration (s of the pictures), fps, width, height, has_audio (0 | 1), reason (why the
+file is left out; empty: usable), note (why the sound of a usable file cannot be used), stamp ("bytes:
+mtime in ns", and ":verified" after --verify). Run again, files whose stamp still holds are not read
+again; with --verify, those verified.
 An interrupted scan leaves OUT.partial, from where the next one goes on.
 """
 
