@@ -315,7 +315,8 @@ def decode_all(video, pictures, wanted, convert, damaged):
     Returns a list of arrays, and the fault "late" if the first picture comes after the first wanted
     time, else "".
     """
-    tick, images, start, before, image = float(video.time_base), [], np.inf, None, None
+    tick, images, start = float(video.time_base), [], np.inf
+    before, shown, image = None, start, None            # the last frame, its time, its array
     frames = in_order(decode(video, [*pictures, None], damaged))
     for stamp, frame in chain(frames, [(np.inf, None)]):
         time = stamp * tick

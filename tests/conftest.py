@@ -1,8 +1,11 @@
 """Real media for the tests, made with PyAV: the picture tells the time, the sound tells its pitch."""
 
+import os
 import sys
 from fractions import Fraction
 from pathlib import Path
+
+os.environ["OMP_WAIT_POLICY"] = "passive"                 # many processes share these cores: none may wait busily
 
 import av
 import numpy as np

@@ -1,8 +1,6 @@
 """The commands of README.md, run as written there where that takes seconds, shortened by flags where it takes longer."""
 
 import csv
-import itertools
-import json
 import os
 import re
 import shlex
@@ -10,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 from conftest import ROOT, make_video
 from test_pretrain import SMALL, log_of, run
 
@@ -40,16 +37,12 @@ def test_first_line_on_the_built_in_set(tmp_path):
     assert "224 clips of 8 classes" in table
     assert re.search(r"instance chance +0.4 +2.2 +4.5 +8.9", table)
     assert len(re.findall(r"(?:instance|class) +(?:audio -> video|video -> audio)(?: +[\d.]+ \+- [\d.]+){4}", table)) == 4
-    found, kept = table1.measure(checkpoint), json.loads(checkpoint.with_name("retrieval.json").read_text())
-    for level, k in itertools.product(("instance", "class"), (1, 5)):             # the ablation's retrieval is retrieval.py's
-        ways = [kept[f"{level}, {way}"][f"R@{k}"][0] for way in ("audio -> video", "video -> audio")]
-        assert found[f"{level} R@{k}"] == pytest.approx(50 * sum(ways))
-    assert found.keys() == set(table1.METRICS) and all(0 <= found[metric] <= 100 for metric in table1.METRICS)
 
+    # beside this built-in set: the ablation goes on from its csv, past a run that fails
     kept = {path: path.read_text() for path in (table1.RESULTS / "table1.csv", table1.RESULTS / "table1.md")}
-    (tmp_path / "06-9").touch()                           # where the run's folder would be; the other runs are in the csv
-    done = subprocess.run([sys.executable, "-m", "experiments.table1", "--out", tmp_path, "--rows", "raw y", "--seeds", "0", "1", "2", "9"],
-                          cwd=ROOT, capture_output=True, text=True)
+    (tmp_path / "06-9").touch()                           # where the run's folder would be; the others are in the csv
+    command = [sys.executable, "-m", "experiments.table1", "--out", tmp_path, "--rows", "raw y", "--seeds", "0", "1", "2", "9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "error: raw y, seed 9: pretrain.py ended with 1: see " in done.stderr
     assert done.stdout.strip() == kept[table1.RESULTS / "table1.md"].strip()
     assert all(path.read_text() == text for path, text in kept.items())

@@ -1,9 +1,12 @@
 """The ablation: its rows are settings of pretrain.py, its table is the csv's means and deviations."""
 
+import itertools
+import json
 import shutil
 import statistics
 
 import pytest
+from test_pretrain import run
 
 import pretrain
 from experiments import table1
@@ -23,6 +26,15 @@ def test_rows_are_settings_of_pretraining():
         assert sum(seen[name][key] != soft[key] for key in soft) == 1, name
     for name in table1.LONGER:                            # each differs from the row of its name in its length
         assert seen[name] == seen[name.removesuffix(", 30 epochs")] | {"epochs": 30}
+
+
+def test_retrieval_is_that_of_the_script(brief):
+    run("--checkpoint", brief, "--clips", "2", script="retrieval.py")
+    found, kept = table1.measure(brief), json.loads(brief.with_name("retrieval.json").read_text())
+    for level, k in itertools.product(("instance", "class"), (1, 5)):
+        ways = [kept[f"{level}, {way}"][f"R@{k}"][0] for way in ("audio -> video", "video -> audio")]
+        assert found[f"{level} R@{k}"] == pytest.approx(50 * sum(ways))
+    assert found.keys() == set(table1.METRICS) and all(0 <= value <= 100 for value in found.values())
 
 
 def test_a_film_that_fails_ends_the_measurement(tree, brief, tmp_path):
