@@ -283,27 +283,27 @@ class Track:
     cannot be used."""
 
     def __init__(self, stream):
-        self.stream, self.last, self.problem, self.damaged = stream, None, "", []
-        self.shape, self.format = Shape(), None
+        self.stream, self.tick, self.last, self.problem = stream, float(stream.time_base), None, ""
+        self.damaged, self.shape, self.layouts = [], Shape(), {"mono", "stereo"}
 
     def take(self, packet):
         """Decode a packet and check its frames as support.reading.read would."""
+        sight = self.stream.type == "video"
         try:
             for frame in decode(self.stream, [packet], self.damaged):
-                sight = self.stream.type == "video"
                 if frame.pts is None and (sight or self.last is None):  # sound goes on without
                     raise ValueError("it has no time stamps")
                 if self.last is None:
                     self.damaged.clear()                  # nothing is read before the first frame
-                start = self.last if frame.pts is None else frame.time
-                stop = start + float((frame.duration or 0) * frame.time_base)
+                start = self.last if frame.pts is None else frame.pts * self.tick
+                stop = start + (frame.duration or 0) * self.tick
                 self.last = max(stop, self.last or stop)
                 if sight:
                     self.shape.check(frame)
-                    self.damaged += [frame.time] * frame.is_corrupt
-                elif self.format != (frame.format.name, frame.layout.name, frame.sample_rate):
-                    self.format = frame.format.name, frame.layout.name, frame.sample_rate
-                    MonoResampler()(frame)                # raises where it does not know the format
+                    self.damaged += [start] * frame.is_corrupt
+                elif frame.layout.name not in self.layouts:
+                    self.layouts.add(frame.layout.name)
+                    MonoResampler()(frame)                # raises where it does not know the layout
         except (ValueError, av.error.FFmpegError) as error:
             self.problem = getattr(error, "strerror", None) or str(error)
 

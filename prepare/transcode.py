@@ -70,7 +70,7 @@ def pictures(container, video):
     stream begins before its first picture, that picture comes twice, for there is time 0 of its clips.
     Raises ValueError if a picture is damaged or missing."""
     damaged, last, stop = [], None, begin(video)
-    for stamp, frame in in_order(decode(video, container.demux(video), damaged)):
+    for stamp, frame in in_order(video, container.demux(video), damaged):
         if last is None:
             damaged.clear()                               # nothing is read before the first frame
             last = (video.start_time or 0) - 1

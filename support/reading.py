@@ -28,7 +28,7 @@ from av.video.reformatter import VideoReformatter
 RATE = 24000                            # Hz, mono (paper silent; GDT)
 WARM_UP = 0.2                           # s of sound decoded before a clip: codecs overlap packets
 SEAM = 0.01                             # s; smaller gaps in the sound are rounded time stamps
-REORDER = 16                            # pictures that a decoder may hold back (H.264 and HEVC)
+REORDER = {"h264": 16, "hevc": 16}      # pictures that a decoder may hold back; others: at most 4
 UNORDERED = {"avi", "asf"}              # containers that do not store when reordered pictures show
 SKIPS = {"h264", "mpeg4", "mpeg1video", "mpeg2video"}   # decoders whose skip_frame may change
 UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
@@ -79,16 +79,21 @@ def decode(stream, packets, damaged):
                 damaged.append(float(packet.pts * stream.time_base))
 
 
-def in_order(frames):
+def held_back(video):
+    """How many pictures the decoder may hold back to put them in the order of presentation."""
+    return REORDER.get(video.codec_context.name, 4)
+
+
+def in_order(video, packets, damaged):
     """(time stamp, frame) in the order of presentation. A decoder puts the frames in this order,
     but their stamps may be out of order (UNORDERED). Raises ValueError if a frame has no stamp."""
-    waiting, stamps = deque(), []
-    for frame in frames:
+    waiting, stamps, depth = deque(), [], held_back(video)
+    for frame in decode(video, packets, damaged):
         if frame.pts is None:
             raise ValueError("its pictures have no time stamps")
         waiting.append(frame)
         heappush(stamps, frame.pts)
-        if len(waiting) > REORDER:
+        if len(waiting) > depth:
             yield heappop(stamps), waiting.popleft()
     while waiting:
         yield heappop(stamps), waiting.popleft()
@@ -227,11 +232,11 @@ def seek(container, video, time):
 def collect(container, video, audio, first, wanted, stop, fresh, sort):
     """The packets of a clip: (pictures, sound), or None if the container gives only later ones.
 
-    Those of the pictures go from the last keyframe not after `first` to REORDER behind the last
+    Those of the pictures go from the last keyframe not after `first` to `held_back` behind the last
     wanted time, those of the sound from WARM_UP before the first wanted time to past `stop`.
     Raises ValueError if the file ends in the clip, over 1 s before its header says.
     """
-    pictures, sound, behind, opening = [], [], 0, np.inf
+    pictures, sound, behind, most, opening = [], [], 0, held_back(video), np.inf
     ticks = {stream: float(stream.time_base) for stream in (video, audio) if stream is not None}
     reached = dict.fromkeys(ticks, -np.inf)
     for packet in container.demux(list(ticks)):
@@ -245,9 +250,9 @@ def collect(container, video, audio, first, wanted, stop, fresh, sort):
             opening = min(opening, np.inf if time is None else time)
             if time is None or reached[audio] >= wanted[0] - WARM_UP:
                 sound.append(packet)
-            if behind >= REORDER and time is not None and time > stop + 0.1:
+            if behind >= most and time is not None and time > stop + 0.1:
                 break                                   # 0.1 s: decoder and resampler hold back
-        elif behind < REORDER and (pictures or fresh or packet.is_keyframe):
+        elif behind < most and (pictures or fresh or packet.is_keyframe):
             if packet.is_keyframe and not fresh and time is not None:
                 if time > first and not pictures:
                     return None
@@ -255,7 +260,7 @@ def collect(container, video, audio, first, wanted, stop, fresh, sort):
                     pictures.clear()
             pictures.append(packet)
             behind += time is not None and time > wanted[-1]
-            if behind >= REORDER and audio is None:
+            if behind >= most and audio is None:
                 break
     late = audio is not None and opening > max(begin(audio), wanted[0] - WARM_UP) + 1e-3
     nothing = all(packet.is_discard for packet in pictures)     # an edit list cuts them off
@@ -317,7 +322,7 @@ def decode_all(video, pictures, wanted, convert, damaged):
     """
     tick, images, start = float(video.time_base), [], np.inf
     before, shown, image = None, start, None            # the last frame, its time, its array
-    frames = in_order(decode(video, [*pictures, None], damaged))
+    frames = in_order(video, [*pictures, None], damaged)
     for stamp, frame in chain(frames, [(np.inf, None)]):
         time = stamp * tick
         start = min(start, time)
