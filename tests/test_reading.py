@@ -5,6 +5,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from conftest import make_video, peak_hz, read_barcode
 
 from data import ActionClips, AudioVisualClips, read_clip, read_manifest
@@ -217,10 +218,11 @@ def test_an_edit_list_cuts_off_the_beginning(tmp_path):
 def test_sound_never_decides_about_pictures(tmp_path):
     """A film whose sound is short, starts late, has no decoder or is damaged: fine-tuning sees all of its pictures."""
     root = tmp_path / "r" / "c"
-    make_video(root / "short.mp4", 6, 25, sound_seconds=1)
-    data = make_video(root / "no_decoder.mkv", 6, 25).read_bytes()
+    lighter = lambda t: int(20 + 35 * t)
+    make_video(root / "short.mp4", 6, 25, sound_seconds=1, gray=lighter)
+    data = make_video(root / "no_decoder.mkv", 6, 25, gray=lighter).read_bytes()
     (root / "no_decoder.mkv").write_bytes(data.replace(b"A_AAC", b"A_ZZZ"))
-    make_video(root / "damaged.mp4", 6, 25)
+    make_video(root / "damaged.mp4", 6, 25, gray=lighter)
     with av.open(str(root / "damaged.mp4")) as container:
         packet = [p for p in container.demux(audio=0) if p.size][100]
     data = bytearray((root / "damaged.mp4").read_bytes())
@@ -234,10 +236,10 @@ def test_sound_never_decides_about_pictures(tmp_path):
     assert notes["damaged"].startswith("its sound cannot be read: damaged frames (first at 2.")
     clips = ActionClips(rows, ["c"], frames=5, fps=25, size=SHORT_SIDE, clips=4, crops=1)
     for index in range(3):
-        seen = frames.read_barcode(read(rows[index].path, [5.8], 0, SHORT_SIDE)[0])
-        assert seen.tolist() == [145] and abs(rows[index].video_duration - 6) < 0.05
+        assert abs(rows[index].video_duration - 6) < 0.05
         video, _, _ = clips[index]
-        assert not video[3].equal(video[0])               # the last clip is not the first once more
+        levels = video.float().mean((1, 2, 3, 4))         # of clips that begin at 0, 1.93, 3.87, 5.8 s
+        assert (levels - 20 - 35 * torch.tensor([0.08, 2.01, 3.95, 5.88])).abs().max() < 5
     sounding = AudioVisualClips(rows, frames=8, fps=16, size=24)
     assert [Path(row.path).stem for row in sounding.rows] == ["short"]
     assert set(sounding.left_out.values()) == {notes["no_decoder"], notes["damaged"]}
