@@ -69,11 +69,12 @@ def read_manifest(path, split=None):
 
 
 def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=160):
-    """All views of one clip from one container in one decode pass over [t0, t0 + max(tau) * frames / fps).
+    """All views of one clip, which covers [t0, t0 + max(tau) * frames / fps) of the file.
 
     Args:
-        t0: start in s after the moment at which both streams have begun. Frames are picked by time stamp (the
-            nearest), so any source frame rate serves; past the end the last frame stands and the sound is silent.
+        t0: start in s after the pictures begin or, if sound is read, after both have begun. Frames are
+            chosen by time stamp (the nearest), so the source may have any frame rate. Past the end the
+            last frame stands and the sound is silent.
         tau_v, tau_a: speeds of the video and of the audio views, integers >= 1. tau_a = (): no sound is read.
         frames, fps: T frames, taken 1/fps s apart at speed 1; the sound of a view lasts as long.
         short_side: of the frames in pixels; the longer side keeps the aspect.

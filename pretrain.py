@@ -104,7 +104,6 @@ def running_flags(p):
     run.add_argument("--max-failures", type=float, default=0.05, help="share of clips that may "
                      "fail to be read, replaced in training and left out in a test; more stop it "
                      "(0.05; this project's)")
-
     run.add_argument("--save-every", type=float, default=10, help="minutes between checkpoints (10)")
     return run
 

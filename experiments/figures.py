@@ -114,7 +114,6 @@ def neighbours(args):
             right = index == q or rows[index].label == rows[q].label
             axis.set_title("sound of" if rank == 0 else f"{rank}{': its own' if index == q else ''}", fontsize=8)
             axis.set_xlabel(rows[index].label, fontsize=7, color="black" if right else "red")
-
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     save(figure, args.out)

@@ -86,7 +86,6 @@ def measure(checkpoint):
         y[split] = extract(model, clips, 8, loading_workers(), device, dtype, "y",
                            max_failures=0)                # sound, video (n, C), and their rows
     sound, video, _ = extract(model, clips, 8, loading_workers(), device, dtype, max_failures=0)
-
     found = [recall_at_k(*pair, labels["test"]) for pair in ((sound, video), (video, sound))]
     result = {f"{level} R@{k}": 50 * sum(way[k][n] for way in found) for n, level in enumerate(("instance", "class"))
               for k in (1, 5)}

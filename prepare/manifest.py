@@ -29,7 +29,7 @@ from pathlib import Path
 import av
 from tqdm import tqdm
 
-from support.reading import MonoResampler, Shape, begin, decode, end, open_streams
+from support.reading import MonoResampler, Shape, begin, decode, end, forget_before, open_streams
 
 COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height",
            "has_audio", "reason", "note", "stamp")
@@ -294,7 +294,7 @@ class Track:
                 if frame.pts is None and (sight or self.last is None):  # sound goes on without
                     raise ValueError("it has no time stamps")
                 if self.last is None:
-                    self.damaged.clear()                  # nothing is read before the first frame
+                    forget_before(self.damaged, frame.time)
                 start = self.last if frame.pts is None else frame.pts * self.tick
                 stop = start + (frame.duration or 0) * self.tick
                 self.last = max(stop, self.last or stop)

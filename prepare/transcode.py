@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from prepare.manifest import COLUMNS, probe, write
 from support.reading import (RATE, SEAM, UPRIGHT, MonoResampler, Shape, begin, decode, display_matrix,
-                             end, in_order, open_streams, upright)
+                             end, forget_before, in_order, open_streams, upright)
 
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
 
@@ -72,7 +72,7 @@ def pictures(container, video):
     damaged, last, stop = [], None, begin(video)
     for stamp, frame in in_order(video, container.demux(video), damaged):
         if last is None:
-            damaged.clear()                               # nothing is read before the first frame
+            forget_before(damaged, frame.time)
             last = (video.start_time or 0) - 1
             if stamp > last + 1:
                 yield last + 1, frame
@@ -95,8 +95,8 @@ def sound_pieces(container, audio):
     damaged, resample, at, rounding = [], MonoResampler(), round(begin(audio) * RATE), 0
     frames = chain(decode(audio, container.demux(audio), damaged), [None])
     for piece in (piece for frame in frames for piece in resample(frame)):
-        if rounding == 0:
-            damaged.clear()                               # nothing is heard before the first piece
+        if rounding == 0 and piece.pts is not None:
+            forget_before(damaged, piece.time)
         due = at if piece.pts is None else round(piece.time * RATE)
         if due < at - SEAM * RATE:
             continue

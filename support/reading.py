@@ -79,6 +79,12 @@ def decode(stream, packets, damaged):
                 damaged.append(float(packet.pts * stream.time_base))
 
 
+def forget_before(damaged, first):
+    """Drop the damage before `first`, the time of the first frame that came out: there is nothing to
+    read before it. A decoder that holds frames back may have met later damage already; that stays."""
+    damaged[:] = [time for time in damaged if time > first]
+
+
 def held_back(video):
     """How many pictures the decoder may hold back to put them in the order of presentation."""
     return REORDER.get(video.codec_context.name, 4)
@@ -338,7 +344,7 @@ def decode_all(video, pictures, wanted, convert, damaged):
 
 
 class Converter:
-    """Frames -> arrays (H, W, 3) uint8 as a player shows them, short_side pixels or more."""
+    """Frames -> arrays (H, W, 3) uint8 as a player shows them; short_side: in pixels."""
 
     def __init__(self, short_side):
         self.short_side, self.shape, self.matrix = short_side, Shape(), None
@@ -362,8 +368,8 @@ def hear(audio, packets, wave, start, damaged):
         if piece.pts is None and at is None:
             raise ValueError("its sound has no time stamps")
         due = at if piece.pts is None else (piece.time - start) * RATE  # its place in the wave
-        if at is None:
-            damaged.clear()                             # the first after a seek may be a fragment
+        if at is None:                                  # the first after a seek may be a fragment
+            forget_before(damaged, piece.time)
         if at is None or abs(due - at) > SEAM * RATE:
             at = round(due)
         low, high = max(at, 0), min(at + piece.samples, len(wave))

@@ -124,6 +124,21 @@ def damage(path, first, last):
     path.write_bytes(data)
 
 
+@pytest.mark.parametrize("kind,packet", [("video", 2), ("video", 40), ("audio", 3), ("audio", 60)])
+def test_the_transcoder_sees_damage_from_the_first_packets_on(tmp_path, kind, packet):
+    path = make_video(tmp_path / "a.mp4", 4, 25, gop=25)
+    with av.open(str(path)) as container:
+        stream = container.streams.best(kind)
+        hit = [p for p in container.demux(stream) if p.size][packet]
+    data = bytearray(path.read_bytes())
+    data[hit.pos:hit.pos + hit.size] = b"\xff" * hit.size
+    path.write_bytes(data)
+    row = scanned(path)
+    assert "damaged frames" in row["reason"] + row["note"]
+    with pytest.raises(ValueError, match="damaged"):
+        transcode.encode(path, tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=True)
+
+
 def test_what_is_damaged_is_refused_and_the_rest_is_right(tmp_path):
     path = make_video(tmp_path / "a.mp4", 8, 25, gop=25)
     damage(path, 80, 85)                                  # in the fourth second
