@@ -14,7 +14,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from conftest import ROOT, make_video
+from conftest import ROOT, make_video, with_damaged
 from test_commands import command_lines
 from test_pretrain import run
 
@@ -214,17 +214,10 @@ def check_results(out, printed):
 
 
 def damaged(ucf, tmp_path, chosen):
-    """Two manifests of fold 2, six training videos, then two of the test: with the chosen ones
-    damaged, and without them."""
+    """`with_damaged` of fold 2: six training videos, then two of the test."""
     with open(ucf / "ucf101-2.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    rows.sort(key=lambda row: row["split"] == "test")
-    for n in chosen:
-        rows[n]["path"] = str(tmp_path / f"bad{n}.avi")
-        (tmp_path / f"bad{n}.avi").write_bytes(b"damaged since the scan")
-    manifest.write(rows, tmp_path / "with.csv")
-    manifest.write([row for n, row in enumerate(rows) if n not in chosen], tmp_path / "without.csv")
-    return tmp_path / "with.csv", tmp_path / "without.csv"
+        rows = sorted(csv.DictReader(file), key=lambda row: row["split"] == "test")
+    return with_damaged(rows, tmp_path, chosen)
 
 
 def test_two_processes_evaluate_as_one_and_without_files_that_fail(ucf, tmp_path):

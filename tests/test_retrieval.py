@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import make_video
+from conftest import make_video, with_damaged
 from test_pretrain import run
 
 import retrieval
@@ -79,14 +79,9 @@ def test_command_prints_and_keeps_the_table(brief):
 
 
 def damaged(tree, tmp_path, chosen):
-    """Two manifests of the tree's test part: with the chosen files damaged, and without them."""
+    """`with_damaged` of the tree's test part."""
     rows = [row for row in manifest.scan(tree) if row["split"] == "test"]
-    for n in chosen:
-        rows[n]["path"] = str(tmp_path / f"bad{n}.mp4")
-        (tmp_path / f"bad{n}.mp4").write_bytes(b"damaged since the scan")
-    manifest.write(rows, tmp_path / "with.csv")
-    manifest.write([row for n, row in enumerate(rows) if n not in chosen], tmp_path / "without.csv")
-    return tmp_path / "with.csv", tmp_path / "without.csv"
+    return with_damaged(rows, tmp_path, chosen)
 
 
 def test_a_file_that_fails_leaves_the_pool(tree, brief, tmp_path):
