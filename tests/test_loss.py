@@ -1,4 +1,4 @@
-"""Eq. 1 to 3 against NumPy copies written as sums over every index, and against one process with the whole batch."""
+"""Compares Eq. 1 to 3 with NumPy copies that sum over every index, and two processes with one."""
 
 import subprocess
 import sys
@@ -17,13 +17,17 @@ AFFINITIES = ("none", "clip", "view", "batch")
 
 def batch(N=5, K=2, C=6, D=4, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    y_a, y_v = (torch.randn(N, K, C, generator=g, dtype=torch.float64).relu() * 2 for _ in range(2))
-    z_a, z_v = (F.normalize(torch.randn(N, K, D, generator=g, dtype=torch.float64), dim=2) for _ in range(2))
+    normal = lambda width: torch.randn(N, K, width, generator=g, dtype=torch.float64)
+    y_a, y_v = (normal(C).relu() * 2 for _ in range(2))
+    z_a, z_v = (F.normalize(normal(D), dim=2) for _ in range(2))
     return tuple(x.to(dtype) for x in (y_a, y_v, z_a, z_v))
 
 
 def eq1(z_a, z_v, i, p, j, q, eta):
-    """-log of Eq. 1 for audio view p of clip i and video view q of clip j, negatives from all clips but i."""
+    """-log of Eq. 1 for audio view p of clip i and video view q of clip j.
+
+    The negatives are the views of all clips but i.
+    """
     e = lambda n, r: np.exp(z_a[i, p] @ z_v[n, r] / eta)
     others = sum(e(n, r) for n in range(len(z_v)) if n != i for r in range(z_v.shape[1]))
     return -np.log(e(j, q) / (e(j, q) + others))
@@ -54,14 +58,15 @@ def eq3(y_a, y_v, z_a, z_v, eta, affinity, temperature, normalize):
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_info_nce_is_eq_1(K):
     _, _, z_a, z_v = batch(K=K)
-    own = torch.tensor([3, 1])                            # two local clips, at positions 3 and 1 of the global batch
+    own = torch.tensor([3, 1])        # positions of this process's clips in the global batch
     L = info_nce(z_a[own], z_v, own, 0.07)
     for b, p, q in product(range(2), range(K), range(K)):
-        assert abs(L[b, p, q] - eq1(z_a.numpy(), z_v.numpy(), int(own[b]), p, int(own[b]), q, 0.07)) < 1e-10
+        i = int(own[b])
+        assert abs(L[b, p, q] - eq1(z_a.numpy(), z_v.numpy(), i, p, i, q, 0.07)) < 1e-10
 
 
 def test_a_large_loss_is_exact():
-    """s = 0 against one negative of 21: log(1 + e^21), which softplus as torch has it rounds to 21."""
+    """With s = 0 and one negative of 21 the loss is log(1 + e^21); torch's softplus gives 21."""
     z_a = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     z_v = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]], dtype=torch.float64)
     L = info_nce(z_a, z_v, torch.tensor([0]), 1 / 21)
@@ -73,7 +78,9 @@ def test_a_large_loss_is_exact():
 def test_cross_affinity_is_eq_2(scope, normalize):
     y_a, y_v, _, _ = batch()
     lam = cross_affinity(y_a, y_v, scope, 0.3, normalize)
-    a, v = ((y / np.linalg.norm(y, axis=2, keepdims=True) if normalize else y) for y in (y_a.numpy(), y_v.numpy()))
+    a, v = y_a.numpy(), y_v.numpy()
+    if normalize:
+        a, v = (y / np.linalg.norm(y, axis=2, keepdims=True) for y in (a, v))
     for i in range(len(lam)):
         e = np.exp(a[i] @ v[i].T / 0.3)
         expected = e / (e.sum() if scope == "clip" else e.sum(1, keepdims=True))
@@ -94,11 +101,12 @@ def test_soft_info_nce_is_eq_3(affinity, normalize, K):
 
 
 def test_one_view_is_cross_entropy():
-    """Table 1, row 1: without co-augmentation Eq. 3 is the usual InfoNCE, whatever the affinity."""
+    """Table 1, row 1: without co-augmentation Eq. 3 is the usual InfoNCE for every affinity."""
     y_a, y_v, z_a, z_v = batch(K=1)
     expected = F.cross_entropy(z_a[:, 0] @ z_v[:, 0].T / 0.07, torch.arange(5))
     for affinity in ("none", "clip", "view"):
-        assert abs(soft_info_nce(y_a, y_v, z_a, z_v, affinity=affinity, symmetric=False) - expected) < 1e-12
+        loss = soft_info_nce(y_a, y_v, z_a, z_v, affinity=affinity, symmetric=False)
+        assert abs(loss - expected) < 1e-12
 
 
 def test_uniform_affinity_is_co_augmented_info_nce():
@@ -115,14 +123,14 @@ def test_precision():
         x = batch(dtype=dtype)
         assert soft_info_nce(*x).dtype == torch.float32
         assert soft_info_nce(*x) == soft_info_nce(*(t.float() for t in x))
-        with torch.autocast("cpu", torch.bfloat16):       # would round the similarities to 8 bits
+        with torch.autocast("cpu", torch.bfloat16):   # must not round the similarities
             assert soft_info_nce(*(t.float() for t in x)) == soft_info_nce(*x)
 
 
 def test_far_apart_similarities_stay_finite():
     z = F.normalize(torch.eye(4)[:, None].expand(4, 2, 4), dim=2).requires_grad_()
     y = torch.rand(4, 2, 8)
-    for sign in (1, -1):                                  # perfect and worst possible, logits 1000 apart
+    for sign in (1, -1):              # the best and the worst z; their logits are 1000 apart
         loss = soft_info_nce(y, y, z, sign * z, eta=0.001)
         loss.backward()
         assert torch.isfinite(loss) and torch.isfinite(z.grad).all()
@@ -185,7 +193,7 @@ for affinity in ("none", "clip", "view", "batch"):
 if rank == 0:
     torch.save(grads, sys.argv[1])
 if world > 1:
-    dist.barrier()                                        # one that leaves early can abort the other
+    dist.barrier()                    # a process that leaves early can abort the other one
     dist.destroy_process_group()
 '''
 
@@ -194,7 +202,9 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     for world in (1, 2):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else [sys.executable]
+        launch = [sys.executable]
+        if world > 1:
+            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
         subprocess.run([*launch, script, tmp_path / f"{world}.pt", ROOT, str(world)], check=True)
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     for affinity in AFFINITIES:

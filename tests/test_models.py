@@ -1,4 +1,4 @@
-"""Shapes, names and numbers of the networks."""
+"""Checks shapes, parameter names and outputs of the networks, and how their weights are loaded."""
 
 import re
 from urllib.error import URLError
@@ -26,7 +26,7 @@ def test_torchvision_takes_the_video_encoder(arch):
 def test_audio_encoder_has_nine_layers():
     g = audio_encoder()
     weights = [m for m in g.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
-    assert len(weights) == 9                              # "9-layered 2D ResNet": conv1 and four blocks of two
+    assert len(weights) == 9          # "9-layered 2D ResNet": conv1 and four blocks of two layers
     assert g(torch.randn(2, 1, 40, 101)).shape == (2, 512)
 
 
@@ -39,10 +39,12 @@ def test_svaclr(mapping):
     B, K = 3, 2
     y_v, y_a, z_v, z_a = model(torch.randn(B, K, 3, 4, 24, 24), torch.randn(B, K, 1, 40, 31))
     assert y_v.shape == y_a.shape == (B, K, 512) and z_v.shape == z_a.shape == (B, K, 256)
-    assert calls == [(B * K, 3, 4, 24, 24), (B * K, 1, 40, 31)]     # one forward per modality, all views in it
+    # each encoder is called once, with all views
+    assert calls == [(B * K, 3, 4, 24, 24), (B * K, 1, 40, 31)]
     for z in (z_v, z_a):
         torch.testing.assert_close(z.norm(dim=2), torch.ones(B, K))
-    assert len(list(Affinity(mapping).parameters())) == {"identity": 0, "linear": 2, "mlp": 4}[mapping]
+    parameters = list(Affinity(mapping).parameters())
+    assert len(parameters) == {"identity": 0, "linear": 2, "mlp": 4}[mapping]
 
 
 def test_views_stay_with_their_clip():
@@ -55,15 +57,20 @@ def test_views_stay_with_their_clip():
 
 
 def test_gradient_of_clips_that_become_two_frames_deep():
-    """bfloat16 on CPUs: torch 2.14 fills this gradient with whatever memory held unless frames are padded first."""
+    """In bfloat16 on CPUs torch 2.14 leaves part of this gradient unwritten.
+
+    The unwritten part holds whatever the memory held before, and the loop puts infinities into the
+    memory. The model avoids the fault because it pads the frames first.
+    """
     torch.manual_seed(0)
-    conv = video_encoder("r2plus1d_10").layer2[0].conv2[0][3]                       # over time, (3, 1, 1)
+    conv = video_encoder("r2plus1d_10").layer2[0].conv2[0][3]     # over time, (3, 1, 1)
     exact = nn.Conv3d(conv.in_channels, conv.out_channels, (3, 1, 1), padding=(1, 0, 0), bias=False)
     for depth in (1, 2, 3):
         for _ in range(60):
             for power in (16, 18, 20, 22):
-                torch.full((1 << power,), torch.inf)      # what the allocator hands out next
-            x, g = torch.randn(8, conv.in_channels, depth, 7, 7), torch.randn(8, conv.out_channels, depth, 7, 7)
+                torch.full((1 << power,), torch.inf)      # the allocator hands this memory out next
+            x = torch.randn(8, conv.in_channels, depth, 7, 7)
+            g = torch.randn(8, conv.out_channels, depth, 7, 7)
             conv.zero_grad()
             with torch.autocast("cpu", torch.bfloat16):
                 y = conv(x)
@@ -86,17 +93,20 @@ def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = SvaCLR("r2plus1d_10")
     theirs = torchvision.models.video.r2plus1d_18(weights=None)
-    torch.save({"args": {"arch": "r2plus1d_10"}, "model": model.state_dict()}, tmp_path / "checkpoint.pt")
+    checkpoint = {"args": {"arch": "r2plus1d_10"}, "model": model.state_dict()}
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
     torch.save(model.f.state_dict(), tmp_path / "video_encoder.pt")
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")                        # with its classifier fc
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")      # this one has a classifier, fc
     for name in ("checkpoint.pt", "video_encoder.pt"):
         loaded = load_encoder(tmp_path / name, "r2plus1d_10").state_dict()
         assert all(x.equal(loaded[key]) for key, x in model.f.state_dict().items())
-    asked = []
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: asked.append(url) or theirs.state_dict())
+    urls = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url",
+                        lambda url, **_: urls.append(url) or theirs.state_dict())
+    last = theirs.layer4[1].conv2[0][3].weight
     for source in (tmp_path / "theirs.pth", "torchvision"):
-        assert load_encoder(source).layer4[1].conv2[0][3].weight.equal(theirs.layer4[1].conv2[0][3].weight)
-    assert asked == [torchvision.models.video.R2Plus1D_18_Weights.KINETICS400_V1.url]
+        assert load_encoder(source).layer4[1].conv2[0][3].weight.equal(last)
+    assert urls == [torchvision.models.video.R2Plus1D_18_Weights.KINETICS400_V1.url]
     assert not load_encoder("none").stem[0].weight.equal(theirs.stem[0].weight)
 
 
@@ -105,20 +115,23 @@ def test_encoders_that_do_not_fit(tmp_path, monkeypatch):
     first = state.pop("stem.0.weight")
     torch.save(state, tmp_path / "lacks.pt")
     torch.save(state | {"stem.0.weight": first[:3], "more": first}, tmp_path / "other.pt")
-    for name, sentence in (("lacks.pt", "it lacks 1 tensors, stem.0.weight the first"),
-                           ("other.pt", "it has besides 1 tensors, more the first; has in another shape 1 tensors, stem.0.weight")):
+    for name, sentence in (
+            ("lacks.pt", "it lacks 1 tensors, stem.0.weight the first"),
+            ("other.pt", "it has besides 1 tensors, more the first; "
+                         "has in another shape 1 tensors, stem.0.weight")):
         with pytest.raises(ValueError, match=re.escape(sentence)):
             load_encoder(tmp_path / name, "r2plus1d_10")
 
     def offline(url, **_):
         raise URLError("no network")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
-    with pytest.raises(ValueError, match="cannot download https://.*pth .*no network.*: fetch it elsewhere, and give its path"):
+    with pytest.raises(ValueError, match="cannot download https://.*pth .*no network.*: "
+                                         "fetch it elsewhere, and give its path"):
         load_encoder("torchvision", "r3d_18")
 
 
 class Bomb:
-    """Pickled code: unpickled by a trusting reader, it writes a file."""
+    """An object that carries code in its pickle: the code writes a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -130,13 +143,14 @@ class Bomb:
 def test_checkpoints_are_not_trusted(tmp_path):
     torch.save({"args": {}, "model": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
     torch.load(tmp_path / "bomb.pt", weights_only=False)
-    (tmp_path / "exploded").unlink()                      # so it does work
+    (tmp_path / "exploded").unlink()      # the file exists, so the code does run if it is trusted
     torch.save({"args": {}}, tmp_path / "good.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:300])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").touch()
     for name in ("bomb.pt", "cut.pt", "text.pt", "empty.pt"):
-        with pytest.raises(ValueError, match="is no checkpoint that can be loaded: it is cut off, or another program's, or carries code"):
+        with pytest.raises(ValueError, match="is no checkpoint that can be loaded: it is cut off, "
+                                             "or another program's, or carries code"):
             read_state(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
     with pytest.raises(ValueError, match="it lacks model; delete it or name another"):
