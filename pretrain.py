@@ -33,7 +33,7 @@ from augment import LogMel, normalize_frames
 from data import AudioVisualClips, TooManyFailures, make_loader, read_manifest
 from loss import all_gather, soft_info_nce
 from models import SvaCLR, read_state
-from prepare import demo, manifest
+from prepare import demo, scan
 
 PAPER_BATCH = 512                                         # §3.1: 64 GPUs x 8, the batch its learning rates belong to
 LOG_EVERY = 10                                            # steps
@@ -262,7 +262,7 @@ def rows_of(data, split, out, rank, world):
         try:
             if data is None:
                 demo.build(source, workers=cores)
-            manifest.scan(source, cores, out=out / "manifest.csv")
+            scan.scan(source, cores, out=out / "manifest.csv")
         except ValueError as cause:
             error = [str(cause)]
     if world > 1:                                         # a scan may outlast nccl's patience of 10 minutes

@@ -44,7 +44,7 @@ from augment import LogMel, crop_flip, normalize_frames
 from data import AudioVisualClips, make_loader, read_clip, read_manifest
 from experiments import frames as films
 from loss import soft_info_nce
-from prepare import demo, manifest, transcode
+from prepare import demo, scan as manifest, transcode
 from pretrain import build, descend, objective, parse, precision, setup
 from retrieval import ranks
 from support.reading import RATE

@@ -28,7 +28,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
-from prepare.manifest import COLUMNS, probe, write
+from prepare.scan import COLUMNS, probe, write
 from support.reading import (RATE, SEAM, UPRIGHT, MonoResampler, Shape, begin, decode, display_matrix,
                              end, forget_before, in_order, open_streams, upright)
 

@@ -18,7 +18,7 @@ torch.set_num_threads(2)
 
 from experiments import frames                            # noqa: E402
 from experiments.frames import barcode                    # noqa: E402
-from prepare import manifest                              # noqa: E402
+from prepare import scan                                  # noqa: E402
 
 
 def read_barcode(video):
@@ -65,12 +65,12 @@ def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, rate=44100, l
 
 def with_damaged(rows, folder, chosen):
     """Two manifests of the rows: with the chosen files damaged since the scan, and without them."""
-    manifest.write([row for n, row in enumerate(rows) if n not in chosen], folder / "without.csv")
+    scan.write([row for n, row in enumerate(rows) if n not in chosen], folder / "without.csv")
     for n in chosen:
         path = folder / f"bad{n}{Path(rows[n]['path']).suffix}"
         path.write_bytes(b"damaged since the scan")
         rows[n] = rows[n] | {"path": str(path)}
-    manifest.write(rows, folder / "with.csv")
+    scan.write(rows, folder / "with.csv")
     return folder / "with.csv", folder / "without.csv"
 
 

@@ -10,11 +10,11 @@ from conftest import make_video, peak_hz, read_barcode
 
 from data import (ActionClips, AudioVisualClips, EpochBatches, TooManyFailures, evaluation_batches,
                   evenly_spaced, make_loader, read_clip, read_manifest)
-from prepare import manifest
+from prepare import scan
 
 
 def rows_of(root, out, split=None):
-    manifest.write(manifest.scan(root), out)
+    scan.write(scan.scan(root), out)
     return read_manifest(out, split)
 
 
@@ -287,16 +287,16 @@ def test_a_silent_film_can_be_read_without_sound(tmp_path):
 
 
 def test_manifest_of_a_folder(tree, tmp_path):
-    rows = manifest.scan(tree)
+    rows = scan.scan(tree)
     assert len(rows) == 34 and [row["path"] for row in rows] == sorted(row["path"] for row in rows)
     assert {(row["split"], row["label"]) for row in rows} == {(s, c) for s in ("train", "test") for c in ("low", "high")}
     assert all(abs(row["duration"] - 3) < 0.05 and row["fps"] == 10 and row["has_audio"] == 1 for row in rows)
-    manifest.write(rows, tmp_path / "m.csv")
+    scan.write(rows, tmp_path / "m.csv")
     assert len(read_manifest(tmp_path / "m.csv", "train")[0]) == 10
     with pytest.raises(ValueError, match="no 'val' part, it has 'test', 'train'"):
         read_manifest(tmp_path / "m.csv", "val")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no video in .*empty"):
-        manifest.scan(tmp_path / "empty")
+        scan.scan(tmp_path / "empty")
     with pytest.raises(ValueError, match="no folder .*gone"):
-        manifest.scan(tmp_path / "gone")
+        scan.scan(tmp_path / "gone")

@@ -11,7 +11,7 @@ from conftest import ROOT, make_video
 
 from experiments.figures import spread
 from loss import cross_affinity
-from prepare import manifest
+from prepare import scan
 
 
 def figures(*args):
@@ -46,9 +46,9 @@ def test_neighbours(brief, tmp_path):
 
 
 def test_neighbours_without_a_film_that_fails(tree, brief, tmp_path):
-    rows = [row for row in manifest.scan(tree) if row["split"] == "test"]
+    rows = [row for row in scan.scan(tree) if row["split"] == "test"]
     rows[0]["path"] = str(tmp_path / "gone.mp4")          # the first would be shown
-    manifest.write(rows, tmp_path / "m.csv")
+    scan.write(rows, tmp_path / "m.csv")
     done = figures("neighbours", "--checkpoint", brief, "--data", tmp_path / "m.csv", "--show", 2,
                    "--clips", 2, "--out", tmp_path / "n.png")
     assert done.returncode == 0, done.stderr

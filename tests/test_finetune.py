@@ -22,7 +22,7 @@ import finetune
 from data import ActionClips, Row, read_manifest
 from finetune import classifier, evaluate, fit_linear, lr_at, parse, part
 from models import video_encoder
-from prepare import manifest
+from prepare import scan
 
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8", "--train-clips", "2", "--test-clips", "2",
          "--batch-size", "4", "--epochs", "1", "--workers", "1", "--precision", "fp32"]
@@ -109,8 +109,8 @@ def ucf(tmp_path_factory):
         test = [name for name in names if f"_g{fold:02d}_" in name]
         (lists / f"testlist0{fold}.txt").write_text("".join(f"{name}\n" for name in test))
         (lists / f"trainlist0{fold}.txt").write_text("".join(f"{name} {1 + (name[0] == 'B')}\n" for name in names if name not in test))
-        rows, _ = manifest.survey("ucf101", root / "UCF-101", annotations=lists, fold=fold)
-        manifest.write(rows, root / f"ucf101-{fold}.csv")
+        rows, _ = scan.survey("ucf101", root / "UCF-101", annotations=lists, fold=fold)
+        scan.write(rows, root / f"ucf101-{fold}.csv")
     return root
 
 
@@ -264,7 +264,7 @@ def test_bad_input(ucf, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     for name, change in (("strange", lambda row: {"label": "Diving"} if row["split"] == "test" else {}),
                          ("undivided", lambda row: {"split": ""}), ("training", lambda row: {"split": "train"})):
-        manifest.write([row | change(row) for row in rows], tmp_path / f"{name}.csv")
+        scan.write([row | change(row) for row in rows], tmp_path / f"{name}.csv")
     torch.save(video_encoder("r3d_18").state_dict(), tmp_path / "r3d.pt")
     torch.save({"args": {"arch": "r3d_18"}, "model": {f"f.{k}": v for k, v in video_encoder("r3d_18").state_dict().items()}},
                tmp_path / "r3d_checkpoint.pt")

@@ -16,7 +16,7 @@ import pytest
 
 from conftest import ROOT, make_video
 from data import read_manifest
-from prepare import manifest, transcode
+from prepare import layouts, scan, transcode
 
 
 @pytest.fixture(scope="session")
@@ -54,12 +54,12 @@ def short(rows, *columns):
 
 def hand_in(monkeypatch):
     """The names of the files that are read from now on, a list that grows."""
-    names, real = [], manifest.in_workers
+    names, real = [], scan.in_workers
 
     def watched(work, entries, workers, limit):
         names.extend(Path(entry[0]).name for entry in entries)
         return real(work, entries, workers, limit)
-    monkeypatch.setattr(manifest, "in_workers", watched)
+    monkeypatch.setattr(scan, "in_workers", watched)
     return names
 
 
@@ -98,7 +98,7 @@ def kinetics(put, tmp_path):
 
 
 def test_kinetics400(kinetics):
-    rows, notes = manifest.survey("kinetics400", kinetics, annotations=kinetics.parent / "lists")
+    rows, notes = scan.survey("kinetics400", kinetics, annotations=kinetics.parent / "lists")
     assert [row["path"] for row in rows] == [str(path) for path in sorted(kinetics.rglob("*.mp4"))]
     assert {row["path"].removeprefix(f"{kinetics}/"): (row["label"], row["split"], row["reason"]) for row in rows} == {
         "train/playing_guitar/-a_b-c_d--1_000003_000013.mp4": ("playing guitar", "train", ""),
@@ -110,7 +110,7 @@ def test_kinetics400(kinetics):
         "test/singing/unlistedAAA_000001_000011.mp4": ("", "", "not in the official list")}
     assert notes == ["2 official entries not on disk (2 of train)"]
     assert short(rows, "has_audio", "reason")["surfing__-A_000120_000130.mp4"] == (0, "")     # silent, and fine
-    one, _ = manifest.survey("kinetics400", kinetics, annotations=kinetics.parent / "lists/validate.csv")
+    one, _ = scan.survey("kinetics400", kinetics, annotations=kinetics.parent / "lists/validate.csv")
     assert sum(not row["reason"] for row in one) == 1
 
 
@@ -118,31 +118,31 @@ def test_of_two_good_copies_the_later_one_is_used(put, tmp_path):
     copies = [put(f"k/{folder}/abcdefghijk_000001_000011.mp4") for folder in ("a", "b", "replacement/for", "train")]
     listed = text(tmp_path / "train.csv", K400 + "yoga,abcdefghijk,1,11,train\n")
     for _ in range(2):                                     # a copy that goes leaves the clip to the next
-        rows = manifest.scan(tmp_path / "k", layout="kinetics400", annotations=listed, out=tmp_path / "m.csv")
+        rows = scan.scan(tmp_path / "k", layout="kinetics400", annotations=listed, out=tmp_path / "m.csv")
         used = copies[-2] if len(copies) == 4 else copies[0]
-        assert [row["reason"] for row in rows] == ["" if path == used else manifest.COPY for path in copies]
+        assert [row["reason"] for row in rows] == ["" if path == used else scan.COPY for path in copies]
         copies.remove(used)
         used.unlink()
 
 
 def test_kinetics_sounds(kinetics):
-    rows, notes = manifest.survey("kinetics-sounds", kinetics, annotations=kinetics.parent / "lists")
+    rows, notes = scan.survey("kinetics-sounds", kinetics, annotations=kinetics.parent / "lists")
     assert {Path(row["path"]).name for row in rows if not row["reason"]} == {
         "-a_b-c_d--1_000003_000013.mp4", "strummingAA_000000_000010.mp4", "flat-tap01_000044_000054.mp4",
         "replacedAAA_000001_000011.mp4"}
     assert notes == ["1 official entries not on disk (1 of train)", "1 files of other classes passed over"]
-    rows, notes = manifest.survey("kinetics-sounds", kinetics)                # without the csv: the class folders
+    rows, notes = scan.survey("kinetics-sounds", kinetics)                # without the csv: the class folders
     assert short(rows) == {"-a_b-c_d--1_000003_000013.mp4": ("playing guitar", "train", ""),
                            "strummingAA_000000_000010.mp4": ("strumming guitar", "train", ""),
                            "replacedAAA_000001_000011.mp4": ("playing guitar", "train", "empty file"),
                            "unlistedAAA_000001_000011.mp4": ("singing", "test", "")}
     assert notes == ["3 files of other classes passed over"]
     for options in ({}, {"annotations": kinetics.parent / "lists"}):
-        rows = manifest.scan(kinetics, layout="kinetics-sounds", classes=31, **options)
+        rows = scan.scan(kinetics, layout="kinetics-sounds", classes=31, **options)
         assert "strumming guitar" not in {row["label"] for row in rows}
-    assert len(manifest.KINETICS_SOUNDS) == len(set(manifest.KINETICS_SOUNDS)) == 32
+    assert len(layouts.KINETICS_SOUNDS) == len(set(layouts.KINETICS_SOUNDS)) == 32
     with pytest.raises(ValueError, match="no video of the 32 classes"):
-        manifest.scan(kinetics / "val", layout="kinetics-sounds")
+        scan.scan(kinetics / "val", layout="kinetics-sounds")
 
 
 def test_vggsound(put, tmp_path):
@@ -150,7 +150,7 @@ def test_vggsound(put, tmp_path):
     listed = text(tmp_path / "vggsound.csv", '--0PQM4-hqg,30,"waterfall burbling",train\n'
                   'a_b_c_d_e_f,9,"bird chirping, tweeting",test\ngoneAAAAAAA,1,"bird chirping, tweeting",test\n')
     for annotations in (listed, tmp_path):
-        rows, notes = manifest.survey("vggsound", tmp_path / "v", annotations=annotations)
+        rows, notes = scan.survey("vggsound", tmp_path / "v", annotations=annotations)
         assert short(rows) == {"--0PQM4-hqg_000030.mp4": ("waterfall burbling", "train", ""),
                                "a_b_c_d_e_f_000009.mp4": ("bird chirping, tweeting", "test", ""),
                                "unlistedAAA_000030.mp4": ("", "", "not in the official list")}
@@ -162,7 +162,7 @@ def test_vggsound_lists_of_the_evaluation_code(put, tmp_path):
     text(tmp_path / "lists/train.csv", '--0PQM4-hqg_000030.mp4,waterfall burbling\n')
     text(tmp_path / "lists/test.csv", 'a_b_c_d_e_f_000009.mp4,"bird chirping, tweeting"\n')
     text(tmp_path / "lists/stat.csv", 'waterfall burbling,1050,nature\n')
-    rows = manifest.scan(tmp_path / "v", layout="vggsound", annotations=tmp_path / "lists")
+    rows = scan.scan(tmp_path / "v", layout="vggsound", annotations=tmp_path / "lists")
     assert short(rows) == {"--0PQM4-hqg_000030.mp4": ("waterfall burbling", "train", ""),
                            "a_b_c_d_e_f_000009.mp4": ("bird chirping, tweeting", "test", "")}
 
@@ -170,7 +170,7 @@ def test_vggsound_lists_of_the_evaluation_code(put, tmp_path):
 @pytest.mark.parametrize("suffix", ["mkv", "mp4"])
 def test_duration_with_a_first_stamp_over_0(tmp_path, suffix):
     make_video(tmp_path / "r" / "a" / f"late.{suffix}", 3, 10, start=1.5)
-    assert abs(manifest.scan(tmp_path / "r")[0]["duration"] - 3) < 0.1
+    assert abs(scan.scan(tmp_path / "r")[0]["duration"] - 3) < 0.1
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def ucf(put, tmp_path):
 
 @pytest.mark.parametrize("fold", (1, 2, 3))
 def test_ucf101(ucf, fold):
-    rows, notes = manifest.survey("ucf101", ucf, annotations=ucf.parent / "split", fold=fold)
+    rows, notes = scan.survey("ucf101", ucf, annotations=ucf.parent / "split", fold=fold)
     assert short(rows) == {
         **{f"v_YoYo_g0{n}_c01.avi": ("YoYo", "test" if n == fold else "train", "") for n in (1, 2, 3)},
         "v_HandStandPushups_g01_c01.mp4": ("HandstandPushups", "train", ""),
@@ -199,8 +199,8 @@ def test_ucf101(ucf, fold):
 
 def test_a_film_and_its_conversion_count_once(ucf, put):
     put("u/YoYo/v_YoYo_g01_c01.mp4")
-    got = short(manifest.scan(ucf, layout="ucf101", annotations=ucf.parent / "split"), "reason")
-    assert got["v_YoYo_g01_c01.avi"] == ("",) and got["v_YoYo_g01_c01.mp4"] == (manifest.COPY,)
+    got = short(scan.scan(ucf, layout="ucf101", annotations=ucf.parent / "split"), "reason")
+    assert got["v_YoYo_g01_c01.avi"] == ("",) and got["v_YoYo_g01_c01.mp4"] == (scan.COPY,)
 
 
 @pytest.mark.parametrize("fold", (1, 2, 3))
@@ -214,7 +214,7 @@ def test_hmdb51(put, tmp_path, fold):
         text(tmp_path / f"split/clap_test_split{n}.txt", lines)
         text(tmp_path / f"split/brush_hair_test_split{n}.txt", "x;'&_1.avi 2 \ngone.avi 1 \ngone_unused.avi 0 \n")
     use = [("clap", "", f"unused in fold {fold}"), ("clap", "train", ""), ("clap", "test", "")]
-    rows, notes = manifest.survey("hmdb51", tmp_path / "h", annotations=tmp_path / "split", fold=fold)
+    rows, notes = scan.survey("hmdb51", tmp_path / "h", annotations=tmp_path / "split", fold=fold)
     assert short(rows) == {
         f"{names[0]}.avi": use[fold % 3], f"{names[1]}.mp4": use[(fold + 1) % 3],
         f"{names[2]}.avi": use[(fold + 2) % 3],
@@ -226,7 +226,7 @@ def test_folder(put, tmp_path):
     put("f/a/1.mp4"), put("f/a/deep/2.MKV", "mkv"), put("f/3.avi", "avi"), put("elsewhere/4.mp4"), put("f/a/x.txt")
     (tmp_path / "f/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "f/a/circle").symlink_to(tmp_path / "f")
-    assert short(manifest.scan(tmp_path / "f")) == {
+    assert short(scan.scan(tmp_path / "f")) == {
         "1.mp4": ("a", "", ""), "2.MKV": ("a/deep", "", ""), "3.avi": ("f", "", ""), "4.mp4": ("linked", "", "")}
 
 
@@ -238,7 +238,7 @@ def test_folder(put, tmp_path):
     ("a.txt.mp4", "a.txt"), ("mp4.mp4", "mp4"), (".mp4", ".mp4"), ("a.mp4.part", "a.mp4.part"),
     ("folder.mp4/a.b", "a.b")])
 def test_a_stem_is_without_all_suffixes_of_videos(name, stem):
-    assert manifest.stem(Path(name)) == stem
+    assert layouts.stem(Path(name)) == stem
 
 
 def test_all_suffixes_are_found(put, tmp_path):
@@ -246,7 +246,7 @@ def test_all_suffixes_are_found(put, tmp_path):
              "k.mkv", "l.webm", "m.mpg", "n.MOV", "o.txt"]
     for name in names:
         put(f"r/a/{name}")
-    found, notes = manifest.videos(tmp_path / "r")
+    found, notes = layouts.videos(tmp_path / "r")
     assert [path.name for path in found] == names[1:-1]
     assert notes == ["2 other files passed over (1 .txt, 1 without suffix)"]
 
@@ -254,18 +254,18 @@ def test_all_suffixes_are_found(put, tmp_path):
 def test_other_files_are_counted(put, tmp_path):
     for name in ("1.mp4", "a.TXT", "deep/b.txt", "c.zip", ".hidden.txt", ".DS_Store"):
         put(f"r/a/{name}")
-    rows, notes = manifest.survey("folder", tmp_path / "r")
+    rows, notes = scan.survey("folder", tmp_path / "r")
     assert notes == ["3 other files passed over (2 .txt, 1 .zip)"]
-    assert manifest.summary(rows, notes) == "1 files, 1 usable; " + notes[0]
+    assert scan.summary(rows, notes) == "1 files, 1 usable; " + notes[0]
     for name in ("d.zip", "e.zip", "f.part", "g.json", "h.csv", "i.jpg", "1. j k", "\udce9.\udce9"):
         put(f"r/a/{name}")
     kinds = "3 .zip, 2 .txt, 2 without suffix, 1 .csv, 1 .jpg, ..."
-    assert manifest.videos(tmp_path / "r")[1] == [f"11 other files passed over ({kinds})"]
+    assert layouts.videos(tmp_path / "r")[1] == [f"11 other files passed over ({kinds})"]
     (tmp_path / "r/a/1.mp4").unlink()
     with pytest.raises(ValueError, match=r"no video in .*expected .*\.webm.*; 11 other files"):
-        manifest.scan(tmp_path / "r")
+        scan.scan(tmp_path / "r")
     put("clean/a/1.mp4"), put("clean/.hidden")
-    assert manifest.survey("folder", tmp_path / "clean")[1] == []
+    assert scan.survey("folder", tmp_path / "clean")[1] == []
 
 
 BOWLING = {"l.csv": K400 + "bowling,--07WQ2iBlw,1,11,train\n"}
@@ -286,9 +286,9 @@ def test_double_suffixes_and_lists_with_a_mark(put, tmp_path, layout, mark):
     put(f"r/x/{name}.mp4.MKV", "mkv"), put(f"r/x/{name}.mp4.webm", "mkv"), put("r/notes.txt")
     for file, content in lists.items():
         (tmp_path / file).write_text(mark + content, encoding="utf-8")
-    rows, notes = manifest.survey(layout, tmp_path / "r", annotations=tmp_path)
+    rows, notes = scan.survey(layout, tmp_path / "r", annotations=tmp_path)
     assert [(row["split"], row["reason"]) for row in rows] == [
-        ("train", ""), ("train", manifest.COPY)]
+        ("train", ""), ("train", scan.COPY)]
     assert notes[0] == "0 official entries not on disk"
     assert notes[-1] == "1 other files passed over (1 .txt)"
 
@@ -303,13 +303,13 @@ def test_kinetics_named_by_the_id_alone(put, tmp_path):
          "bowling,bothAAAAAAA,1,11,train\n")               # the same entry once more: one clip
     used = ("bowling", "train", "")
     ours = {"once_-AAAA_.mp4": used, "twiceAAAAAA_000005_000015.mp4": used, "bothAAAAAAA.mp4": used,
-            "bothAAAAAAA_000001_000011.mp4": ("bowling", "train", manifest.COPY),
+            "bothAAAAAAA_000001_000011.mp4": ("bowling", "train", scan.COPY),
             "twiceAAAAAA.mp4.mkv": (
                 "", "", "its name is an id with several clips in the official list")}
-    rows, notes = manifest.survey("kinetics400", tmp_path / "k", annotations=tmp_path / "l")
+    rows, notes = scan.survey("kinetics400", tmp_path / "k", annotations=tmp_path / "l")
     assert short(rows) == ours | {"othersAAAAA.mp4": ("yoga", "train", "")}
     assert notes == ["1 official entries not on disk (1 of val)"]
-    rows, notes = manifest.survey("kinetics-sounds", tmp_path / "k", annotations=tmp_path / "l")
+    rows, notes = scan.survey("kinetics-sounds", tmp_path / "k", annotations=tmp_path / "l")
     assert short(rows) == ours and notes == [
         "1 official entries not on disk (1 of val)", "1 files of other classes passed over"]
 
@@ -327,12 +327,12 @@ def test_vggsound_named_in_milliseconds(put, tmp_path, evaluation):
     if not evaluation:
         text(tmp_path / "lists/vggsound.csv", "".join(
             f'{name},{start},"waves",{part}\n' for name, start, part in entries))
-    rows, notes = manifest.survey("vggsound", tmp_path / "v", annotations=tmp_path / "lists")
+    rows, notes = scan.survey("vggsound", tmp_path / "v", annotations=tmp_path / "lists")
     assert short(rows) == {
         "-1pRmoJIGQc_10000_20000.mp4": ("waves", "train", ""),
         "a_b-c_100_1_0_10000.mp4.webm": ("waves", "test", ""),
         "bothAAAAAAA_000007.mp4": ("waves", "train", ""),
-        "bothAAAAAAA_7000_17000.mp4": ("waves", "train", manifest.COPY),
+        "bothAAAAAAA_7000_17000.mp4": ("waves", "train", scan.COPY),
         "-1pRmoJIGQc_11000_21000.mp4": ("", "", "not in the official list")}
     assert notes == ["1 official entries not on disk (1 of test)"]
 
@@ -344,9 +344,9 @@ def test_vggsound_named_in_milliseconds(put, tmp_path, evaluation):
 def test_folders_of_parts(put, tmp_path, part, split):
     put(f"r/{part}/bowling/1.mp4"), put(f"r/bowling/{part}/2.mp4")
     label = "bowling" if split else f"{part}/bowling"
-    assert short(manifest.scan(tmp_path / "r"), "label", "split") == {
+    assert short(scan.scan(tmp_path / "r"), "label", "split") == {
         "1.mp4": (label, split), "2.mp4": (f"bowling/{part}", "")}       # the first folder alone
-    rows = manifest.scan(tmp_path / "r", layout="kinetics-sounds")
+    rows = scan.scan(tmp_path / "r", layout="kinetics-sounds")
     assert short(rows, "label", "split") == dict.fromkeys(("1.mp4", "2.mp4"), ("bowling", split))
 
 
@@ -354,12 +354,12 @@ def test_a_manifest_with_a_mark(put, tmp_path, monkeypatch):
     """All that read a manifest take one that begins with a BOM, as Excel writes it."""
     put("r/a/1.mp4")
     out = tmp_path / "m.csv"
-    rows = manifest.scan(tmp_path / "r", out=out)
+    rows = scan.scan(tmp_path / "r", out=out)
     out.write_bytes(b"\xef\xbb\xbf" + out.read_bytes())
     assert read_manifest(out)[0][0].path == rows[0]["path"]
     assert transcode.read(out)[0]["path"] == rows[0]["path"]
     names = hand_in(monkeypatch)
-    assert manifest.scan(tmp_path / "r", out=out) == rows and names == []
+    assert scan.scan(tmp_path / "r", out=out) == rows and names == []
 
 
 def command(*args):
@@ -385,14 +385,14 @@ def test_names_that_do_not_fit_are_told(put, tmp_path, layout, form):
         1, "", f"error: {out}: 2 files, 0 usable, 2 left out: 2 not in the official list; "
         f"{layout} expects names like {form}, found e.g. \"a'.mp4\"{others}")
     with open(out, newline="") as file:
-        assert [row["reason"] for row in csv.DictReader(file)] == [manifest.UNLISTED] * 2
+        assert [row["reason"] for row in csv.DictReader(file)] == [layouts.UNLISTED] * 2
 
 
 def test_files_that_are_named_rightly_but_not_usable(put, tmp_path):
     """The reasons alone are told. The functions do not raise, the command ends with 1."""
     put("r/--07WQ2iBlw_000001_000011.mp4").write_bytes(b""), put("r/unlistedAAA.mp4")
     listed, out = text(tmp_path / "l.csv", BOWLING["l.csv"]), tmp_path / "m.csv"
-    rows, notes = manifest.survey("kinetics400", tmp_path / "r", annotations=listed)
+    rows, notes = scan.survey("kinetics400", tmp_path / "r", annotations=listed)
     assert [row["reason"] for row in rows] == ["empty file", "not in the official list"]
     assert notes == ["0 official entries not on disk"]
     assert command("kinetics400", tmp_path / "r", "--annotations", listed, "--out", out) == (
@@ -426,7 +426,7 @@ def test_a_line_that_does_not_parse_is_named(put, tmp_path, layout, name, conten
             text(tmp_path / f"l/{other}.txt", line)
     text(tmp_path / "l" / name, content)
     with pytest.raises(ValueError, match=message):
-        manifest.scan(tmp_path / "r", layout=layout, annotations=tmp_path / "l")
+        scan.scan(tmp_path / "r", layout=layout, annotations=tmp_path / "l")
 
 
 @pytest.mark.parametrize("layout", ("kinetics400", "vggsound", "ucf101", "hmdb51"))
@@ -434,10 +434,10 @@ def test_missing_lists(put, tmp_path, layout):
     put("r/a/a.mp4")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="needs --annotations: give the "):
-        manifest.scan(tmp_path / "r", layout=layout)
+        scan.scan(tmp_path / "r", layout=layout)
     for given, problem in (("gone", "does not exist"), ("empty", "has no "), ("r/a/a.mp4", "is of another kind")):
         with pytest.raises(ValueError, match=f"--annotations .*{given} {problem}.*: give the "):
-            manifest.scan(tmp_path / "r", layout=layout, annotations=tmp_path / given)
+            scan.scan(tmp_path / "r", layout=layout, annotations=tmp_path / given)
 
 
 def test_command(ucf, tmp_path):
@@ -450,7 +450,7 @@ def test_command(ucf, tmp_path):
     code, printed, _ = run("ucf101", ucf, "--annotations", tmp_path / "split", "--fold", 2, "--out", out)
     assert code == 0 and printed == (f"{out}: 5 files, 4 usable, 1 left out: 1 not in the official list; "
                                      "1 official entries not on disk (1 of test)\n")
-    assert next(csv.reader(open(out))) == list(manifest.COLUMNS)
+    assert next(csv.reader(open(out))) == list(scan.COLUMNS)
     rows, left_out = read_manifest(out, "test")
     assert [(Path(row.path).name, row.label, row.has_audio) for row in rows] == [("v_YoYo_g02_c01.avi", "YoYo", True)]
     assert os.listdir(out.parent) == ["m.csv"]
@@ -468,31 +468,31 @@ def test_a_second_scan_reads_only_what_is_new_or_changed(put, tmp_path, monkeypa
         put(f"r/{name}/{name}.mp4")
     put("r/e/e.mp4").write_bytes(b"no film")
     names, out, root = hand_in(monkeypatch), tmp_path / "m.csv", tmp_path / "r"
-    first = manifest.scan(root, out=out)
+    first = scan.scan(root, out=out)
     whole = out.read_bytes()
     assert sorted(names) == ["a.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4"]
     names.clear()
-    assert manifest.scan(root, out=out) == first and out.read_bytes() == whole and names == []
+    assert scan.scan(root, out=out) == first and out.read_bytes() == whole and names == []
     os.utime(root / "b/b.mp4")
     put("r/c/c.mp4", "silent")
     put("r/a/new.mp4")
     (root / "d/d.mp4").rename(root / "d/moved.mp4")
-    again = manifest.scan(root, out=out)
+    again = scan.scan(root, out=out)
     assert sorted(names) == ["b.mp4", "c.mp4", "moved.mp4", "new.mp4"]
     assert [(Path(row["path"]).stem, row["has_audio"]) for row in again] == [
         ("a", 1), ("new", 1), ("b", 1), ("c", 0), ("moved", 1), ("e", 0)]
     names.clear()
-    manifest.scan(root, out=out, verify=True)
+    scan.scan(root, out=out, verify=True)
     assert len(names) == 6                                 # a probed row is not a verified one
     names.clear()
-    manifest.scan(root, out=out, verify=True), manifest.scan(root, out=out)
+    scan.scan(root, out=out, verify=True), scan.scan(root, out=out)
     assert names == []                                     # but a verified one is a probed one
 
 
 def test_a_manifest_of_an_earlier_version_is_read_anew(put, tmp_path, monkeypatch):
     put("r/a/a.mp4")
     names, out = hand_in(monkeypatch), tmp_path / "m.csv"
-    first = manifest.scan(tmp_path / "r", out=out)
+    first = scan.scan(tmp_path / "r", out=out)
     with open(out, newline="") as file:
         rows = [{name: row[name] for name in row if name not in ("video_duration", "note")} for row in csv.DictReader(file)]
     with open(out, "w", newline="") as file:
@@ -501,13 +501,13 @@ def test_a_manifest_of_an_earlier_version_is_read_anew(put, tmp_path, monkeypatc
         writer.writerows(rows)
     with pytest.raises(ValueError, match="m.csv is no manifest of this version, it lacks note, video_duration"):
         read_manifest(out)
-    assert manifest.scan(tmp_path / "r", out=out) == first and names == ["a.mp4", "a.mp4"]
+    assert scan.scan(tmp_path / "r", out=out) == first and names == ["a.mp4", "a.mp4"]
 
 
 def test_labels_are_read_anew(ucf, tmp_path, monkeypatch):
     names, out = hand_in(monkeypatch), tmp_path / "m.csv"
     for fold in (1, 2):
-        rows = manifest.scan(ucf, layout="ucf101", annotations=tmp_path / "split", fold=fold, out=out)
+        rows = scan.scan(ucf, layout="ucf101", annotations=tmp_path / "split", fold=fold, out=out)
         assert short(rows)[f"v_YoYo_g0{fold}_c01.avi"] == ("YoYo", "test", "")
     assert len(names) == 4
 
@@ -515,42 +515,42 @@ def test_labels_are_read_anew(ucf, tmp_path, monkeypatch):
 def test_an_interrupted_scan_goes_on(put, tmp_path, monkeypatch):
     for n in range(6):
         put(f"r/a/{n}.mp4")
-    out, real = tmp_path / "m.csv", manifest.in_workers
+    out, real = tmp_path / "m.csv", scan.in_workers
 
     def three(*args):
         for n, done in enumerate(real(*args)):
             if n == 3:
                 raise KeyboardInterrupt
             yield done
-    monkeypatch.setattr(manifest, "in_workers", three)
+    monkeypatch.setattr(scan, "in_workers", three)
     with pytest.raises(KeyboardInterrupt):
-        manifest.scan(tmp_path / "r", out=out)
+        scan.scan(tmp_path / "r", out=out)
     assert not out.exists() and len(list(csv.DictReader(open(f"{out}.partial")))) == 3
-    monkeypatch.setattr(manifest, "in_workers", real)
+    monkeypatch.setattr(scan, "in_workers", real)
     names = hand_in(monkeypatch)
-    assert len(manifest.scan(tmp_path / "r", out=out)) == 6
+    assert len(scan.scan(tmp_path / "r", out=out)) == 6
     assert len(names) == 3 and sorted(path.name for path in tmp_path.glob("m.csv*")) == ["m.csv"]
 
 
 def test_a_killed_scan_goes_on(put, tmp_path, monkeypatch):
     """Progress is written on the way, not only where Python can clean up."""
-    monkeypatch.setattr(manifest, "SAVE_EVERY", 0)
-    writes, real = [], manifest.write
+    monkeypatch.setattr(scan, "SAVE_EVERY", 0)
+    writes, real = [], scan.write
 
     def write(rows, out):
         writes.append((Path(out).name, len(rows)))
         real(rows, out)
-    monkeypatch.setattr(manifest, "write", write)
+    monkeypatch.setattr(scan, "write", write)
     for n in range(3):
         put(f"r/a/{n}.mp4")
-    manifest.scan(tmp_path / "r", out=tmp_path / "m.csv")
+    scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
     assert writes == [("m.csv.partial", 1), ("m.csv.partial", 2), ("m.csv.partial", 3), ("m.csv", 3)]
 
 
 def test_the_number_of_workers_changes_nothing(put, tmp_path):
     for n in range(20):
         put(f"r/{n % 3}/{n}.mp4", ("mp4", "silent", "avi", "mkv")[n % 4])
-    one, four = manifest.scan(tmp_path / "r", 1), manifest.scan(tmp_path / "r", 4)
+    one, four = scan.scan(tmp_path / "r", 1), scan.scan(tmp_path / "r", 4)
     assert one == four and len(one) == 20 and [row["path"] for row in one] == sorted(row["path"] for row in one)
 
 
@@ -571,7 +571,7 @@ def work_badly(entry):
 def test_a_crash_and_a_hang_cost_only_their_own_file(workers):
     entries = ["a", "dies", "b", "hangs", "c", "dies", "raises", "d"]
     start = time.monotonic()
-    done = list(manifest.in_workers(work_badly, entries, workers, 0.7))
+    done = list(scan.in_workers(work_badly, entries, workers, 0.7))
     assert time.monotonic() - start < 6
     assert sorted(entry for entry, *_ in done) == sorted(entries)
     assert {(row, reason) for entry, row, reason in done if len(entry) == 1} == {(name, "") for name in "ABCD"}
@@ -580,8 +580,8 @@ def test_a_crash_and_a_hang_cost_only_their_own_file(workers):
 
 
 def test_the_processes_end_with_their_parent():
-    code = ("from prepare import manifest; import time\n"
-            "for done in manifest.in_workers(str.upper, ['a', 'b', 'c'], 2, 20):\n"
+    code = ("from prepare import scan; import time\n"
+            "for done in scan.in_workers(str.upper, ['a', 'b', 'c'], 2, 20):\n"
             "    print(done, flush=True); time.sleep(30)")
     scan = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert scan.stdout.readline() in ("('a', 'A', '')\n", "('b', 'B', '')\n")
@@ -592,9 +592,9 @@ def test_the_processes_end_with_their_parent():
 def test_a_hang_is_named_and_tried_again(put, tmp_path, monkeypatch):
     put("r/a/1.mp4"), put("r/a/3.mp4")
     os.mkfifo(tmp_path / "r/a/2.mp4")                      # opening it waits for a writer that never comes
-    monkeypatch.setattr(manifest, "SECONDS", 1)
+    monkeypatch.setattr(scan, "SECONDS", 1)
     for _ in range(2):
-        rows = manifest.scan(tmp_path / "r", out=tmp_path / "m.csv")
+        rows = scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
         assert short(rows, "reason", "stamp")["2.mp4"] == ("takes over 1 s", "")
         assert [row["reason"] for row in rows if "2.mp4" not in row["path"]] == ["", ""]
 
@@ -620,7 +620,7 @@ def test_reasons(put, films, tmp_path):
     named = tmp_path / "r/a/named.mp4"
     named.write_bytes(named.read_bytes().replace(b"XXXX", b"\xe9\xff\xfe\xe9"))
     shutil.copy(films["mp4"], os.fsencode(tmp_path / "r/a") + b"/latin1_\xe9.mp4")
-    rows = manifest.scan(tmp_path / "r", out=tmp_path / "m.csv")
+    rows = scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
     assert short(rows, "has_audio", "reason") == {
         "fine.mp4": (1, ""), "silent.mp4": (0, ""), "empty.mp4": (0, "empty file"),
         "text.mp4": (0, "cannot be read: Invalid data found when processing input"),
@@ -641,8 +641,8 @@ def test_verify_finds_what_headers_hide(put, tmp_path):
     quarter = (len(data) - start) // 4                     # the index and the first frames stay
     data[start + quarter:start + 2 * quarter] = b"\x55" * quarter
     (tmp_path / "r/a/damaged.mp4").write_bytes(data)
-    assert not any(row["reason"] for row in manifest.scan(tmp_path / "r"))
-    reasons = short(manifest.scan(tmp_path / "r", verify=True), "reason")
+    assert not any(row["reason"] for row in scan.scan(tmp_path / "r"))
+    reasons = short(scan.scan(tmp_path / "r", verify=True), "reason")
     assert {name for name, (reason,) in reasons.items() if reason} == {"cut.mkv", "damaged.mp4"}
     assert "stops too early (at " in reasons["cut.mkv"][0]
     assert reasons["damaged.mp4"][0].startswith("cannot be read to the end: ")
@@ -670,7 +670,7 @@ def damaged(films, root, seed=1):
                     at, many = rng.randrange(len(data)), rng.randrange(1, len(data) // 2)
                     data[at:at + many] = bytes(len(data[at:at + many]))
                 else:
-                    suffix = rng.choice(sorted(manifest.SUFFIXES))
+                    suffix = rng.choice(sorted(layouts.SUFFIXES))
                     data = data[:rng.randrange(len(data))] if n % 2 else data
                 (root / f"{kind}_{how}_{n}{suffix}").write_bytes(data)
     for kind in ("mp4", "avi", "mkv"):
@@ -681,7 +681,7 @@ def damaged(films, root, seed=1):
 @pytest.mark.parametrize("verify", (False, True))
 def test_damaged_files(films, tmp_path, verify):
     damaged(films, tmp_path / "r/a")
-    rows = manifest.scan(tmp_path / "r", verify=verify)
+    rows = scan.scan(tmp_path / "r", verify=verify)
     assert len(rows) == 4 * 5 * 34 + 6
     for row in rows:
         assert row["reason"] or row["duration"] > 0 and row["width"] > 0 and row["height"] > 0, row

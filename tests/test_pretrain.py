@@ -15,7 +15,7 @@ from conftest import ROOT, make_video
 import pretrain
 from augment import LogMel
 from loss import soft_info_nce
-from prepare import manifest
+from prepare import scan
 from pretrain import lr_at, parse, precision
 
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8", "--batch-size", "4", "--epochs", "4",
@@ -174,7 +174,7 @@ def test_files_that_fail_later(tmp_path):
     """Of 12 scanned files some are damaged before training: replaced and counted; too many of them stop the run."""
     for n in range(12):
         make_video(tmp_path / "d" / "c" / f"{n}.mp4", 1.5, 10)
-    manifest.write(manifest.scan(tmp_path / "d"), tmp_path / "scan" / "manifest.csv")
+    scan.write(scan.scan(tmp_path / "d"), tmp_path / "scan" / "manifest.csv")
     good = (tmp_path / "d" / "c" / "0.mp4").read_bytes()
     (tmp_path / "d" / "c" / "0.mp4").write_bytes(b"gone bad")
     kept = ["--data", tmp_path / "scan" / "manifest.csv", *SMALL]

@@ -10,7 +10,7 @@ from conftest import make_video, peak_hz, read_barcode
 
 from data import ActionClips, AudioVisualClips, read_clip, read_manifest
 from experiments import frames
-from prepare import manifest, transcode
+from prepare import scan, transcode
 from support.reading import RATE, read
 
 SHORT_SIDE = 48                                           # of the films' pictures when they are read
@@ -23,7 +23,7 @@ def shown(path, times, sound=False):
 
 
 def scanned(path, verify=True):
-    return manifest.probe((path, "c", ""), verify)
+    return scan.probe((path, "c", ""), verify)
 
 
 @pytest.mark.parametrize("film", frames.FILMS, ids=lambda film: film.name)
@@ -243,7 +243,7 @@ def test_sound_never_decides_about_pictures(tmp_path):
     data = bytearray((root / "damaged.mp4").read_bytes())
     data[packet.pos:packet.pos + packet.size] = b"\xff" * packet.size
     (root / "damaged.mp4").write_bytes(data)
-    manifest.write(manifest.scan(tmp_path / "r", verify=True), tmp_path / "m.csv")
+    scan.write(scan.scan(tmp_path / "r", verify=True), tmp_path / "m.csv")
     rows, left_out = read_manifest(tmp_path / "m.csv")
     assert not left_out
     notes = {Path(row.path).stem: row.note for row in rows}

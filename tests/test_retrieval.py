@@ -11,7 +11,7 @@ from conftest import make_video, with_damaged
 from test_pretrain import run
 
 import retrieval
-from prepare import manifest
+from prepare import scan
 from retrieval import chance, ranks, recall_at_k
 
 
@@ -80,7 +80,7 @@ def test_command_prints_and_keeps_the_table(brief):
 
 def damaged(tree, tmp_path, chosen):
     """`with_damaged` of the tree's test part."""
-    rows = [row for row in manifest.scan(tree) if row["split"] == "test"]
+    rows = [row for row in scan.scan(tree) if row["split"] == "test"]
     return with_damaged(rows, tmp_path, chosen)
 
 
@@ -127,7 +127,7 @@ def test_bad_input(brief, tmp_path, monkeypatch, capsys):
         path = tmp_path / "bad" / f"class{n % 2}" / f"bad{n}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(made.read_bytes())
-    manifest.write(manifest.scan(tmp_path / "bad"), tmp_path / "bad.csv")
+    scan.write(scan.scan(tmp_path / "bad"), tmp_path / "bad.csv")
     for n in (0, 2):
         (tmp_path / "bad" / "class0" / f"bad{n}.mp4").write_bytes(b"damaged since the scan")
     with open(tmp_path / "bad.csv") as file, open(tmp_path / "twenty.csv", "w") as twenty:

@@ -10,7 +10,7 @@ from test_pretrain import run
 
 import pretrain
 from experiments import table1
-from prepare import manifest
+from prepare import scan
 
 
 def test_rows_are_settings_of_pretraining():
@@ -39,9 +39,9 @@ def test_retrieval_is_that_of_the_script(brief):
 
 def test_a_film_that_fails_ends_the_measurement(tree, brief, tmp_path):
     """Rows of the table measured on other films could not be compared."""
-    rows = manifest.scan(tree)
+    rows = scan.scan(tree)
     next(row for row in rows if row["split"] == "test")["path"] = str(tmp_path / "gone.mp4")
-    manifest.write(rows, tmp_path / "manifest.csv")
+    scan.write(rows, tmp_path / "manifest.csv")
     shutil.copy(brief, tmp_path)
     with pytest.raises(ValueError, match="1 of 24 videos failed, .*gone.mp4: No such file"):
         table1.measure(tmp_path / brief.name)

@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT, barcode, make_video, read_barcode
 
 from data import read_clip, read_manifest
-from prepare import manifest, transcode
+from prepare import scan, transcode
 
 
 def film(path, times, time_base=Fraction(1, 90000), size=(180, 136), sound=(), turned=0, codec="libx264"):
@@ -64,7 +64,7 @@ def heard(path):
 
 def copy_of(path, tmp_path, short_side=64, gop=15):
     """The one file that the manifest of path's folder leads to, and its row."""
-    manifest.write([manifest.probe((path, "a", "train"))], tmp_path / "in.csv")
+    scan.write([scan.probe((path, "a", "train"))], tmp_path / "in.csv")
     line = transcode.run(tmp_path / "in.csv", tmp_path / "out", short_side, gop, 1)
     assert "1 done" in line, line
     row, = csv.DictReader(open(tmp_path / "out" / "manifest.csv"))
@@ -157,7 +157,7 @@ def test_silent_files_stay_silent(tmp_path):
 
 
 def test_second_run_redoes_only_what_is_missing_or_old(tree, tmp_path, capsys):
-    manifest.write([r for r in manifest.scan(tree) if r["split"] == "train"], tmp_path / "in.csv")
+    scan.write([r for r in scan.scan(tree) if r["split"] == "train"], tmp_path / "in.csv")
     run = lambda **more: transcode.run(tmp_path / "in.csv", tmp_path / "out", 48, 15, **more)
     assert "10 files: 10 done, 0 skipped (already there), 0 failed" in run()
     files = sorted((tmp_path / "out").rglob("*.mp4"))
@@ -181,7 +181,7 @@ def test_second_run_redoes_only_what_is_missing_or_old(tree, tmp_path, capsys):
 def test_a_killed_run_leaves_nothing_broken(tmp_path):
     for n in range(6):
         make_video(tmp_path / "in" / "a" / f"{n}.mp4", 12, 30, (320, 240), gray=lambda t: int(40 * t) % 200)
-    manifest.write(manifest.scan(tmp_path / "in"), tmp_path / "in.csv")
+    scan.write(scan.scan(tmp_path / "in"), tmp_path / "in.csv")
     command = [sys.executable, "-m", "prepare.transcode", "in.csv", "out", "--workers", "2"]
     command[3:5] = str(tmp_path / "in.csv"), str(tmp_path / "out")
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -203,9 +203,9 @@ def test_a_killed_run_leaves_nothing_broken(tmp_path):
 def test_what_fails_is_named_and_left_out(tmp_path, capsys):
     for name in "abcd":
         make_video(tmp_path / "in" / "x" / f"{name}.mp4", 4, 30, (180, 136))
-    rows = manifest.scan(tmp_path / "in")
+    rows = scan.scan(tmp_path / "in")
     rows[3] |= {"reason": "not in the list"}
-    manifest.write(rows, tmp_path / "in.csv")
+    scan.write(rows, tmp_path / "in.csv")
     broken = tmp_path / "in" / "x" / "b.mp4"
     data = bytearray(broken.read_bytes())
     data[len(data) // 2:len(data) // 2 + 4000] = b"\0" * 4000
@@ -228,26 +228,26 @@ def test_what_fails_is_named_and_left_out(tmp_path, capsys):
 def test_sources_of_one_name_get_their_own_copies(tmp_path):
     for n, name in enumerate(("1/same.mp4", "2/same.mp4", "1/other.mp4")):
         make_video(tmp_path / name, 1 + n)
-    rows = [manifest.probe((tmp_path / name, "x", "")) for name in ("1/same.mp4", "2/same.mp4", "1/other.mp4")]
-    manifest.write(rows, tmp_path / "in.csv")
+    rows = [scan.probe((tmp_path / name, "x", "")) for name in ("1/same.mp4", "2/same.mp4", "1/other.mp4")]
+    scan.write(rows, tmp_path / "in.csv")
     transcode.run(tmp_path / "in.csv", tmp_path / "out", 32)
     copies, _ = read_manifest(tmp_path / "out" / "manifest.csv")
     assert [round(c.duration) for c in copies] == [1, 2, 3] and len({c.path for c in copies}) == 3
-    manifest.write(rows[::-1], tmp_path / "in.csv")       # the names hang on the paths alone, not on their order
+    scan.write(rows[::-1], tmp_path / "in.csv")           # the names hang on the paths alone, not on their order
     assert "3 skipped" in transcode.run(tmp_path / "in.csv", tmp_path / "out", 32)
     assert read_manifest(tmp_path / "out" / "manifest.csv")[0] == copies[::-1]
 
 
 def test_bad_input_is_told_in_a_sentence(tmp_path):
-    row = manifest.probe((make_video(tmp_path / "in" / "x" / "a.mp4", 1), "x", ""))
+    row = scan.probe((make_video(tmp_path / "in" / "x" / "a.mp4", 1), "x", ""))
     original = (tmp_path / "in" / "x" / "a.mp4").read_bytes()
     good, none, twice, out = (tmp_path / name for name in ("good.csv", "none.csv", "twice.csv", "out"))
-    manifest.write([row], good)
-    manifest.write([row | {"reason": "no"}], none)
-    manifest.write([row, row], twice)
+    scan.write([row], good)
+    scan.write([row | {"reason": "no"}], none)
+    scan.write([row, row], twice)
     away = tmp_path / "away.csv"
-    manifest.write([row | {"label": "../../x"}], away)
-    manifest.write([row], tmp_path / "own" / "manifest.csv")
+    scan.write([row | {"label": "../../x"}], away)
+    scan.write([row], tmp_path / "own" / "manifest.csv")
     for args, words in (((tmp_path / "no.csv", out), "no manifest"), ((none, out), "no usable row"),
                         ((good, out, 15), "short side of 15"), ((good, out, 64, 0), "gop of 0"),
                         ((good, tmp_path / "in"), "overwrite an original"), ((twice, out), "listed twice"),
