@@ -1,4 +1,12 @@
-"""The layouts of data sets on disk and their official lists -> the files with label and split (§3.1)."""
+"""How data sets lie on disk: each video file with its label and split (§3.1).
+
+    entries, notes = LAYOUTS["ucf101"](root, annotations="ucfTrainTestlist", fold=1)
+
+Each function in LAYOUTS knows one layout and the format of its official lists. It returns
+`entries`, a list of (path, Clip) for the video files below root in the order of their paths, and
+`notes`, a list of sentences for the summary of a scan. It raises ValueError if the folder, its
+videos or the official lists are missing, or if a line of a list has a wrong format.
+"""
 
 import csv
 import os
@@ -6,19 +14,34 @@ import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 SUFFIXES = {".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".vob", ".flv",
             ".wmv", ".3gp"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
 UNLISTED = "not in the official list"
-SEVERAL = "its name is an id with several clips in the official list"
-KINETICS_SOUNDS = """blowing nose,blowing out candles,bowling,chopping wood,dribbling basketball,laughing,mowing lawn,\
-playing accordion,playing bagpipes,playing bass guitar,playing clarinet,playing drums,playing guitar,playing harmonica,\
-playing keyboard,playing organ,playing piano,playing saxophone,playing trombone,playing trumpet,playing violin,\
-playing xylophone,ripping paper,shoveling snow,shuffling cards,singing,stomping grapes,tap dancing,tapping guitar,\
-tapping pen,tickling,strumming guitar""".split(",")       # the last is not in the list of 31
+AMBIGUOUS = "its name is an id with several clips in the official list"
+# The last class is not among the first 31, which is the other number of classes in use.
+KINETICS_SOUNDS = (
+    "blowing nose,blowing out candles,bowling,chopping wood,dribbling basketball,laughing,"
+    "mowing lawn,playing accordion,playing bagpipes,playing bass guitar,playing clarinet,"
+    "playing drums,playing guitar,playing harmonica,playing keyboard,playing organ,playing piano,"
+    "playing saxophone,playing trombone,playing trumpet,playing violin,playing xylophone,"
+    "ripping paper,shoveling snow,shuffling cards,singing,stomping grapes,tap dancing,"
+    "tapping guitar,tapping pen,tickling,strumming guitar").split(",")
 
+
+class Clip(NamedTuple):
+    """What the official lists or the folders say about a clip. Equal clips are one clip."""
+
+    label: str
+    split: str                          # "" if it is unknown
+    reason: str                         # why the clip is left out; "" if it can be used
+    name: str | Path                    # tells the clip from the others of its label and split
+
+
+# ---- video files
 
 def stem(path):
     """The name of a video without all its suffixes: 'id_000010.mp4.webm' -> 'id_000010'."""
@@ -28,195 +51,270 @@ def stem(path):
     return name
 
 
-def videos(root):
-    """(all video files under root, through links too, sorted; what the summary says of the others
-    but the hidden ones). Raises ValueError where root is no folder or has no video."""
-    root, found, others, seen = Path(root).resolve(), [], Counter(), set()
+def find_videos(root):
+    """Find the video files below root, also through links.
+
+    Returns their paths, sorted and absolute, and the notes of `count_others` about all other files
+    that are not hidden. Raises ValueError if root is not a folder or has no video.
+    """
+    root = Path(root).resolve()
     if not root.is_dir():
-        raise ValueError(f"no folder {root}: give the folder that holds the class folders of videos")
-    for here, below, names in os.walk(root, followlinks=True):
-        below.sort()
-        if os.path.realpath(here) in seen:                # links may lead in circles
-            below.clear()
+        raise ValueError(f"no folder {root}: "
+                         "give the folder that holds the class folders of videos")
+    paths, others, visited = [], Counter(), set()
+    for directory, subdirectories, names in os.walk(root, followlinks=True):
+        subdirectories.sort()
+        if os.path.realpath(directory) in visited:        # links may lead in circles
+            subdirectories.clear()
             continue
-        seen.add(os.path.realpath(here))
+        visited.add(os.path.realpath(directory))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if suffix in SUFFIXES:
-                found.append(Path(here, name))
+                paths.append(Path(directory, name))
             elif not name.startswith("."):
-                plain = re.fullmatch(r"\.\w{1,9}", suffix, re.ASCII)     # 'part 1. notes' has none
-                others[suffix if plain else "without suffix"] += 1
-    kinds = [f"{others[s]} {s}" for s in sorted(others, key=lambda s: (-others[s], s))]
-    kinds[5:] = ["..."] * (len(kinds) > 5)
-    notes = [f"{others.total()} other files passed over ({', '.join(kinds)})"] if others else []
-    if not found:
+                # What follows the last dot is not always a suffix, as in '1. notes'.
+                is_suffix = re.fullmatch(r"\.\w{1,9}", suffix, re.ASCII)
+                others[suffix if is_suffix else "without suffix"] += 1
+    notes = count_others(others)
+    if not paths:
         expected = f"[train|val|test/]class/*.mp4 (or {', '.join(sorted(SUFFIXES - {'.mp4'}))})"
         raise ValueError("; ".join([f"no video in {root}: expected {expected}", *notes]))
-    return sorted(found), notes
+    return sorted(paths), notes
 
 
-def lists(annotations, pattern, what):
-    """The annotation files by that pattern: of a folder, or the csv itself. ValueError where there is none."""
+def count_others(others):
+    """A list with one sentence about {suffix: number of files}, the most frequent five first. The
+    list is empty if there are no such files."""
+    if not others:
+        return []
+    ordered = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    kinds = [f"{number} {suffix}" for suffix, number in ordered[:5]]
+    if len(ordered) > 5:
+        kinds.append("...")
+    return [f"{others.total()} other files passed over ({', '.join(kinds)})"]
+
+
+# ---- official lists
+
+def annotation_files(annotations, pattern, what):
+    """The official lists: the files in the folder `annotations` that match the pattern, or the csv
+    file `annotations` itself. what: the words for them in an error.
+
+    Raises ValueError if `annotations` is None or if there is no such file.
+    """
     if annotations is None:
         raise ValueError(f"this layout needs --annotations: give {what}")
     path = Path(annotations)
-    if path.is_file() and path.suffix == ".csv" == Path(pattern).suffix:
+    if path.is_file() and path.suffix == Path(pattern).suffix == ".csv":
         return [path]
-    found = sorted(path.glob(pattern)) if path.is_dir() else []
-    if not found:
-        problem = f"has no {pattern}" if path.is_dir() else "is of another kind" if path.exists() else "does not exist"
+    paths = sorted(path.glob(pattern)) if path.is_dir() else []
+    if not paths:
+        problem = f"has no {pattern}"
+        if not path.is_dir():
+            problem = "is of another kind" if path.exists() else "does not exist"
         raise ValueError(f"--annotations {path} {problem}: give {what}")
-    return found
+    return paths
 
 
-def parse(path, read, expected, skip=0):
-    """[read(line)] for the lines of a file that are not blank. Raises ValueError naming file:line where read cannot."""
+def parse_lines(path, parse, expected, skip=0):
+    """parse(line) for each line of a file that is not blank, without the first `skip` lines.
+
+    expected: the words for the right format in an error. Raises ValueError with the file and the
+    number of the line if parse(line) fails.
+    """
     values = []
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             try:
                 if number > skip and line.strip():
-                    values.append(read(line.rstrip("\n")))
-            except (ValueError, LookupError, AttributeError, csv.Error):  # AttributeError: a pattern does not match
-                raise ValueError(f"{path}:{number}: expected {expected}, got {line.strip()[:200]!r}") from None
+                    values.append(parse(line.rstrip("\n")))
+            # A regular expression that does not match gives an AttributeError.
+            except (ValueError, LookupError, AttributeError, csv.Error):
+                raise ValueError(f"{path}:{number}: expected {expected}, "
+                                 f"got {line.strip()[:200]!r}") from None
     return values
 
 
-def cells(line):
+def split_csv(line):
+    """The cells of one line of a csv file."""
     return next(csv.reader([line], strict=True))
 
 
-def kinetics_lists(annotations):
-    """{id_start_end or id: entry} of label,youtube_id,time_start,time_end,split, for `match`."""
-    def read(line):
-        row = dict(zip(header, cells(line), strict=True))
-        name = f"{row['youtube_id']}_{int(row['time_start']):06d}_{int(row['time_end']):06d}"
-        return name, (row["label"], SPLITS[row["split"]], "", name)
+def match(paths, notes, official, expected):
+    """Look up the stem of each path in the official list.
 
-    official, columns = {}, "label,youtube_id,time_start,time_end,split"
-    for path in lists(annotations, "*.csv", "the official csv (train.csv, validate.csv, ...) or their folder"):
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline().strip().replace('"', "").split(",")
-        if not set(columns.split(",")) <= set(header):
-            raise ValueError(f"{path}:1: expected the columns {columns}, got {','.join(header)[:200]!r}")
-        official = dict(parse(path, read, ",".join(header), skip=1)) | official
-    ids = {}
-    for name, entry in official.items():
-        video = name.rsplit("_", 2)[0]                    # ids hold _ too
-        ids[video] = ("", "", SEVERAL, video) if video in ids else entry
-    return official | ids
-
-
-def match(files, official, expects):
-    """([(path, label, split, reason, clip)], notes for the summary) of what `videos` returns.
-
-    official: {name without suffixes: (label, split, reason, clip)}; a clip may have several names.
-    expects: the note where no file is in the list, with {} for a clip that is.
+    official: {stem: Clip}, in which a clip may have several stems. expected: a sentence about the
+    names, with {} for the name of a clip. It becomes a note if no file is in the list.
+    Returns (entries, notes) as a layout does. The note about the list comes first.
     """
-    paths, notes = files
-    found = [(path, *official.get(stem(path), ("", "", UNLISTED, stem(path)))) for path in paths]
-    if official and found and all(reason == UNLISTED for *_, reason, _ in found):
-        *_, clip = next(iter(official.values()))
-        return found, [f"{expects.format(clip)}, found e.g. {paths[0].name!r}", *notes]
-    absent = set(official.values()) - {entry[1:] for entry in found}
-    splits = Counter(split for _, split, reason, _ in absent if not reason)
+    entries = [(path, official.get(stem(path), Clip("", "", UNLISTED, stem(path))))
+               for path in paths]
+    if official and entries and all(clip.reason == UNLISTED for _, clip in entries):
+        example = next(iter(official.values())).name
+        note = f"{expected.format(example)}, found e.g. {paths[0].name!r}"
+        return entries, [note, *notes]
+    absent = set(official.values()) - {clip for _, clip in entries}
+    splits = Counter(clip.split for clip in absent if not clip.reason)
     note = f"{splits.total()} official entries not on disk"
-    note += f" ({', '.join(f'{n} of {split}' for split, n in sorted(splits.items()))})" if splits else ""
-    return found, [note, *notes]
+    if splits:
+        numbers = ", ".join(f"{number} of {split}" for split, number in sorted(splits.items()))
+        note += f" ({numbers})"
+    return entries, [note, *notes]
 
+
+# ---- layouts
 
 def folder(root):
-    """ROOT/[train|val|test/]class/*: the folders name the labels. SPLITS spells the parts."""
-    root, (paths, notes), found = Path(root).resolve(), videos(root), []
+    """ROOT/[train|val|test/]class/*: the folders give the labels and the splits (see SPLITS)."""
+    root = Path(root).resolve()
+    paths, notes = find_videos(root)
+    entries = []
     for path in paths:
-        *above, _ = path.relative_to(root).parts
-        split = SPLITS[above.pop(0).lower()] if above and above[0].lower() in SPLITS else ""
-        found.append((path, "/".join(above) or root.name, split, "", path))
-    return found, notes
+        *folders, _ = path.relative_to(root).parts
+        split = SPLITS[folders.pop(0).lower()] if folders and folders[0].lower() in SPLITS else ""
+        entries.append((path, Clip("/".join(folders) or root.name, split, "", path)))
+    return entries, notes
 
 
 def kinetics400(root, annotations=None):
-    """id_start_end.mp4, or id.mp4 where the list has the id once, anywhere under root, with the
-    official csv (of cvdfoundation/kinetics-dataset)."""
-    return match(videos(root), kinetics_lists(annotations),
+    """id_start_end.mp4 anywhere below root, with the official csv files of
+    cvdfoundation/kinetics-dataset. id.mp4 is enough if the lists have only one clip of the id."""
+    return match(*find_videos(root), kinetics_clips(annotations),
                  "kinetics400 expects names like '{}.mp4' (id_start_end)")
 
 
+def kinetics_clips(annotations):
+    """Read lists with the columns label, youtube_id, time_start, time_end and split.
+
+    Returns {id_start_end: Clip} and, in the same dictionary, {id: Clip}.
+    """
+    def parse(header, line):
+        cells = dict(zip(header, split_csv(line), strict=True))
+        start, stop = int(cells["time_start"]), int(cells["time_end"])
+        name = f"{cells['youtube_id']}_{start:06d}_{stop:06d}"
+        return name, Clip(cells["label"], SPLITS[cells["split"]], "", name)
+
+    official, columns = {}, "label,youtube_id,time_start,time_end,split"
+    for path in annotation_files(annotations, "*.csv", "the official csv (train.csv, validate.csv, "
+                                 "...) or their folder"):
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            header = file.readline().strip().replace('"', "").split(",")
+        if not set(columns.split(",")) <= set(header):
+            raise ValueError(f"{path}:1: expected the columns {columns}, "
+                             f"got {','.join(header)[:200]!r}")
+        clips = parse_lines(path, partial(parse, header), ",".join(header), skip=1)
+        official = dict(clips) | official
+    by_id = {}
+    for name, clip in official.items():
+        video = name.rsplit("_", 2)[0]                    # an id may have a _ too
+        by_id[video] = Clip("", "", AMBIGUOUS, video) if video in by_id else clip
+    return official | by_id
+
+
 def kinetics_sounds(root, annotations=None, classes=32):
-    """The 32 (or 31) classes of a Kinetics copy. Without a csv class folders name the label, spelt with _ or blanks."""
-    names, (paths, others), found, notes = KINETICS_SOUNDS[:classes], videos(root), [], []
-    if annotations is not None:
-        official = kinetics_lists(annotations)
-        ours = {name: entry for name, entry in official.items() if entry[0] in names or entry[2]}
-        mine = [path for path in paths if stem(path) in ours or stem(path) not in official]
-        expects = "kinetics-sounds expects names like '{}.mp4' (id_start_end)"
-        found, notes = match((mine, []), ours, expects)
-    for path in paths if annotations is None else ():
-        above = [part.replace("_", " ").lower() for part in path.relative_to(Path(root).resolve()).parts[:-1]]
-        label = next((part for part in above if part in names), None)
+    """The 32 (or 31) classes of Kinetics-Sounds in a copy of Kinetics. Without a csv, folders named
+    after the classes give the labels; they may have _ for a blank."""
+    labels = KINETICS_SOUNDS[:classes]
+    paths, other_files = find_videos(root)
+    if annotations is None:
+        entries, notes = label_by_folder(Path(root).resolve(), paths, labels), []
+    else:
+        official = kinetics_clips(annotations)
+        wanted = {name: clip for name, clip in official.items()
+                  if clip.label in labels or clip.reason}
+        candidates = [path for path in paths
+                      if stem(path) in wanted or stem(path) not in official]
+        entries, notes = match(candidates, [], wanted,
+                               "kinetics-sounds expects names like '{}.mp4' (id_start_end)")
+    if not entries:
+        raise ValueError(f"no video of the {classes} classes in {root}: "
+                         "name folders by them or give --annotations")
+    passed_over = f"{len(paths) - len(entries)} files of other classes passed over"
+    return entries, [*notes, passed_over, *other_files]
+
+
+def label_by_folder(root, paths, labels):
+    """The entries of the files that lie below a folder with one of the labels as its name."""
+    entries = []
+    for path in paths:
+        folders = [name.replace("_", " ").lower() for name in path.relative_to(root).parts[:-1]]
+        label = next((name for name in folders if name in labels), None)
         if label:
-            split = next((SPLITS[part] for part in above if part in SPLITS), "")
-            found.append((path, label, split, "", stem(path)))
-    if not found:
-        raise ValueError(f"no video of the {classes} classes in {root}: name folders by them or give --annotations")
-    return found, [*notes, f"{len(paths) - len(found)} files of other classes passed over", *others]
+            split = next((SPLITS[name] for name in folders if name in SPLITS), "")
+            entries.append((path, Clip(label, split, "", stem(path))))
+    return entries
 
 
 def vggsound(root, annotations=None):
-    """id_start.mp4 (s) or id_start_end.mp4 (ms) anywhere under root, with the official vggsound.csv
-    (id,start,"label",split; no header) or its train.csv and test.csv (id_start.mp4,label)."""
-    def read(split, line):
-        first, *rest = cells(line)
-        if len(rest) == 1:
-            first, start = stem(first).rsplit("_", 1)
-            rest = start, *rest, split
-        start, label, split = rest
-        name = f"{first}_{int(start):06d}"
-        return name, (label, SPLITS[split], "", name)
+    """id_start.mp4 (in s) or id_start_end.mp4 (in ms) anywhere below root, with the official
+    vggsound.csv (id,start,"label",split; no header) or its train.csv and test.csv
+    (id_start.mp4,label)."""
+    def parse(file_split, line):
+        cells = split_csv(line)
+        if len(cells) == 2:
+            name, label = cells
+            cells = *stem(name).rsplit("_", 1), label, file_split
+        video, start, label, split = cells
+        name = f"{video}_{int(start):06d}"
+        return name, Clip(label, SPLITS[split], "", name)
 
-    def in_ms(name):
-        first, start = name.rsplit("_", 1)
-        return f"{first}_{int(start) * 1000}_{int(start) * 1000 + 10000}"
+    def in_milliseconds(name):
+        video, start = name.rsplit("_", 1)
+        return f"{video}_{int(start) * 1000}_{int(start) * 1000 + 10000}"
 
-    whole = annotations is None or not Path(annotations).is_dir() or (Path(annotations) / "vggsound.csv").exists()
+    pattern = "vggsound.csv"
+    if annotations is not None and Path(annotations).is_dir():
+        if not (Path(annotations) / pattern).exists():
+            pattern = "t*.csv"
     official = {}
-    for path in lists(annotations, "vggsound.csv" if whole else "t*.csv", "the official vggsound.csv"):
-        official |= parse(path, partial(read, path.stem), 'id,start,"label",split or id_start.mp4,label')
-    official = {in_ms(name): entry for name, entry in official.items()} | official
-    return match(videos(root), official, "vggsound expects names like '{}.mp4' (id_start)")
+    for path in annotation_files(annotations, pattern, "the official vggsound.csv"):
+        official |= parse_lines(path, partial(parse, path.stem),
+                                'id,start,"label",split or id_start.mp4,label')
+    official = {in_milliseconds(name): clip for name, clip in official.items()} | official
+    return match(*find_videos(root), official, "vggsound expects names like '{}.mp4' (id_start)")
 
 
 def ucf101(root, annotations=None, fold=1):
-    """v_Class_gNN_cNN.avi, or converted: the stem counts. The lists: trainlist01.txt, testlist01.txt, classInd.txt."""
-    def read(split, line):
-        label, name, n = re.fullmatch(r"(\w+)/(\w+)\.avi(?: (\d+))?\s*", line).groups()
-        if number[label] != (n or number[label]):
+    """v_Class_gNN_cNN.avi anywhere below root, or converted to another container, with the official
+    trainlist01.txt, testlist01.txt (or 02, 03, by the fold) and classInd.txt."""
+    def parse_class(line):
+        return re.fullmatch(r"(\d+) (\w+)\s*", line).group(2, 1)
+
+    def parse_video(split, line):
+        label, name, number = re.fullmatch(r"(\w+)/(\w+)\.avi(?: (\d+))?\s*", line).groups()
+        if numbers[label] != (number or numbers[label]):
             raise ValueError(line)
-        return name, (label, split, "", name)
+        return name, Clip(label, split, "", name)
 
     what = "the folder of trainlist01-03.txt, testlist01-03.txt and classInd.txt (ucfTrainTestlist)"
-    [path] = lists(annotations, "classInd.txt", what)
-    number = dict(parse(path, lambda line: re.fullmatch(r"(\d+) (\w+)\s*", line).group(2, 1), "'1 Class'"))
+    [path] = annotation_files(annotations, "classInd.txt", what)
+    numbers = dict(parse_lines(path, parse_class, "'1 Class'"))
     official = {}
     for split in ("train", "test"):
-        [path] = lists(annotations, f"{split}list{fold:02d}.txt", what)
-        official |= parse(path, partial(read, split), "'Class/v_Class_g01_c01.avi' with a class of classInd.txt")
-    return match(videos(root), official, "ucf101 expects names like '{}.avi'")
+        [path] = annotation_files(annotations, f"{split}list{fold:02d}.txt", what)
+        official |= parse_lines(path, partial(parse_video, split),
+                                "'Class/v_Class_g01_c01.avi' with a class of classInd.txt")
+    return match(*find_videos(root), official, "ucf101 expects names like '{}.avi'")
 
 
 def hmdb51(root, annotations=None, fold=1):
-    """class/*.avi, or converted: the stem counts. The lists: <class>_test_split1.txt (1 train, 2 test, 0 unused)."""
-    def read(label, line):
+    """*.avi anywhere below root, or converted to another container, with the official
+    <class>_test_split1.txt (or 2, 3, by the fold), in which 1 is train, 2 test and 0 unused."""
+    splits = {"0": "", "1": "train", "2": "test"}
+
+    def parse(label, line):
         name, use = re.fullmatch(r"(.+)\.avi ([012])\s*", line).groups()
-        return stem(name), (label, *part[use], stem(name))
+        reason = f"unused in fold {fold}" if use == "0" else ""
+        return stem(name), Clip(label, splits[use], reason, stem(name))
 
-    part = {"0": ("", f"unused in fold {fold}"), "1": ("train", ""), "2": ("test", "")}
-    end, official = f"_test_split{fold}.txt", {}
-    for path in lists(annotations, f"*{end}", "the folder of <class>_test_split[1-3].txt (testTrainMulti_7030_splits)"):
-        official |= parse(path, partial(read, path.name.removesuffix(end)), "'name.avi 0', 1 or 2")
-    return match(videos(root), official, "hmdb51 expects names like '{}.avi'")
+    ending, official = f"_test_split{fold}.txt", {}
+    for path in annotation_files(annotations, f"*{ending}", "the folder of "
+                                 "<class>_test_split[1-3].txt (testTrainMulti_7030_splits)"):
+        label = path.name.removesuffix(ending)
+        official |= parse_lines(path, partial(parse, label), "'name.avi 0', 1 or 2")
+    return match(*find_videos(root), official, "hmdb51 expects names like '{}.avi'")
 
 
-LAYOUTS = {"folder": folder, "kinetics400": kinetics400, "kinetics-sounds": kinetics_sounds, "vggsound": vggsound,
-           "ucf101": ucf101, "hmdb51": hmdb51}
+LAYOUTS = {"folder": folder, "kinetics400": kinetics400, "kinetics-sounds": kinetics_sounds,
+           "vggsound": vggsound, "ucf101": ucf101, "hmdb51": hmdb51}

@@ -1,4 +1,9 @@
-"""The files of a layout -> the rows of a manifest: what can be used, and what is left out and why (§3.1)."""
+"""Video files -> the rows of a manifest: what can be used, and what is left out and why (§3.1).
+
+    rows, notes = survey("folder", root, workers=16, out="manifest.csv")
+
+`python -m prepare.manifest` is the command for this, and its help tells what the columns mean.
+"""
 
 import csv
 import os
@@ -22,85 +27,194 @@ COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width
            "has_audio", "reason", "note", "stamp")
 NUMBERS = {"duration": float, "video_duration": float, "fps": float, "width": int, "height": int,
            "has_audio": int}
-SECONDS, SECONDS_VERIFY = 20, 300                         # one file may take, to probe and to decode whole
-SAVE_EVERY = 30                                           # s from one OUT.partial to the next
+PROBE_LIMIT, VERIFY_LIMIT = 20, 300     # s that one file may take: to probe it, to decode it whole
+SAVE_EVERY = 30                         # s between two saves of OUT.partial
 COPY = "another copy of a clip that is used"
 
 
-def last_packets(container, streams):
-    """{stream: when its last packet ends, s}. A stream that has no packet at all is not in it."""
-    found, back = {}, 2.0                                 # back: how much of the file's end is read
-    start = first = min(map(begin, streams))
-    while len(found) < len(streams):
-        if container.duration:
-            start = max(first, first + container.duration / av.time_base - back)
-        container.seek(int(start * av.time_base))
-        for packet in container.demux(streams):
-            if packet.pts is not None:
-                time = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                found[packet.stream] = max(found.get(packet.stream, time), time)
-        if start == first:
-            break
-        back *= 8
-    return found
+# ---- all files
+
+def survey(layout, root, workers=2, out=None, verify=False, **options):
+    """Scan a copy of a data set.
+
+    layout: a key of LAYOUTS. root: the folder of the copy. workers: the number of processes. out:
+    the manifest to write; an earlier one saves the work for unchanged files. verify: decode every
+    file to its end. options: annotations, fold and classes, as far as the layout takes them.
+    Returns (rows, notes): a row {column: value} for each video file in the order of the paths, and
+    sentences for the summary. Raises ValueError if the layout takes no such option, if the layout
+    finds no files or lists (see prepare.layouts), or if `out` is not a manifest.
+    """
+    for name in options.keys() - signature(LAYOUTS[layout]).parameters:
+        raise ValueError(f"layout {layout} takes no --{name}")
+    entries, notes = LAYOUTS[layout](root, **options)
+    files = [(path, clip.label, clip.split, clip.reason) for path, clip in entries]
+    rows = probe_all(files, workers, verify, out)
+    drop_copies(rows, [clip.name for _, clip in entries])
+    if out:
+        write(rows, out)
+        Path(f"{out}.partial").unlink(missing_ok=True)
+    return rows, notes
+
+
+def scan(root, workers=2, layout="folder", **options):
+    """The rows of `survey` alone. options: the other arguments of `survey`."""
+    return survey(layout, root, workers, **options)[0]
+
+
+def probe_all(files, workers=2, verify=False, out=None):
+    """The rows of files [(path, label, split, reason)], in their order.
+
+    A file that already has a reason to be left out is not opened, nor is a file whose row in `out`
+    or OUT.partial is still valid. Progress is saved in OUT.partial, so that an interrupted scan can
+    continue.
+    """
+    unfinished, rows, to_probe = Path(f"{out}.partial"), {}, []
+    earlier = read_rows(Path(out)) | read_rows(unfinished) if out else {}
+    for path, label, split, reason in files:
+        if reason:
+            rows[path] = empty_row(path, label, split, reason)
+        elif row := reuse(earlier.get(str(path)), verify):
+            rows[path] = row | {"label": label, "split": split}
+        else:
+            to_probe.append((path, label, split))
+    saved = time.monotonic()
+    bar = tqdm(total=len(files), initial=len(rows), desc="scanning", unit="file", file=sys.stderr)
+    try:
+        limit = VERIFY_LIMIT if verify else PROBE_LIMIT
+        work = partial(probe, verify=verify)
+        for file, row, failure in in_workers(work, to_probe, workers, limit):
+            rows[file[0]] = row or empty_row(*file, failure)
+            bar.update()
+            if out and time.monotonic() - saved > SAVE_EVERY:
+                write(rows.values(), unfinished)
+                saved = time.monotonic()
+    finally:
+        bar.close()
+        if out and len(rows) < len(files):
+            write(rows.values(), unfinished)
+    return [rows[path] for path, *_ in files]
+
+
+def reuse(row, verify):
+    """An earlier row with its numbers converted, or None if the file must be read again.
+
+    row: None if there is no earlier row. verify: reuse rows of verified files only.
+    """
+    now = stamp(row["path"]) if row else ""
+    valid = {f"{now}:verified"} if verify else {now, f"{now}:verified"}
+    if not now or row["stamp"] not in valid:
+        return None
+    numbers = {name: kind(row[name]) if row[name] else "" for name, kind in NUMBERS.items()}
+    # Which of several copies is used is decided anew, because a copy may have gone.
+    return row | numbers | {"reason": "" if row["reason"] == COPY else row["reason"]}
+
+
+def drop_copies(rows, names):
+    """Of the usable files of one clip keep one, and give the others a reason. The one that stays is
+    in a folder of replacements, as Kinetics has, or else it is the first. names: of the clips."""
+    def order(pair):
+        path = pair[0]["path"]
+        return "replac" not in path.lower(), path
+
+    used = {}
+    for row, name in sorted(zip(rows, names), key=order):
+        clip = row["label"], row["split"], name
+        if not row["reason"] and used.setdefault(clip, row) is not row:
+            row["reason"] = COPY
+
+
+def summary(rows, notes=()):
+    """'800 files, 798 usable, 2 left out: 1 no video stream, ...; notes'.
+
+    Reasons are counted without their part in brackets.
+    """
+    reasons = Counter(row["reason"].split(" (")[0] for row in rows if row["reason"])
+    text = f"{len(rows)} files, {len(rows) - reasons.total()} usable"
+    if reasons:
+        counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+        text += f", {reasons.total()} left out: {counts}"
+    return "; ".join([text, *notes])
+
+
+# ---- the csv
+
+def read_rows(path):
+    """{path of a video: row} of an earlier manifest, with all values as text.
+
+    It is empty if there is no earlier manifest or if columns are missing in it. Raises ValueError
+    if the file is not a manifest.
+    """
+    if not path.exists():
+        return {}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = csv.DictReader(file)
+        if not {"path", "label", "reason"} <= set(table.fieldnames or ()):
+            raise ValueError(f"--out {path} is no manifest and would be written over: give another")
+        if not set(COLUMNS) <= set(table.fieldnames):     # an earlier version of the scan wrote it
+            return {}
+        return {row["path"]: row for row in table}
+
+
+def write(rows, out):
+    """Write rows as a manifest, whole or not at all."""
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".part")
+    with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, out)
+
+
+def empty_row(path, label, split, reason=""):
+    """A row without measurements."""
+    return dict.fromkeys(COLUMNS, "") | {"path": str(path), "label": label, "split": split,
+                                         "has_audio": 0, "reason": reason}
 
 
 def stamp(path):
-    """'bytes:mtime in ns' of a file, '' where the disk does not tell."""
+    """'bytes:mtime in ns' of a file, or '' if the disk cannot tell."""
     try:
         return "{0.st_size}:{0.st_mtime_ns}".format(os.stat(path))
     except OSError:
         return ""
 
 
-class Track:
-    """What a scan learns of one stream: `last`, when its last frame ends (s), and `problem`, why it
-    cannot be used."""
+# ---- one file
 
-    def __init__(self, stream):
-        self.stream, self.tick, self.last, self.problem = stream, float(stream.time_base), None, ""
-        self.damaged, self.shape, self.layouts = [], Shape(), {"mono", "stereo"}
+def probe(file, verify=False):
+    """The row of one file (path, label, split). verify: decode all of it.
 
-    def take(self, packet):
-        """Decode a packet and check its frames as support.reading.read would."""
-        sight = self.stream.type == "video"
-        try:
-            for frame in decode(self.stream, [packet], self.damaged):
-                if frame.pts is None and (sight or self.last is None):  # sound goes on without
-                    raise ValueError("it has no time stamps")
-                if self.last is None:
-                    forget_before(self.damaged, frame.time)
-                start = self.last if frame.pts is None else frame.pts * self.tick
-                stop = start + (frame.duration or 0) * self.tick
-                self.last = max(stop, self.last or stop)
-                if sight:
-                    self.shape.check(frame)
-                    self.damaged += [start] * frame.is_corrupt
-                elif frame.layout.name not in self.layouts:
-                    self.layouts.add(frame.layout.name)
-                    MonoResampler()(frame)                # raises where it does not know the layout
-        except (ValueError, av.error.FFmpegError) as error:
-            self.problem = getattr(error, "strerror", None) or str(error)
-
-    def finish(self, stop):
-        """Look for problems that show at the end. stop: when the stream should end, s; None if it was
-        not decoded to its end."""
-        if self.problem:
-            return
-        if self.last is None:
-            self.problem = "it does not decode"
-        elif stop is not None and self.damaged:
-            self.problem = f"damaged frames (first at {self.damaged[0]:.2f} s)"
-        elif stop is not None and self.last < stop - 1:
-            self.problem = f"it stops too early (at {self.last:.2f} s of {stop:.2f} s)"
+    A row about a failure of the disk has no stamp, because the failure may be temporary and the
+    next scan should read the file again.
+    """
+    path, failure = file[0], "cannot be read to the end" if verify else "cannot be read"
+    row = empty_row(*file) | {"stamp": stamp(path) + ":verified" * verify}
+    try:
+        str(path).encode()
+        with open(path, "rb") as data:
+            if not data.read(1):
+                return row | {"reason": "empty file"}
+        with av.open(str(path), metadata_errors="replace") as container:
+            return row | measure(container, verify)
+    except av.error.FFmpegError as error:
+        return row | {"reason": f"{failure}: {error.strerror or error}"}
+    except OSError as error:
+        return row | {"reason": f"cannot be read: {error.strerror or error}", "stamp": ""}
+    except UnicodeEncodeError:
+        return row | {"reason": "its name is not UTF-8"}
+    except (ValueError, OverflowError) as error:
+        return row | {"reason": f"{failure}: {error}"}
 
 
-def read(container, verify):
-    """What a manifest row says of an open file, after decoding the first frame of each stream or, with
+def measure(container, verify):
+    """The measured columns of an open file, after decoding the first frame of each stream or, with
     verify, all frames.
 
-    A verified file is one that support.reading.read can read at every place. If only the sound cannot
-    be used, `note` says why and has_audio is 0, because the pictures can be used without it.
+    support.reading.read can read a verified file at every place. If only the sound cannot be used,
+    `note` says why and has_audio is 0, because the pictures can be used without it. Raises
+    ValueError or FFmpegError if the pictures cannot be used.
     """
     try:
         video, _ = open_streams(container, sound=False)
@@ -112,26 +226,20 @@ def read(container, verify):
     tracks = {stream: Track(stream) for stream in (video, audio) if stream is not None}
     for packet in container.demux(list(tracks)):
         track = tracks[packet.stream]
-        if not track.problem and (verify or track.last is None):
-            track.take(packet)
-        if not verify and all(track.problem or track.last is not None for track in tracks.values()):
+        if not track.problem and (verify or track.stop is None):
+            track.add(packet)
+        if not verify and all(track.problem or track.stop is not None for track in tracks.values()):
             break
-    stops = {stream: end(container, stream) for stream in tracks}
-    unknown = [stream for stream in tracks if stops[stream] is None]
-    if unknown and verify:
-        stops |= {stream: tracks[stream].last for stream in unknown}
-    elif unknown:
-        stops |= last_packets(container, unknown)
+    stops = expected_stops(container, tracks, verify)
     for stream, track in tracks.items():
-        stops[stream] = stops[stream] or begin(stream)
         track.finish(stops[stream] if verify else None)
     if tracks[video].problem:
         raise ValueError(tracks[video].problem)
     start, stop = begin(video), stops[video]
     if stop - start < 1e-3:
         raise ValueError("its length is not known")
-    row = {"fps": round(float(video.average_rate or 0), 3), "width": video.width, "height": video.height,
-           "video_duration": round(stop - start, 3)}
+    row = {"fps": round(float(video.average_rate or 0), 3), "width": video.width,
+           "height": video.height, "video_duration": round(stop - start, 3)}
     if audio is not None:
         start, stop = max(start, begin(audio)), min(stop, stops[audio])
         if tracks[audio].problem:
@@ -139,170 +247,139 @@ def read(container, verify):
         elif stop - start < 1e-3:
             note = "sight and sound do not overlap"
     has_audio = audio is not None and not note
-    return row | {"has_audio": int(has_audio), "note": note,
-                  "duration": round(stop - start, 3) if has_audio else row["video_duration"]}
+    duration = round(stop - start, 3) if has_audio else row["video_duration"]
+    return row | {"has_audio": int(has_audio), "note": note, "duration": duration}
 
 
-def blank(path, label, split, reason=""):
-    return dict.fromkeys(COLUMNS, "") | dict(path=str(path), label=label, split=split, has_audio=0, reason=reason)
+class Track:
+    """What a scan learns about one stream: `stop`, when the last decoded frame ends (s; None before
+    the first frame), and `problem`, why the stream cannot be used ("" if it can)."""
 
+    def __init__(self, stream):
+        self.stream, self.tick, self.stop, self.problem = stream, float(stream.time_base), None, ""
+        self.damaged, self.shape, self.layouts = [], Shape(), {"mono", "stereo"}
 
-def probe(entry, verify=False):
-    """One row of (path, label, split). A failure of the disk, which may pass, gets no stamp, so it is tried again."""
-    path, failure = entry[0], "cannot be read to the end" if verify else "cannot be read"
-    row = blank(*entry) | {"stamp": stamp(path) + ":verified" * verify}
-    try:
-        str(path).encode()
-        with open(path, "rb") as file:
-            if not file.read(1):
-                return row | {"reason": "empty file"}
-        with av.open(str(path), metadata_errors="replace") as container:
-            return row | read(container, verify)
-    except av.error.FFmpegError as error:
-        return row | {"reason": f"{failure}: {error.strerror or error}"}
-    except OSError as error:
-        return row | {"reason": f"cannot be read: {error.strerror or error}", "stamp": ""}
-    except UnicodeEncodeError:
-        return row | {"reason": "its name is not UTF-8"}
-    except (ValueError, OverflowError) as error:
-        return row | {"reason": f"{failure}: {error}"}
-
-
-def serve(ours, pipe, work):
-    """What a worker process does: entries in, rows out, until the parent is gone."""
-    ours.close()                                          # the parent's end, or its death would not be seen
-    signal.signal(signal.SIGINT, signal.SIG_IGN)          # Ctrl-C is the parent's business
-    while True:
+    def add(self, packet):
+        """Decode a packet and check its frames as support.reading.read would."""
+        is_video = self.stream.type == "video"
         try:
-            pipe.send(work(pipe.recv()))
-        except (EOFError, BrokenPipeError):
+            for frame in decode(self.stream, [packet], self.damaged):
+                # A frame of sound without a time stamp continues the frame before it.
+                if frame.pts is None and (is_video or self.stop is None):
+                    raise ValueError("it has no time stamps")
+                if self.stop is None:
+                    forget_before(self.damaged, frame.time)
+                start = self.stop if frame.pts is None else frame.pts * self.tick
+                stop = start + (frame.duration or 0) * self.tick
+                self.stop = max(stop, self.stop or stop)
+                if is_video:
+                    self.shape.check(frame)
+                    if frame.is_corrupt:
+                        self.damaged.append(start)
+                elif frame.layout.name not in self.layouts:
+                    self.layouts.add(frame.layout.name)
+                    MonoResampler()(frame)                # raises if it does not know the layout
+        except (ValueError, av.error.FFmpegError) as error:
+            self.problem = getattr(error, "strerror", None) or str(error)
+
+    def finish(self, expected_stop):
+        """Find the problems that show at the end. expected_stop: when the stream should end (s), or
+        None if it was not decoded to its end."""
+        if self.problem:
             return
+        if self.stop is None:
+            self.problem = "it does not decode"
+        elif expected_stop is not None and self.damaged:
+            self.problem = f"damaged frames (first at {self.damaged[0]:.2f} s)"
+        elif expected_stop is not None and self.stop < expected_stop - 1:
+            self.problem = f"it stops too early (at {self.stop:.2f} s of {expected_stop:.2f} s)"
 
 
-def in_workers(work, entries, workers, limit):
-    """Yield (entry, work(entry), "") as they end, or (entry, None, reason) where a process dies or takes over limit s.
+def expected_stops(container, tracks, verify):
+    """{stream: when it should end, s}: by the header or, if the header does not tell, by the last
+    frame (verify) or the last packet. A stream without any of these ends where it begins."""
+    stops = {stream: end(container, stream) for stream in tracks}
+    unknown = [stream for stream in tracks if stops[stream] is None]
+    if unknown and verify:
+        stops |= {stream: tracks[stream].stop for stream in unknown}
+    elif unknown:
+        stops |= last_packets(container, unknown)
+    return {stream: stop or begin(stream) for stream, stop in stops.items()}
 
-    FFmpeg may loop or crash where neither Python nor the timeout of av.open (it covers waiting for data alone) has a
-    say. So both are kept from outside: a process that takes too long is killed, and a new one goes on with the rest.
+
+def last_packets(container, streams):
+    """{stream: when its last packet ends, s}. A stream without packets is not in it."""
+    stops, seconds = {}, 2.0                              # seconds: how much of the end is read
+    start = first = min(map(begin, streams))
+    while len(stops) < len(streams):
+        if container.duration:
+            start = max(first, first + container.duration / av.time_base - seconds)
+        container.seek(int(start * av.time_base))
+        for packet in container.demux(streams):
+            if packet.pts is not None:
+                stop = float((packet.pts + (packet.duration or 0)) * packet.time_base)
+                stops[packet.stream] = max(stops.get(packet.stream, stop), stop)
+        if start == first:
+            break
+        seconds *= 8
+    return stops
+
+
+# ---- worker processes
+
+def in_workers(work, items, workers, limit):
+    """Yield (item, work(item), "") as the items are finished. If a process dies or takes more than
+    `limit` s, yield (item, None, reason) instead.
+
+    FFmpeg may loop or crash, and Python cannot stop it from inside: the timeout of av.open covers
+    only waiting for data. So a process that takes too long is killed from outside, and a new
+    process continues with the next item.
     """
-    todo, idle, busy = list(reversed(entries)), [], {}    # busy: pipe -> (process, entry, deadline)
+    waiting, idle, busy = list(reversed(items)), [], {}   # busy: pipe -> (process, item, deadline)
     try:
-        while todo or busy:
-            while todo and len(busy) < workers:
-                if not idle:
-                    pipe, theirs = Pipe()
-                    idle.append((pipe, Process(target=serve, args=(pipe, theirs, work), daemon=True)))
-                    idle[0][1].start()
-                    theirs.close()                        # so that the death of the process ends the pipe
-                pipe, process = idle.pop()
-                busy[pipe] = process, todo.pop(), time.monotonic() + limit
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                pipe, process = idle.pop() if idle else start_worker(work)
+                busy[pipe] = process, waiting.pop(), time.monotonic() + limit
                 pipe.send(busy[pipe][1])
-            for pipe in wait(list(busy), max(0, min(deadline for *_, deadline in busy.values()) - time.monotonic())):
-                process, entry, _ = busy.pop(pipe)
+            patience = min(deadline for *_, deadline in busy.values()) - time.monotonic()
+            for pipe in wait(list(busy), max(0, patience)):
+                process, item, _ = busy.pop(pipe)
                 try:
-                    row = pipe.recv()
+                    result = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    yield entry, None, "crashes the decoder"
+                    yield item, None, "crashes the decoder"
                 else:
                     idle.append((pipe, process))
-                    yield entry, row, ""
-            for pipe in [pipe for pipe, (*_, deadline) in busy.items() if deadline < time.monotonic()]:
-                process, entry, _ = busy.pop(pipe)
+                    yield item, result, ""
+            now = time.monotonic()
+            for pipe in [pipe for pipe, (*_, deadline) in busy.items() if deadline < now]:
+                process, item, _ = busy.pop(pipe)
                 process.kill()
-                yield entry, None, f"takes over {limit} s"
+                yield item, None, f"takes over {limit} s"
     finally:
-        for process in [process for _, process in idle] + [process for process, *_ in busy.values()]:
+        for _, process in idle:
+            process.kill()
+        for process, *_ in busy.values():
             process.kill()
 
 
-def read_rows(path):
-    """{path: row} of an earlier manifest. Raises ValueError where the file is none."""
-    if not path.exists():
-        return {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file)
-        if not {"path", "label", "reason"} <= set(table.fieldnames or ()):
-            raise ValueError(f"--out {path} is no manifest and would be written over: give another")
-        if not set(COLUMNS) <= set(table.fieldnames):     # of an earlier version: all is read again
-            return {}
-        return {row["path"]: row for row in table}
+def start_worker(work):
+    """Start a process that answers each item sent through the pipe with work(item). Returns (pipe,
+    process)."""
+    parent_end, worker_end = Pipe()
+    process = Process(target=run_worker, args=(parent_end, worker_end, work), daemon=True)
+    process.start()
+    worker_end.close()                                    # so the death of the worker ends the pipe
+    return parent_end, process
 
 
-def probe_all(entries, workers=2, verify=False, out=None):
-    """The rows of [(path, label, split, reason)] in this order; files with a reason, or read before, are not read."""
-    unfinished, rows, todo = Path(f"{out}.partial"), {}, []
-    before = read_rows(Path(out)) | read_rows(unfinished) if out else {}
-    for path, label, split, reason in entries:
-        now, old = stamp(path), before.get(str(path), {})
-        if reason:
-            rows[path] = blank(path, label, split, reason)
-        elif now and old.get("stamp") in (f"{now}:verified", now)[:2 - verify]:
-            rows[path] = old | {name: kind(old[name]) if old[name] else "" for name, kind in NUMBERS.items()}
-            rows[path] |= {"label": label, "split": split, "reason": "" if old["reason"] == COPY else old["reason"]}
-        else:
-            todo.append((path, label, split))
-    saved = time.monotonic()
-    bar = tqdm(total=len(entries), initial=len(rows), desc="scanning", unit="file", file=sys.stderr)
-    try:
-        limit = SECONDS_VERIFY if verify else SECONDS
-        for entry, row, reason in in_workers(partial(probe, verify=verify), todo, workers, limit):
-            rows[entry[0]] = row or blank(*entry, reason)
-            bar.update()
-            if out and time.monotonic() - saved > SAVE_EVERY:
-                write(rows.values(), unfinished)
-                saved = time.monotonic()
-    finally:
-        bar.close()
-        if out and len(rows) < len(entries):
-            write(rows.values(), unfinished)
-    return [rows[path] for path, *_ in entries]
-
-
-def drop_copies(rows, clips):
-    """Of the usable files of one clip one stays: the one in a folder of replacements (as of Kinetics) or the first."""
-    def order(pair):
-        return "replac" not in pair[0]["path"].lower(), pair[0]["path"]
-
-    used = {}
-    for row, clip in sorted(zip(rows, clips), key=order):
-        clip = row["label"], row["split"], clip
-        if not row["reason"] and used.setdefault(clip, row) is not row:
-            row["reason"] = COPY
-
-
-def survey(layout, root, workers=2, out=None, verify=False, **options):
-    """(rows, notes for the summary) of a copy. options: annotations, fold, classes, as it takes."""
-    for name in options.keys() - signature(LAYOUTS[layout]).parameters:
-        raise ValueError(f"layout {layout} takes no --{name}")
-    entries, notes = LAYOUTS[layout](root, **options)
-    rows = probe_all([entry[:4] for entry in entries], workers, verify, out)
-    drop_copies(rows, [clip for *_, clip in entries])
-    if out:
-        write(rows, out)
-        Path(f"{out}.partial").unlink(missing_ok=True)
-    return rows, notes
-
-
-def scan(root, workers=2, layout="folder", **options):
-    """The manifest of a copy, a list of rows in the order of the paths. options: those of `survey`."""
-    return survey(layout, root, workers, **options)[0]
-
-
-def write(rows, out):
-    """Write rows as a manifest, whole or not at all."""
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    with open(part, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(part, out)
-
-
-def summary(rows, notes=()):
-    """'800 files, 798 usable, 2 left out: 1 no video stream, ...; notes'. What reasons have in brackets is dropped."""
-    reasons = Counter(row["reason"].split(" (")[0] for row in rows if row["reason"])
-    left_out = f", {reasons.total()} left out: " + ", ".join(f"{n} {r}" for r, n in reasons.most_common())
-    usable = f"{len(rows)} files, {len(rows) - reasons.total()} usable"
-    return "; ".join([usable + (left_out if reasons else ""), *notes])
+def run_worker(parent_end, worker_end, work):
+    """What a worker process does, until the parent has gone."""
+    parent_end.close()                                    # so the death of the parent ends the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)          # the parent handles Ctrl-C for all
+    while True:
+        try:
+            worker_end.send(work(worker_end.recv()))
+        except (EOFError, BrokenPipeError):
+            return

@@ -1,6 +1,7 @@
 """Real media for the tests, made with PyAV: the picture tells the time, the sound tells its pitch."""
 
 import os
+import shutil
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -98,3 +99,52 @@ def brief(tree, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "brief"
     run("--data", tree, "--out", out, *SMALL, "--epochs", "1")
     return out / "checkpoint.pt"
+
+
+# ---- for the tests of prepare/
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory):
+    """{kind: a film of 1 s} to be copied."""
+    root = tmp_path_factory.mktemp("films")
+    small = {"seconds": 1.0, "fps": 10, "size": (36, 28)}
+    mpeg4 = small | {"codec": "mpeg4"}
+    return {"mp4": make_video(root / "a.mp4", **small),
+            "silent": make_video(root / "s.mp4", tone=None, **small),
+            "avi": make_video(root / "a.avi", audio_codec="mp3", **mpeg4),
+            "mkv": make_video(root / "a.mkv", audio_codec="ac3", **mpeg4)}
+
+
+@pytest.fixture
+def put(films, tmp_path):
+    """put(path below tmp_path, kind of film) copies the film there and returns its path."""
+    def copy(name, kind="mp4"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(films[kind], path))
+    return copy
+
+
+@pytest.fixture
+def files_read(monkeypatch):
+    """The names of the files that a scan reads, a list that grows."""
+    names, in_workers = [], scan.in_workers
+
+    def watched(work, items, workers, limit):
+        names.extend(Path(item[0]).name for item in items)
+        return in_workers(work, items, workers, limit)
+    monkeypatch.setattr(scan, "in_workers", watched)
+    return names
+
+
+def write_text(path, content):
+    """Write a text file, with the folders above it, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def by_name(rows, *columns):
+    """{file name: values of these columns (default: label, split, reason)} of manifest rows."""
+    columns = columns or ("label", "split", "reason")
+    return {Path(row["path"]).name: tuple(row[name] for name in columns) for row in rows}
