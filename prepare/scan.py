@@ -375,7 +375,7 @@ def start_worker(work):
 
 
 def run_worker(parent_end, worker_end, work):
-    """What a worker process does, until the parent has gone."""
+    """Answer the items from the pipe until the parent has gone."""
     parent_end.close()                                    # so the death of the parent ends the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)          # the parent handles Ctrl-C for all
     while True:
