@@ -1,12 +1,11 @@
-"""Does a reader show the right frame? Films of 50 kinds of containers and codecs, whose frames show
-their numbers.
+"""Tests whether a reader returns the right frames of films of 50 kinds of containers and codecs.
 
-    python -m experiments.bench frames      # wrong frames per film, of this reader and of others
+    python -m experiments.bench frames      # counts the wrong frames of this reader and of others
 
-A frame is wrong if it is not the one whose time stamp is nearest to the time asked for. The truth
-comes from decoding the whole film from its beginning: a decoder puts the frames in the order of
-presentation, and their sorted stamps are their times. Frames that are equally near, within TIE,
-are all right.
+Each frame of these films shows its own number as a barcode. A frame is wrong if it is not the one
+whose time stamp is nearest to the time asked for. The right frames are found by decoding the whole
+film from its beginning: a decoder returns the frames in the order of display, and their sorted time
+stamps are their times. If several frames are equally near, within TIE, each of them is right.
 """
 
 import importlib
@@ -20,15 +19,16 @@ import numpy as np
 
 from support.reading import RATE, read
 
-os.environ.setdefault("SVT_LOG", "1")                   # the AV1 encoder prints errors alone
-BITS = 9
-SIZE = 128, 96                                          # H.263 knows few sizes, this is one of them
-SECONDS = 6
+os.environ.setdefault("SVT_LOG", "1")                   # the AV1 encoder prints only errors
+BITS = 9                                                # of a barcode
+SIZE = 128, 96                                          # width, height; one of H.263's few sizes
+SECONDS = 6                                             # length of a film
 TIE = 2e-3                                              # s
-PLACES, FRAMES = 20, 12                                 # asked of each film
+PLACES, FRAMES = 20, 12                                 # per film: places, and frames at each place
 
-# sound: codec and rate. muxer, format: the container's options, and its kind if the suffix does not
-# tell it. start: first time stamp, s. ticks: stamps of the frames in units of 1 / fps.
+# sound: codec and sampling rate. options: of the video codec. pixels: pixel format. muxer: options
+# of the container. start: first time stamp, s. ticks: stamps of the frames in units of 1 / fps.
+# format: the container, if the suffix of the name does not tell it.
 Film = namedtuple("Film", "name codec fps sound options pixels muxer start ticks format",
                   defaults=(30, ("aac", 44100), {}, "yuv420p", {}, 0, None, None))
 NTSC = Fraction(30000, 1001)
@@ -38,20 +38,20 @@ OPUS, PCM, AMR = ("libopus", 48000), ("pcm_s16le", 44100), ("libopencore_amrnb",
 
 
 def x264(b=3, params="", g=48, flags=""):
-    """Options of libx264: b B-frames, a keyframe every g frames, x264's own params."""
+    """Return options of libx264: b B-frames, a keyframe every g frames, x264's own params."""
     options = {"preset": "veryfast", "bf": str(b), "g": str(g), "b_strategy": "0"}
     given = {"x264-params": params, "flags": flags}
     return options | {name: value for name, value in given.items() if value}
 
 
 def x265(params="keyint=48"):
-    """Options of libx265: 3 B-frames, x265's own params."""
+    """Return options of libx265: 3 B-frames, x265's own params."""
     params = f"log-level=none:bframes=3:b-adapt=0:{params}"
     return {"preset": "ultrafast", "x265-params": params}
 
 
 def uneven(n, seed=0):
-    """Stamps of n frames in units of 1/30 s, 1 to 6 units apart."""
+    """Return the stamps of n frames, 1 to 6 units of 1 / fps apart."""
     return np.cumsum(np.random.default_rng(seed).integers(1, 7, n)).tolist()
 
 
@@ -113,29 +113,29 @@ FILMS = [
 
 
 def barcode(n, size=SIZE):
-    """The number n as 9 black or white columns, (H, W, 3) uint8."""
+    """Draw the number n as BITS black or white columns, (H, W, 3) uint8."""
     width, height = size
-    bits = (n >> np.arange(BITS)) & 1                                               # (BITS,)
-    line = (235 * bits[np.arange(width) * BITS // width]).astype(np.uint8)          # (W,)
+    bits = (n >> np.arange(BITS)) & 1                                           # (BITS,)
+    line = (235 * bits[np.arange(width) * BITS // width]).astype(np.uint8)      # (W,)
     return np.tile(line[None, :, None], (height, 1, 3))
 
 
 def read_barcode(images):
-    """(..., H, W, 3) -> (...) the numbers."""
+    """Read the numbers off images: (..., H, W, 3) -> (...)."""
     images = np.asarray(images)
     W = images.shape[-2]
     columns = [(2 * b + 1) * W // (2 * BITS) for b in range(BITS)]
-    bits = images[..., columns, :].mean((-3, -1)) > 120                             # (..., BITS)
+    bits = images[..., columns, :].mean((-3, -1)) > 120                         # (..., BITS)
     return (bits * 2 ** np.arange(BITS)).sum(-1)
 
 
 def beep(t):
-    """A beep of 20 ms in the middle of each second, samples at the times t."""
+    """Return the samples at the times t of a sound that beeps for 20 ms at 0.5 s, 1.5 s, ..."""
     return 0.9 * np.sin(2 * np.pi * 1500 * t) * ((t % 1 >= 0.5) & (t % 1 < 0.52))
 
 
 def make(film, folder):
-    """Write one film. Returns its path."""
+    """Write one film into the folder, and return its path."""
     path, fps = folder / film.name, Fraction(film.fps)
     ticks = film.ticks or range(round(SECONDS * film.fps))
     with av.open(str(path), "w", format=film.format, options=film.muxer) as out:
@@ -166,8 +166,11 @@ def make(film, folder):
 
 
 def truth(path):
-    """The frames in the order of presentation, by decoding all from the beginning: their times in s
-    and their numbers; and when the streams begin, the pictures and, if there is any, the sound."""
+    """Decode a whole film from its beginning.
+
+    Returns the times in s and the numbers of its frames in the order of display, and a list of the
+    times at which its streams begin: first the pictures, then the sound if the film has any.
+    """
     with av.open(str(path)) as container:
         streams = [container.streams.video[0], *container.streams.audio[:1]]
         begins = [float((stream.start_time or 0) * stream.time_base) for stream in streams]
@@ -179,21 +182,25 @@ def truth(path):
 
 
 def ask(path, reader, times, numbers, begins):
-    """Ask a reader for FRAMES pictures at each of PLACES random places, at a random rate each.
+    """Ask a reader for FRAMES frames, at a random frame rate, at each of PLACES random places.
 
-    times, numbers, begins: from `truth`. reader(path, asked, places, sound) -> (FRAMES, H, W, 3):
-    the pictures at the times `asked` (s after zero); these are the pictures at `places` in the order
-    of presentation. sound: whether the reader is to read sound too.
-    Returns how many pictures were wrong, and how many were asked for.
+    Args:
+        reader: a function (path, asked, places, sound) -> (FRAMES, H, W, 3). `asked` are times in s
+            from the time at which the pictures begin or, with sound, both have begun. `places` are
+            the positions of the right frames in the order of display. `sound` tells whether the
+            reader is to read sound too.
+        times, numbers, begins: as `truth` returns them.
+    Returns:
+        How many frames were wrong, and how many were asked for.
     """
     rng, wrong = random.Random(path.name), 0
     for n in range(PLACES):
         sound = n % 2 == 1 and len(begins) > 1
-        clock = times - (max(begins) if sound else begins[0])                       # s after zero
+        clock = times - (max(begins) if sound else begins[0])
         fps = rng.choice((4, 10, 16, 25, 30, 60))
         t0 = 0.0 if n < 2 else rng.uniform(0, max(0.0, clock[-1] - FRAMES / fps))
         asked = t0 + np.arange(FRAMES) / fps
-        distance = abs(clock - asked[:, None])                                      # (FRAMES, all)
+        distance = abs(clock - asked[:, None])          # (FRAMES, number of frames in the film)
         shown = read_barcode(reader(path, asked.tolist(), distance.argmin(1).tolist(), sound))
         right = distance <= distance.min(1, keepdims=True) + TIE
         wrong += sum(number not in numbers[near] for number, near in zip(shown, right))
@@ -201,7 +208,7 @@ def ask(path, reader, times, numbers, begins):
 
 
 def ours(path, asked, places, sound):
-    """This project's reader, as data.read_clip uses it."""
+    """Read with this project's reader, as data.read_clip does."""
     samples = round((asked[-1] - asked[0] + 0.1) * RATE) if sound else 0
     return np.stack(read(path, asked, samples, short_side=48)[0])
 
@@ -224,21 +231,23 @@ def with_torchcodec(decoders, path, places):
 
 
 def others():
-    """{name: reader} of the libraries that are installed. A reader is asked for the right frames by
-    their places in the order of presentation, because the libraries do not agree on which frame
-    belongs to a time."""
+    """Return {name: reader} of the other libraries that are installed.
+
+    These readers are asked by the places of the frames and not by times, because the libraries do
+    not agree on which frame belongs to a time.
+    """
     found = {}
     for name, module, reader in (("decord", "decord", with_decord), ("OpenCV", "cv2", with_opencv),
                                  ("torchcodec", "torchcodec.decoders", with_torchcodec)):
         try:
             library = importlib.import_module(module)
-        except (ImportError, RuntimeError):               # RuntimeError: torchcodec finds no FFmpeg
+        except (ImportError, RuntimeError):             # RuntimeError: torchcodec finds no FFmpeg
             continue
         found[name] = lambda path, asked, places, sound, r=reader, lib=library: r(lib, path, places)
     return found
 
 
 def onsets(wave, rate):
-    """When the beeps of a waveform begin, s from its start."""
+    """Return when the beeps of a waveform begin, in s from its start."""
     loud = np.flatnonzero(abs(np.asarray(wave)) > 0.3)
     return loud[np.diff(loud, prepend=-rate) > rate / 5] / rate

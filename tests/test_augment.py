@@ -1,4 +1,4 @@
-"""Speeds, crops and the log-mel, on signals whose answer is known."""
+"""Checks speeds, crops and the log-mel on signals for which the right result is known."""
 
 import math
 from collections import Counter
@@ -6,8 +6,8 @@ from collections import Counter
 import torch
 from conftest import peak_hz
 
-from augment import (LogMel, crop_at, crop_flip, crop_flip_jitter, normalize_frames, sample_speeds, speed_up_audio,
-                     speed_up_video)
+from augment import (LogMel, crop_at, crop_flip, crop_flip_jitter, normalize_frames, sample_speeds,
+                     speed_up_audio, speed_up_video)
 
 
 def tone(hz, seconds=1.0, rate=24000):
@@ -41,28 +41,31 @@ def test_speed_up_audio_raises_the_pitch_and_keeps_the_length():
 
 
 def test_speed_up_audio_is_low_passed():
-    """At speed 2 a tone of 8 kHz belongs at 16 kHz, past the limit: it goes, and does not come back at 8 kHz."""
+    """Speed 2 moves a tone of 8 kHz past the Nyquist limit, 12 kHz. It must not fold back."""
     assert speed_up_audio(tone(8000, 2), 2)[500:-500].abs().max() < 0.01
     assert speed_up_audio(tone(4100, 2), 2)[500:-500].abs().max() > 0.9
 
 
 def test_training_view_of_fine_tuning():
-    """All frames alike, by seed; a crop of 14 to 100 % of the area, mirrored in half of the cases; colours in 80 %."""
+    """The view is a crop of 14 to 100 % of the area. Half of the views are mirrored, and 80 %
+    change their colours. All frames of a view change alike, and the seed decides how."""
     H, W, many = 60, 80, 300
     x = torch.linspace(0, 240, W).round().to(torch.uint8).expand(H, W)
     y = torch.linspace(0, 240, H).round().to(torch.uint8)[:, None].expand(H, W)
-    ramps = torch.stack([x, y, torch.full_like(x, 120)], -1)[None].repeat(3, 1, 1, 1)     # (T, H, W, 3)
+    ramps = torch.stack([x, y, torch.full_like(x, 120)], -1).repeat(3, 1, 1, 1)     # (T, H, W, 3)
     plain = torch.full((3, H, W, 3), 120, dtype=torch.uint8)
     areas, mirrored, changed = [], 0, 0
     for seed in range(many):
         view = crop_flip_jitter(ramps, 32, seed)
-        assert view.shape == (3, 32, 32, 3) and view.eq(view[0]).all() and view.equal(crop_flip_jitter(ramps, 32, seed))
+        assert view.shape == (3, 32, 32, 3) and view.eq(view[0]).all()
+        assert view.equal(crop_flip_jitter(ramps, 32, seed))
         changed += not crop_flip_jitter(plain, 32, seed).equal(plain[:, :32, :32])
-        if view[..., 2].eq(120).all():                    # no change of colours: the ramps tell the place
-            spans = [(view[0, :, :, c].float().mean(c).diff().mean() * 32 / 240).item() for c in (0, 1)]
-            areas.append(abs(spans[0] * spans[1]))
-            mirrored += spans[0] < 0
-            assert spans[1] > 0
+        if view[..., 2].eq(120).all():    # the colours are unchanged, so the ramps tell the place
+            steps = [view[0, :, :, c].float().mean(c).diff().mean().item() for c in (0, 1)]
+            width, height = (step * 32 / 240 for step in steps)     # shares of the whole picture
+            areas.append(abs(width * height))
+            mirrored += width < 0
+            assert height > 0
     assert abs(changed / many - 0.8) < 0.1 and len(areas) > 30
     assert 0.11 < min(areas) < 0.3 and 0.75 < max(areas) < 1.1
     assert abs(mirrored / len(areas) - 0.5) < 3 * 0.5 / len(areas) ** 0.5
@@ -71,7 +74,7 @@ def test_training_view_of_fine_tuning():
 def test_crop_flip_is_shared_by_all_frames_and_views():
     H, W = 10, 14
     place = torch.arange(H * W, dtype=torch.int32).reshape(H, W, 1)
-    frames = place.expand(2, 5, H, W, 3)                  # (K, T, H, W, 3), each pixel tells where it comes from
+    frames = place.expand(2, 5, H, W, 3)  # (K, T, H, W, 3); the value of a pixel tells its place
     seen = set()
     for seed in range(60):
         out = crop_flip(frames, 8, torch.Generator().manual_seed(seed))
@@ -94,7 +97,7 @@ def test_crops_of_evaluation():
 
 
 def test_normalize_frames():
-    frames = torch.randint(0, 256, (2, 2, 4, 6, 6, 3), dtype=torch.uint8)           # (B, K, T, H, W, 3)
+    frames = torch.randint(0, 256, (2, 2, 4, 6, 6, 3), dtype=torch.uint8)     # (B, K, T, H, W, 3)
     x = normalize_frames(frames)
     assert x.shape == (2, 2, 3, 4, 6, 6)
     torch.testing.assert_close(x[0, 1, 2, 3], (frames[0, 1, 3, :, :, 2] / 255 - 0.45) / 0.225)
@@ -106,10 +109,11 @@ def test_log_mel():
     waves = torch.stack([tone(300), tone(1200), torch.zeros(24000)])
     x = log_mel(waves)                                    # (3, 1, M, F)
     assert x.shape == (3, 1, 40, 101) and torch.isfinite(x).all()
-    centre = [700 * (10 ** (m / 2595) - 1) for m in torch.linspace(0, 2595 * math.log10(1 + 12000 / 700), 42)[1:-1].tolist()]
-    for row, hz in ((0, 300), (1, 1200)):                 # the band nearest to the tone is the loudest
+    top = 2595 * math.log10(1 + 12000 / 700)              # 12 kHz in mel
+    centres = [700 * (10 ** (m / 2595) - 1) for m in torch.linspace(0, top, 42)[1:-1].tolist()]
+    for row, hz in ((0, 300), (1, 1200)):     # the band nearest to the tone is the loudest one
         band = int(x[row, 0, :, 50].argmax())
-        assert abs(centre[band] - hz) == min(abs(c - hz) for c in centre)
+        assert abs(centres[band] - hz) == min(abs(centre - hz) for centre in centres)
     torch.testing.assert_close(log_mel(waves[1]), x[1])
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(log_mel(waves), x)
