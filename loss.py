@@ -1,15 +1,17 @@
-"""SvaCLR's objective: Eq. 1 (§2.1), Eq. 2 (§2.2) and Eq. 3 (§2.3) of arXiv 2309.13942. Needs torch alone.
+"""SvaCLR's objective: Eq. 1 (§2.1), Eq. 2 (§2.2) and Eq. 3 (§2.3) of arXiv 2309.13942.
 
-    loss = soft_info_nce(y_a, y_v, z_a, z_v)          # y: encoder outputs, z: unit-length projections
+    loss = soft_info_nce(y_a, y_v, z_a, z_v)      # y: encoder outputs, z: unit-length projections
 
-B clips on this process, W processes, N = W B clips in the global batch, K views per modality (view 0 at speed 1,
-view 1 sped up), C encoder width, D projection width. Views keep an axis of their own, so no index arithmetic decides
-which row belongs to which clip:
+This file needs torch alone. Symbols: B clips on this process, W processes, N = W B clips in the
+global batch; K views per modality (view 0 at speed 1, view 1 sped up); C encoder width, D
+projection width. Views keep an axis of their own, so that no index arithmetic decides which row
+belongs to which clip:
 
                      clip j = i             clip j != i
     video views q    0         1            0      1
-    audio p = 0      L[i,0,0]  L[i,0,1]     -      -      every "-" is a negative of every L[i,p,q] in its row;
-    audio p = 1      L[i,1,0]  L[i,1,1]     -      -      the clip's own other view is neither positive nor negative
+    audio p = 0      L[i,0,0]  L[i,0,1]     -      -      A "-" is a negative of every L[i,p,q] in
+    audio p = 1      L[i,1,0]  L[i,1,1]     -      -      its row. The clip's own other view is
+                                                          neither positive nor negative.
 """
 
 import torch
@@ -18,28 +20,34 @@ import torch.nn.functional as F
 
 
 def similarities(z_a, z_v, own, eta):
-    """The two parts of Eq. 1's fraction: s (B, K, N, K) = z_a . z_v / eta, and the log of the sum over other clips.
+    """Both parts of the fraction in Eq. 1: the similarities s and the log of the negatives' sum.
 
-    neg (B, K) = log sum_{j != i} sum_{q'} exp(s[i,p,j,q']): both speeds of all other clips, 2(N-1) negatives for K = 2.
+    s (B, K, N, K) = z_a . z_v / eta. log_negatives (B, K) = log sum_{j != i} sum_{q'}
+    exp(s[i,p,j,q']): both speeds of all other clips, which are 2(N-1) negatives for K = 2.
     """
     N = z_v.shape[0]
     if N < 2:
-        raise ValueError(f"Eq. 1 contrasts a clip with other clips, and the global batch holds {N}: give it 2 or more")
-    s = torch.einsum("ipd,jqd->ipjq", z_a, z_v) / eta                               # (B, K, N, K)
-    same = own[:, None] == torch.arange(N, device=own.device)                       # (B, N), True where j = i
-    neg = s.masked_fill(same[:, None, :, None], -torch.inf).flatten(2).logsumexp(2)  # (B, K)
-    return s, neg
+        raise ValueError(f"Eq. 1 contrasts a clip with other clips, but the global batch has {N}: "
+                         "give it 2 or more")
+    s = torch.einsum("ipd,jqd->ipjq", z_a, z_v) / eta                   # (B, K, N, K)
+    same = own[:, None] == torch.arange(N, device=own.device)           # (B, N), True where j = i
+    others = s.masked_fill(same[:, None, :, None], -torch.inf)          # (B, K, N, K)
+    return s, others.flatten(2).logsumexp(2)                            # (B, K, N, K), (B, K)
 
 
-def nll(s, neg):
-    """-log( exp(s) / (exp(s) + exp(neg)) ) = log(1 + exp(neg - s)). Exact to 50, where softplus(x) = x in float64."""
-    return F.softplus(neg - s, threshold=50)
+def nll(s, log_negatives):
+    """-log( exp(s) / (exp(s) + exp(log_negatives)) ) = log(1 + exp(log_negatives - s)).
+
+    The threshold is 50 because softplus(x) = x from there on, even in float64.
+    """
+    return F.softplus(log_negatives - s, threshold=50)
 
 
 def info_nce(z_a, z_v, own, eta):
     """Eq. 1, with the -log that InfoNCE means:
 
-        L[i,p,q] = -log( exp(s[i,p,i,q]) / ( exp(s[i,p,i,q]) + sum_{j != i} sum_{q'} exp(s[i,p,j,q']) ) )
+        L[i,p,q] = -log( exp(s[i,p,i,q])
+                         / ( exp(s[i,p,i,q]) + sum_{j != i} sum_{q'} exp(s[i,p,j,q']) ) )
 
     Args:
         z_a: (B, K, D) audio projections of this process's clips, unit length.
@@ -49,20 +57,21 @@ def info_nce(z_a, z_v, own, eta):
     Returns:
         L (B, K, K), audio view p by video view q. Raises ValueError if N < 2.
     """
-    s, neg = similarities(z_a, z_v, own, eta)                                       # (B, K, N, K), (B, K)
-    s_own = s[torch.arange(len(own), device=own.device), :, own]                    # (B, K, K), s[i,p,i,q]
-    return nll(s_own, neg[:, :, None])                                              # (B, K, K)
+    s, log_negatives = similarities(z_a, z_v, own, eta)                 # (B, K, N, K), (B, K)
+    s_own = s[torch.arange(len(own), device=own.device), :, own]        # (B, K, K), s[i,p,i,q]
+    return nll(s_own, log_negatives[:, :, None])                        # (B, K, K)
 
 
 def cross_affinity(y_a, y_v, scope="clip", temperature=1.0, normalize=True):
-    """Eq. 2: lam(a_p, v_q) = softmax[ l(y_a) l(y_v)^T ], a K x K matrix per clip ("two-by-two", Fig. 2).
+    """Eq. 2: lam(a_p, v_q) = softmax[ l(y_a) l(y_v)^T ], a K x K matrix per clip (Fig. 2).
 
     Args:
-        y_a, y_v: (B, K, C) encoder outputs; where l is not the identity, l(y).
-        scope: "clip", the K x K entries of a clip sum to 1 (§2.2, Fig. 2) | "view", each row sums to 1.
-        temperature: divides the similarities; the paper prints none, 1 is that.
-        normalize: y brought to unit length first (paper silent; SNCLR, its reference [6]). Raw outputs saturate
-            the softmax, their length being about 17.
+        y_a, y_v: (B, K, C) encoder outputs; l(y) where l is not the identity.
+        scope: "clip": the K x K entries of a clip sum to 1 (§2.2: "two-by-two") | "view": each
+            row sums to 1.
+        temperature: divides the similarities. The paper prints none, which is 1.
+        normalize: bring y to unit length first (paper silent; SNCLR, its reference [6]). Raw
+            outputs are about 17 long and saturate the softmax.
     Returns:
         lam (B, K, K), audio view p by video view q.
     """
@@ -70,52 +79,64 @@ def cross_affinity(y_a, y_v, scope="clip", temperature=1.0, normalize=True):
         raise ValueError(f"scope={scope!r}: choose 'clip' or 'view'")
     if normalize:
         y_a, y_v = F.normalize(y_a, dim=-1), F.normalize(y_v, dim=-1)
-    c = torch.einsum("ipc,iqc->ipq", y_a, y_v) / temperature                        # (B, K, K)
-    return c.softmax(2) if scope == "view" else c.flatten(1).softmax(1).view_as(c)  # (B, K, K)
+    c = torch.einsum("ipc,iqc->ipq", y_a, y_v) / temperature            # (B, K, K)
+    return c.softmax(2) if scope == "view" else c.flatten(1).softmax(1).view_as(c)
 
 
-def soft_info_nce(y_a, y_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temperature=1.0, symmetric=True,
-                  normalize=True, detach=False):
-    """Eq. 3: mean over clips i of sum_{p,q} lam[i,p,q] L[i,p,q]. Gathers by itself where a process group exists.
+def soft_info_nce(y_a, y_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temperature=1.0,
+                  symmetric=True, normalize=True, detach=False):
+    """Eq. 3: mean over clips i of sum_{p,q} lam[i,p,q] L[i,p,q].
+
+    Under torch.distributed each process gives its own clips, and this function gathers the others.
 
     Args:
-        y_a, y_v: (B, K, C) encoder outputs (or l(y)) of this process's clips. B is the same on all processes.
+        y_a, y_v: (B, K, C) encoder outputs (or l(y)) of this process's clips. B is the same on
+            all processes. None for affinity "none", which does not read them.
         z_a, z_v: (B, K, D) projections, unit length.
         eta: temperature of Eq. 1 ("constant", §2.1; 0.07 is GDT's).
-        affinity: "clip" | "view": scope of Eq. 2's softmax | "none": lam = 1/K^2, plain InfoNCE over co-augmented
-            views (Table 1, rows 2 to 4; row 1 with K = 1) | "batch": Eq. 3's double sum read literally, lam a row
-            softmax over the videos of all N clips, so that other clips become soft positives of weight lam.
-        affinity_temperature: of Eq. 2's softmax (paper silent).
-        symmetric: average of audio -> video and video -> audio | False: audio -> video alone, as printed.
-        normalize: unit-length y in Eq. 2 | False: raw.
-        detach: no gradient through lam | False: as printed.
+        affinity: "clip" | "view": the scope of the softmax in Eq. 2 | "none": lam = 1/K^2, which
+            is plain InfoNCE over co-augmented views (Table 1, rows 2 to 4; row 1 with K = 1) |
+            "batch": the double sum of Eq. 3 read literally, where lam is a row softmax over the
+            videos of all N clips, so that other clips become soft positives of weight lam.
+        affinity_temperature: of the softmax in Eq. 2 (paper silent).
+        symmetric: True: average of audio -> video and video -> audio | False: audio -> video
+            alone, as printed.
+        normalize: True: y of unit length in Eq. 2 | False: y as it is.
+        detach: True: no gradient through lam | False: as printed.
     Returns:
-        A scalar: this process's clips against all videos; the mean over processes is the loss of the global batch.
-        float64 stays float64, half precision is lifted to float32, autocast is off inside.
+        A scalar: the loss of this process's clips against all videos. Its mean over the processes
+        is the loss of the global batch. float64 stays float64, half precision becomes float32, and
+        autocast is off inside.
     """
     if affinity not in ("none", "clip", "view", "batch"):
         raise ValueError(f"affinity={affinity!r}: choose 'none', 'clip', 'view' or 'batch'")
-    y_a, y_v, z_a, z_v = (x if x.dtype == torch.float64 else x.float() for x in (y_a, y_v, z_a, z_v))
-    if detach:
-        y_a, y_v = y_a.detach(), y_v.detach()
+    z_a, z_v = at_least_float32(z_a), at_least_float32(z_v)
+    if affinity == "none":
+        y_a = y_v = None
+    elif y_a is None or y_v is None:
+        raise ValueError(f"affinity={affinity!r} needs the encoder outputs y_a and y_v")
+    else:
+        y_a, y_v = at_least_float32(y_a), at_least_float32(y_v)
+        if detach:
+            y_a, y_v = y_a.detach(), y_v.detach()
     B, K, _ = z_a.shape
     rank = dist.get_rank() if distributed() else 0
-    own = rank * B + torch.arange(B, device=z_a.device)                             # (B,)
+    own = rank * B + torch.arange(B, device=z_a.device)                 # (B,)
 
-    def one_way(y_q, y_k, z_q, z_k):                                                # queries q against all keys k
+    def one_way(y_q, y_k, z_q, z_k):                        # queries q against all keys k
         if affinity == "batch":
-            s, neg = similarities(z_q, all_gather(z_k), own, eta)                   # (B, K, N, K), (B, K)
-            y_k = all_gather(y_k)                                                   # (N, K, C)
+            s, log_negatives = similarities(z_q, all_gather(z_k), own, eta)   # (B, K, N, K), (B, K)
+            y_k = all_gather(y_k)                                       # (N, K, C)
             if normalize:
                 y_q, y_k = F.normalize(y_q, dim=-1), F.normalize(y_k, dim=-1)
-            c = torch.einsum("ipc,jqc->ipjq", y_q, y_k) / affinity_temperature      # (B, K, N, K)
-            lam = c.flatten(2).softmax(2).view_as(c)                                # (B, K, N, K), rows sum to 1
-            return (lam * nll(s, neg[:, :, None, None])).sum((2, 3)).mean()
-        L = info_nce(z_q, all_gather(z_k), own, eta)                                # (B, K, K)
+            c = torch.einsum("ipc,jqc->ipjq", y_q, y_k) / affinity_temperature    # (B, K, N, K)
+            lam = c.flatten(2).softmax(2).view_as(c)               # (B, K, N, K), rows sum to 1
+            return (lam * nll(s, log_negatives[:, :, None, None])).sum((2, 3)).mean()
+        L = info_nce(z_q, all_gather(z_k), own, eta)                    # (B, K, K)
         if affinity == "none":
             return L.mean()
-        lam = cross_affinity(y_q, y_k, affinity, affinity_temperature, normalize)   # (B, K, K)
-        total = K if affinity == "view" else 1                                      # what a clip's lam sums to
+        lam = cross_affinity(y_q, y_k, affinity, affinity_temperature, normalize)     # (B, K, K)
+        total = K if affinity == "view" else 1                          # the sum of a clip's lam
         return (lam * L).sum((1, 2)).mean() / total
 
     with torch.autocast(z_a.device.type, enabled=False):
@@ -123,9 +144,14 @@ def soft_info_nce(y_a, y_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temper
         return (a_to_v + one_way(y_v, y_a, z_v, z_a)) / 2 if symmetric else a_to_v
 
 
+def at_least_float32(x):
+    """float64 as it is, any other precision as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def distributed():
-    """Whether a process group exists."""
-    return dist.is_available() and dist.is_initialized()
+    """Whether more than one process takes part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class AllGather(torch.autograd.Function):
@@ -136,19 +162,20 @@ class AllGather(torch.autograd.Function):
         x = x.contiguous()
         out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
         dist.all_gather(out, x)
-        return torch.cat(out)                                                       # (W B, ...)
+        return torch.cat(out)                                           # (W B, ...)
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)                       # every process's loss depends on every process's rows
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]                   # (B, ...)
+        dist.all_reduce(grad)              # every process's loss depends on every process's rows
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]       # (B, ...)
 
 
 def all_gather(x):
-    """Rows of all processes, (B, ...) -> (W B, ...), in rank order; x itself without a process group.
+    """Rows of all processes in rank order: (B, ...) -> (W B, ...). One process gets x itself.
 
-    The gradient is exact: summed over processes, then own rows. torch's own differentiable all_gather is deprecated
-    for one that torch 2.10 lacks, hence this one.
+    The gradient is exact: the sum over processes, of which each process takes its own rows. We do
+    not use torch's own differentiable all_gather, because it is deprecated for one that torch 2.10
+    lacks.
     """
     return AllGather.apply(x) if distributed() else x

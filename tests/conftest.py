@@ -1,25 +1,86 @@
-"""Real media for the tests, made with PyAV: the picture tells the time, the sound tells its pitch."""
+"""What the tests share: real media made with PyAV, the scripts as processes, a process group.
 
+In a film the picture tells its number, and the sound tells its pitch.
+"""
+
+import json
 import os
+import re
 import shutil
+import subprocess
 import sys
+from argparse import Namespace
 from fractions import Fraction
 from pathlib import Path
 
-os.environ["OMP_WAIT_POLICY"] = "passive"                 # many processes share these cores: none may wait busily
+os.environ["OMP_WAIT_POLICY"] = "passive"       # many processes share the cores: none may spin
 
 import av
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-from experiments import frames                            # noqa: E402
-from experiments.frames import barcode                    # noqa: E402
-from prepare import scan                                  # noqa: E402
+import pretrain                                 # noqa: E402
+from experiments import frames                  # noqa: E402
+from experiments.frames import barcode          # noqa: E402
+from prepare import scan                        # noqa: E402
+from support import processes                   # noqa: E402
+
+# A run of seconds in float32, which repeats to the bit.
+SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
+         "--batch-size", "4", "--epochs", "4", "--warmup", "1", "--workers", "1",
+         "--precision", "fp32"]
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: starts many processes, or takes over ten seconds")
+
+
+def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT):
+    """Run a script as one process, or under torchrun as several. Returns the completed process."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *torchrun * (processes > 1), str(script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def run_here(script, *args):
+    """Run a script (a module) in this process, which is faster. Returns its exit status."""
+    job = {"pretrain": "train", "finetune": "recognise", "retrieval": "evaluate"}[script.__name__]
+    try:
+        processes.launch(getattr(script, job), script.parse([str(arg) for arg in args]))
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def log_of(out):
+    """The lines of OUT/log.jsonl."""
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def command_lines(text):
+    """The command lines of the sh blocks in a document, or of the indented lines in a docstring.
+
+    Comments are cut off, and continued lines are joined.
+    """
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    text = "\n".join(blocks or re.findall(r"^    .*", text, re.MULTILINE))
+    lines = (line.split("#")[0].strip() for line in text.replace("\\\n", " ").splitlines())
+    return [line for line in lines if re.match(r"(\w+=\w+ )?(python|python3|torchrun) ", line)]
+
+
+@pytest.fixture(autouse=True)
+def process_group():
+    """The functions of a script expect a process group, which launch ends."""
+    if not dist.is_initialized():
+        processes.start()
 
 
 def read_barcode(video):
@@ -27,41 +88,65 @@ def read_barcode(video):
     return torch.as_tensor(frames.read_barcode(video))
 
 
-def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, rate=44100, layout="mono", codec="libx264",
-               audio_codec="aac", gray=None, wave=None, start=0.0, gop=12, turned=0, ticks=None,
-               sound_seconds=None, muxer=None):
-    """One file. Each frame shows its number as a barcode unless gray(t) gives one gray value at time t (s); the sound
-    is a tone (Hz) unless wave(t) gives samples. start: the first time stamp. tone=None: no sound track. turned:
-    degrees by which a player is to turn the picture, counter-clockwise. ticks: stamps of the frames in 1/fps s.
-    sound_seconds: length of the sound, if it is not that of the pictures. muxer: options of the container."""
+# What make_video does unless its keyword arguments say otherwise.
+FILM = dict(
+    codec="libx264", audio_codec="aac", rate=44100, layout="mono",
+    gop=12,                 # pictures from one keyframe to the next
+    start=0.0,              # the first time stamp, s
+    turned=0,               # degrees by which a player turns the picture, counter-clockwise
+    ticks=None,             # time stamps of the pictures, in 1/fps s
+    gray=None,              # gray(t): one gray value at time t (s) in place of the barcode
+    wave=None,              # wave(t): samples in place of the tone
+    sound_seconds=None,     # length of the sound, if the pictures have another
+    muxer=None)             # options of the container
+
+
+def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, **film):
+    """Write one file. Each picture shows its number as a barcode, and the sound is a tone in Hz.
+
+    tone=None: the file has no sound. film: see FILM.
+    """
+    assert film.keys() <= FILM.keys()
+    film = Namespace(**FILM | film)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options=muxer or {}) as out:
-        options = {"g": str(gop), "crf": "5"} if codec == "libx264" else {}
-        video = out.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), width=size[0], height=size[1],
+    with av.open(str(path), "w", options=film.muxer or {}) as out:
+        options = {"g": str(film.gop), "crf": "5"} if film.codec == "libx264" else {}
+        rate = Fraction(fps).limit_denominator(1001)
+        video = out.add_stream(film.codec, rate=rate, width=size[0], height=size[1],
                                pix_fmt="yuv420p", options=options)
         video.bit_rate = 2_000_000
-        if turned:
-            video.set_display_rotation(turned)
-        audio = out.add_stream(audio_codec, rate=rate, layout=layout) if tone is not None else None
-        offset = round(start * fps)
+        if film.turned:
+            video.set_display_rotation(film.turned)
+        audio = None
+        if tone is not None:
+            audio = out.add_stream(film.audio_codec, rate=film.rate, layout=film.layout)
         for n in range(round(seconds * fps)):
-            image = np.full((size[1], size[0], 3), gray(n / fps), np.uint8) if gray else barcode(n, size)
+            image = barcode(n, size)
+            if film.gray:
+                image = np.full((size[1], size[0], 3), film.gray(n / fps), np.uint8)
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = (ticks[n] if ticks else n) + offset, 1 / Fraction(fps).limit_denominator(1001)
+            frame.pts = (film.ticks[n] if film.ticks else n) + round(film.start * fps)
+            frame.time_base = 1 / rate
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
         if audio is not None:
-            t = np.arange(round((sound_seconds or seconds) * rate)) / rate
-            sound = wave(t) if wave else 0.5 * np.sin(2 * np.pi * tone * t)
-            channels = {"mono": 1, "stereo": 2, "5.1": 6}[layout]
-            planes = np.ascontiguousarray(np.tile(sound.astype(np.float32), (channels, 1)))
-            resampler = av.AudioResampler(audio.format.name, layout, rate)      # to the format the encoder takes
-            frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=layout)
-            frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), round(start * rate)
-            for part in resampler.resample(frame):
-                out.mux(audio.encode(part))
-            out.mux(audio.encode(None))
+            t = np.arange(round((film.sound_seconds or seconds) * film.rate)) / film.rate
+            sound = film.wave(t) if film.wave else 0.5 * np.sin(2 * np.pi * tone * t)
+            write_sound(out, audio, sound, film)
     return path
+
+
+def write_sound(out, audio, sound, film):
+    """Encode a waveform, the same on all channels, into a stream of a container."""
+    channels = {"mono": 1, "stereo": 2, "5.1": 6}[film.layout]
+    planes = np.ascontiguousarray(np.tile(sound.astype(np.float32), (channels, 1)))
+    frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=film.layout)
+    frame.sample_rate, frame.time_base = film.rate, Fraction(1, film.rate)
+    frame.pts = round(film.start * film.rate)
+    # The resampler gives the sample format that the encoder takes.
+    for piece in av.AudioResampler(audio.format.name, film.layout, film.rate).resample(frame):
+        out.mux(audio.encode(piece))
+    out.mux(audio.encode(None))
 
 
 def with_damaged(rows, folder, chosen):
@@ -83,21 +168,21 @@ def peak_hz(wave, rate=24000):
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
-    """ROOT/train/{low,high}/ 10 films, ROOT/test/... 24 films of 3 s, of two classes told apart by sight and sound."""
+    """ROOT/{train,test}/{low,high}/: 10 and 24 films of 3 s. Their classes differ to eye and ear."""
     root = tmp_path_factory.mktemp("tree")
     for split, many in (("train", 5), ("test", 12)):
         for label, tone, level in (("low", 300, 60), ("high", 900, 190)):
             for n in range(many):
-                make_video(root / split / label / f"{n}.mp4", 3.0, 10, tone=tone + 20 * n, gray=lambda t: level + 3 * n)
+                make_video(root / split / label / f"{n}.mp4", 3.0, 10, tone=tone + 20 * n,
+                           gray=lambda t: level + 3 * n)
     return root
 
 
 @pytest.fixture(scope="session")
 def brief(tree, tmp_path_factory):
     """The checkpoint.pt of one epoch on the tree's train part."""
-    from test_pretrain import SMALL, run
     out = tmp_path_factory.mktemp("runs") / "brief"
-    run("--data", tree, "--out", out, *SMALL, "--epochs", "1")
+    assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--epochs", "1") == 0
     return out / "checkpoint.pt"
 
 

@@ -1,42 +1,28 @@
-"""The training script: its schedule, its flags, its checkpoints, and what it says to bad input."""
+"""pretrain.py: its schedule, its flags, what it prints, and what it says to bad input."""
 
 import argparse
 import ast
-import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, make_video
+from conftest import ROOT, SMALL, log_of, make_video, run, run_here
 
+import finetune
 import pretrain
-from augment import LogMel
+import retrieval
+from data import Row
 from loss import soft_info_nce
+from models import video_encoder
 from prepare import scan
-from pretrain import lr_at, parse, precision
-
-SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8", "--batch-size", "4", "--epochs", "4",
-         "--warmup", "1", "--workers", "1", "--precision", "fp32"]
-
-
-def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT):
-    launch = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                      f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launch, str(script), *map(str, args)], cwd=cwd, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
-def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+from pretrain import learning_rate, parse
+from support.processes import choose_precision
 
 
 def test_learning_rate():
     """§3.1: 0.064 -> 0.64 in 10 epochs, cosine to 0.10 at epoch 100, per step."""
-    lr = lambda step: lr_at(step / 451, warmup=10, epochs=100, peak=0.64)
+    lr = lambda step: learning_rate(step / 451, warmup=10, epochs=100, peak=0.64)
     assert lr(0) == pytest.approx(0.064)
     assert lr(2255) == pytest.approx((0.064 + 0.64) / 2)
     assert lr(4510) == pytest.approx(0.64)
@@ -44,39 +30,42 @@ def test_learning_rate():
     assert lr(45100) == pytest.approx(0.10)
     rates = [lr(step) for step in range(0, 45101, 50)]
     assert rates == sorted(rates[:91]) + sorted(rates[91:], reverse=True)
-    assert lr_at(0, 0, 3, 1.0) == 1.0
+    assert learning_rate(0, 0, 3, 1.0) == 1.0
 
 
 def test_defaults_are_the_papers():
     args = parse(["--data", "x"])
-    paper = dict(max_speed=4, epochs=100, warmup=10, batch_size=8, lr=0.64, arch="r2plus1d_18", mapping="identity",
-                 affinity="clip", size=128, eta=0.07, frames=30, fps=30, weight_decay=1e-5)
+    paper = dict(max_speed=4, epochs=100, warmup=10, batch_size=8, lr=0.64, arch="r2plus1d_18",
+                 mapping="identity", affinity="clip", size=128, eta=0.07, frames=30, fps=30,
+                 weight_decay=1e-5)
     assert {name: getattr(args, name) for name in paper} == paper
     demo = parse([])
     assert {name: getattr(demo, name) for name in pretrain.DEMO} == pretrain.DEMO
-    assert parse(["--epochs", "3"]).epochs == 3           # what is asked for outranks the settings of the built-in set
+    assert parse(["--epochs", "3"]).epochs == 3     # a flag outranks the built-in set's settings
 
 
-def test_every_flag_is_read_and_says_its_default():
-    source = (ROOT / "pretrain.py").read_text()
-    read = {node.attr for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "args"}
-    parser = []
-    init = argparse.ArgumentParser.parse_args
-    argparse.ArgumentParser.parse_args = lambda self, *a, **k: parser.append(self) or init(self, *a, **k)
-    try:
-        names = vars(parse(["--data", "x"])).keys()
-    finally:
-        argparse.ArgumentParser.parse_args = init
-    assert names - read == set()
-    for action in parser[0]._actions:
-        assert "§" in action.help or "paper silent" in action.help or "(" in action.help or action.dest == "help", action.dest
+@pytest.mark.parametrize("script", [pretrain, finetune, retrieval])
+def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkeypatch):
+    source = (ROOT / f"{script.__name__}.py").read_text() + (ROOT / "support/run.py").read_text()
+    read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
+            and ast.unparse(node.value) in ("args", "self.args")}
+    parsers, original = [], argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args",
+                        lambda self, *a: parsers.append(self) or original(self, *a))
+    assert vars(script.parse(["--data", "x"])).keys() - read == set()
+    for action in parsers[0]._actions:
+        assert "(" in action.help or action.dest == "help", action.dest
 
 
 @pytest.mark.parametrize("flags,sentence", [
-    (["--bogus"], "unrecognized arguments: --bogus"), (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
-    (["--affinity", "both"], "invalid choice: 'both'"), (["--max-speed", "0"], "--max-speed 0: 1 or more"),
-    (["--eta", "0"], "--eta 0.0: more than 0"), (["--warmup", "9", "--epochs", "3"], "--warmup 9 is longer than --epochs 3"),
+    (["--bogus"], "unrecognized arguments: --bogus"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch 3"),
+    (["--affinity", "both"], "invalid choice: 'both'"),
+    (["--max-speed", "0"], "--max-speed: '0' is not a whole number of 1 or more"),
+    (["--frames", "1.5"], "--frames: '1.5' is not a whole number of 1 or more"),
+    (["--eta", "0"], "--eta: '0' is not a number above 0"),
+    (["--max-failures", "1"], "--max-failures: '1' is not a share of 0 or more and less than 1"),
+    (["--warmup", "9", "--epochs", "3"], "--warmup 9 is longer than --epochs 3"),
     (["--mapping", "mlp", "--affinity", "none"], "--mapping mlp has nothing to learn from"),
     (["--mapping", "linear", "--detach-affinity"], "--mapping linear has nothing to learn from")])
 def test_bad_flags(flags, sentence, capsys):
@@ -90,12 +79,13 @@ def test_precision_by_capability(monkeypatch):
     for bf16 in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert precision("auto", cpu)[0] == (torch.bfloat16 if bf16 else torch.float32)
+        assert choose_precision("auto", cpu)[0] == (torch.bfloat16 if bf16 else torch.float32)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    for capability, dtype in (((7, 0), torch.float16), ((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
+    for capability, dtype in (((7, 0), torch.float16), ((7, 5), torch.float16),
+                              ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert precision("auto", gpu)[0] == dtype
-    assert precision("fp32", gpu)[0] == torch.float32
+        assert choose_precision("auto", gpu)[0] == dtype
+    assert choose_precision("fp32", gpu)[0] == torch.float32
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +97,10 @@ def trained(tree, tmp_path_factory):
 
 def test_start_prints_the_effective_numbers(trained):
     text = trained[1].stdout
-    for part in ("1 process(es) on cpu, float32 (as asked)", "10 clips (0 left out), global batch 4", "6 negatives per query",
-                 "2 steps an epoch, 8 steps in all", "learning rate 0.0005 -> 0.005 -> 0.0007813", "times 4/512"):
+    for part in ("1 process(es) on cpu, float32 (as asked)",
+                 "10 clips (0 left out), global batch 4", "6 negatives per query",
+                 "2 steps an epoch, 8 steps in all",
+                 "learning rate 0.0005 -> 0.005 -> 0.0007813", "times 4/512"):
         assert part in text, part
 
 
@@ -117,121 +109,135 @@ def test_log_and_files(trained):
     head, *events = log_of(out)
     assert head["args"]["max_speed"] == 4 and head["processes"] == 1
     assert [event["step"] for event in events] == [8]
-    assert math.isfinite(events[0]["loss"]) and events[0]["replaced"] == 0 and 0 <= events[0]["wait"] <= 1
+    assert math.isfinite(events[0]["loss"]) and events[0]["replaced"] == 0
+    assert 0 <= events[0]["wait"] <= 1
     assert not list(out.glob("*.part"))
     theirs = torchvision.models.resnet18(weights=None)
     audio = torch.load(out / "audio_encoder.pt", weights_only=True)
     assert theirs.layer4[0].conv1.weight.shape == audio["layer4.0.conv1.weight"].shape
-    from models import video_encoder
-    video_encoder("r2plus1d_10").load_state_dict(torch.load(out / "video_encoder.pt", weights_only=True))
+    weights = torch.load(out / "video_encoder.pt", weights_only=True)
+    video_encoder("r2plus1d_10").load_state_dict(weights)
 
 
-def here(monkeypatch, *args):
-    """The script in this process: its exit status."""
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, args)])
-    try:
-        pretrain.main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def test_same_command_again_has_nothing_to_do(trained, tree, monkeypatch, capsys):
+def test_same_command_again_has_nothing_to_do(trained, tree, capsys):
     out, _ = trained
     before = (out / "log.jsonl").read_text(), (out / "checkpoint.pt").stat().st_mtime_ns
-    assert here(monkeypatch, "--data", tree, "--out", out, *SMALL) == 0
-    assert "trained to its last step already" in capsys.readouterr().out
+    assert run_here(pretrain, "--data", tree, "--out", out, *SMALL) == 0
+    assert "has been trained to its last step" in capsys.readouterr().out
     assert before == ((out / "log.jsonl").read_text(), (out / "checkpoint.pt").stat().st_mtime_ns)
 
 
-def test_other_settings_or_data_are_refused(trained, tree, tmp_path, monkeypatch, capsys):
+def test_other_settings_or_data_are_refused(trained, tree, tmp_path, capsys):
     out, _ = trained
     before = (out / "checkpoint.pt").read_bytes()
-    assert here(monkeypatch, "--data", tree, "--out", out, *SMALL, "--eta", "0.1") == 1
-    assert "made with other settings (eta 0.07 there, 0.1 here): give those or another --out" in capsys.readouterr().err
+    assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--eta", "0.1") == 1
+    assert ("made with other settings (eta was 0.07 and is 0.1): give the former ones or another "
+            "--out" in capsys.readouterr().err)
     assert (out / "checkpoint.pt").read_bytes() == before
     state = torch.load(out / "checkpoint.pt", weights_only=True)
-    torch.save(state | {"clips": "9 clips, sum 1"}, tmp_path / "checkpoint.pt")      # a file was added since
-    assert here(monkeypatch, "--data", tree, "--out", tmp_path, *SMALL) == 1
-    assert "(data set 9 clips, sum 1 there, 10 clips, sum " in capsys.readouterr().err
+    state["fingerprint"] = "9 clips, sum 1"                 # a file has been added since
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert run_here(pretrain, "--data", tree, "--out", tmp_path, *SMALL) == 1
+    assert "(data set was 9 clips, sum 1 and is 10 clips, sum " in capsys.readouterr().err
 
 
-def test_bad_data(tmp_path, monkeypatch, capsys):
+def test_bad_data(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     make_video(tmp_path / "few" / "train" / "c" / "a.mp4", 2)
     make_video(tmp_path / "few" / "train" / "c" / "silent.mp4", 2, tone=None)
+    too_few = ("1 usable clips (1 left out) do not fill one global batch of 4: give a smaller "
+               "--batch-size or more data")
     for data, flags, sentence in (
-            ("gone", [], "no folder"), ("gone.csv", [], "no such manifest"), ("empty", [], "no video in"),
-            ("few", [], "1 usable clips (1 left out) do not fill one global batch of 4: give a smaller --batch-size or more data"),
+            ("gone", [], "no folder"), ("gone.csv", [], "no such manifest"),
+            ("empty", [], "no video in"), ("few", [], too_few),
             ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
             ("few", ["--batch-size", "1"], "a global batch of 1 has no negatives")):
-        status = here(monkeypatch, "--data", tmp_path / data, "--out", tmp_path / "out", *SMALL, *flags)
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        status = run_here(pretrain, "--data", tmp_path / data, "--out", tmp_path / "out", *SMALL,
+                          *flags)
+        errors = [line for line in capsys.readouterr().err.splitlines()
+                  if line.startswith("error: ")]
         assert status == 1 and len(errors) == 1 and sentence in errors[0], errors
 
 
+@pytest.mark.slow
 def test_files_that_fail_later(tmp_path):
-    """Of 12 scanned files some are damaged before training: replaced and counted; too many of them stop the run."""
+    """Files are damaged after the scan: they are replaced and counted; too many stop the run."""
     for n in range(12):
         make_video(tmp_path / "d" / "c" / f"{n}.mp4", 1.5, 10)
     scan.write(scan.scan(tmp_path / "d"), tmp_path / "scan" / "manifest.csv")
     good = (tmp_path / "d" / "c" / "0.mp4").read_bytes()
     (tmp_path / "d" / "c" / "0.mp4").write_bytes(b"gone bad")
-    kept = ["--data", tmp_path / "scan" / "manifest.csv", *SMALL]
-    done = run(*kept, "--out", tmp_path / "some", "--max-failures", "0.5")
-    assert log_of(tmp_path / "some")[-1]["replaced"] > 0 and "replaced: " in done.stderr and "0.mp4: Invalid data" in done.stderr
-    done = run(*kept, "--out", tmp_path / "many", "--max-failures", "0.01", check=False)
-    assert done.returncode == 1 and "had to be replaced, more than --max-failures 0.01" in done.stderr
+    settings = ["--data", tmp_path / "scan" / "manifest.csv", *SMALL]
+    done = run(*settings, "--out", tmp_path / "some", "--max-failures", "0.5")
+    assert log_of(tmp_path / "some")[-1]["replaced"] > 0
+    assert "replaced: " in done.stderr and "0.mp4: Invalid data" in done.stderr
+    done = run(*settings, "--out", tmp_path / "many", "--max-failures", "0.01", check=False)
+    assert done.returncode == 1
+    assert "had to be replaced, more than --max-failures 0.01" in done.stderr
     for path in (tmp_path / "d" / "c").iterdir():
         path.write_bytes(good[:200])
-    done = run(*kept, "--out", tmp_path / "all", check=False)
-    errors = [line for line in done.stderr.splitlines() if "10 files in a row failed, the last: " in line and "error" in line]
-    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr
+    done = run(*settings, "--out", tmp_path / "all", check=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and errors[0].startswith("error: 10 files in a row failed, the last: ")
 
 
-def test_processes_that_see_different_checkpoints_stop(tree, tmp_path):
-    """As on nodes whose --out is not shared: one goes on from step 10, the other starts anew."""
-    script = tmp_path / "unshared.py"
-    script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport pretrain\n"
-                      "pretrain.resume = lambda *_: ((0, 0, 10 * (os.environ['RANK'] == '0')), [])\npretrain.main()\n")
-    done = run("--data", tree, "--out", tmp_path / "o", *SMALL, "--batch-size", "2", processes=2, script=script, check=False)
-    assert done.returncode != 0 and "error: processes see different checkpoints or data: is --out" in done.stderr
+class OneStep:
+    """Stands in for a Run: it gives one batch of four clips and keeps what the loop logs."""
+
+    def __init__(self, args, loader, model, *_):
+        OneStep.model, OneStep.start = model, [x.detach().clone() for x in model.parameters()]
+
+    def __iter__(self):
+        yield 0.0, [torch.zeros(4, 2, 1, 16, 16, 3, dtype=torch.uint8), torch.zeros(4, 2, 2400)]
+
+    def log(self, **measures):
+        OneStep.measures = measures
+
+
+class Numbers(torch.nn.Module):
+    """A network that ignores its input: its outputs y_a, y_v, z_a, z_v are its parameters."""
+
+    def __init__(self, *_):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.x = torch.nn.ParameterList(torch.rand(4, 2, 8, generator=g) for _ in range(4))
+        self.f, self.g = torch.nn.Identity(), torch.nn.Identity()
+
+    def forward(self, audio, video):
+        assert video.shape == (4, 2, 3, 1, 16, 16) and audio.shape == (4, 2, 1, 40, 11)
+        return tuple(self.x)
 
 
 @pytest.mark.parametrize("flags,keywords", [
-    ([], {}), (["--eta", "0.2"], {"eta": 0.2}), (["--affinity", "view"], {"affinity": "view"}),
-    (["--affinity-temperature", "0.1"], {"affinity_temperature": 0.1}), (["--one-way"], {"symmetric": False}),
-    (["--raw-affinity"], {"normalize": False}), (["--detach-affinity"], {"detach": True})])
-def test_flags_of_the_objective_reach_it(flags, keywords):
-    """A network of free numbers: loss and gradient of one step are those of soft_info_nce with that keyword alone."""
-    g = torch.Generator().manual_seed(0)
-    fixed = [torch.rand(4, 2, 8, generator=g) for _ in range(4)]
-
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.x = torch.nn.ParameterList(torch.nn.Parameter(x.clone()) for x in fixed)
-
-        def forward(self, video, audio):
-            assert video.shape == (4, 2, 3, 1, 16, 16) and audio.shape == (4, 2, 1, 40, 11)
-            return tuple(self.x)
-
-    net, args = Net(), parse(["--data", "x", *flags])
-    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
-    loss, z_a, z_v = pretrain.objective(net, LogMel(), torch.zeros(4, 2, 1, 16, 16, 3, dtype=torch.uint8),
-                                        torch.zeros(4, 2, 2400), args, torch.float32)
-    assert not pretrain.descend(loss, optimizer, scaler)
-    y_v, y_a, x_v, x_a = (x.clone().requires_grad_() for x in fixed)
-    expected = soft_info_nce(y_a, y_v, x_a, x_v, **keywords)
+    ([], {}), (["--eta", "0.2"], {"eta": 0.2}), (["--affinity", "none"], {"affinity": "none"}),
+    (["--affinity", "view"], {"affinity": "view"}),
+    (["--affinity", "batch"], {"affinity": "batch"}),
+    (["--affinity-temperature", "0.1"], {"affinity_temperature": 0.1}),
+    (["--raw-affinity"], {"normalize": False}), (["--detach-affinity"], {"detach": True}),
+    (["--one-way"], {"symmetric": False})])
+def test_flags_of_the_objective_reach_it(flags, keywords, tmp_path, monkeypatch):
+    """The loop's loss and step are those of soft_info_nce with that keyword alone."""
+    row = Row("a.mp4", "a", "", 9.0, 9.0, True, "")
+    for name, value in (("SvaCLR", Numbers), ("Run", OneStep),
+                        ("find_rows", lambda *_: ([row] * 4, {}))):
+        monkeypatch.setattr(pretrain, name, value)
+    assert run_here(pretrain, "--data", "x", "--batch-size", "4", "--weight-decay", "0",
+                    "--precision", "fp32", "--lr", "100", "--out", tmp_path, *flags) == 0
+    start = [x.clone().requires_grad_() for x in OneStep.start]
+    expected = soft_info_nce(*start, **keywords)
     expected.backward()
-    torch.testing.assert_close(loss.detach(), expected.detach())
-    for moved, start, x in zip(net.x, fixed, (y_v, y_a, x_v, x_a)):
-        torch.testing.assert_close(start - moved.detach(), torch.zeros_like(start) if x.grad is None else x.grad)
+    torch.testing.assert_close(OneStep.measures["loss"].detach(), expected.detach())
+    for moved, x in zip(OneStep.model.x, start):
+        gradient = torch.zeros_like(x) if x.grad is None else x.grad
+        torch.testing.assert_close((x - moved).detach() / OneStep.measures["lr"], gradient,
+                                   atol=1e-5, rtol=1e-4)
 
 
 def test_top1():
-    z = torch.nn.functional.normalize(torch.randn(6, 2, 9, generator=torch.Generator().manual_seed(0)), dim=2)
+    g = torch.Generator().manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(6, 2, 9, generator=g), dim=2)
     assert pretrain.top1(z, z) == 1
     swapped = z[[1, 0, 2, 3, 4, 5]]
     assert abs(pretrain.top1(z, swapped) - 4 / 6) < 1e-6
-    assert pretrain.top1(z, z.flip(1)) < 1                # view 0 alone counts
+    assert pretrain.top1(z, z.flip(1)) < 1                  # view 0 alone counts

@@ -1,0 +1,188 @@
+"""Device, processes, precision, and the errors of a script.
+
+In a running script a process group always exists: that of torchrun or Slurm, or one of a single
+process. So a collective operation needs no special case for one process.
+"""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+# torchrun's restarted workers then start with a store of their own (pytorch/pytorch#135712).
+UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+def launch(job, args):
+    """Run job(args, device). An expected error becomes one line on stderr and exit status 1."""
+    device = start()
+    try:
+        job(args, device)
+    except SystemExit:
+        dist.destroy_process_group()
+        raise
+    except (ValueError, FloatingPointError, OSError) as error:
+        where = f" on rank {rank()}" if rank() else ""
+        # An error of a loading process carries that process's traceback before its sentence.
+        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
+        if world_size() > 1:
+            sys.stdout.flush()
+            os._exit(1)                       # an orderly exit would wait for the other processes
+        sys.exit(1)
+    dist.destroy_process_group()
+
+
+def start():
+    """Set up the process group and return this process's device.
+
+    The environment variables of torchrun (RANK, LOCAL_RANK, WORLD_SIZE) decide. Without them the
+    group has one process. On CPUs the processes of one machine share its cores out among them.
+    """
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        gpus = torch.cuda.device_count()
+        if local_rank >= gpus:
+            sys.exit(f"error: process {local_rank} of this machine has no GPU, because the machine "
+                     f"has {gpus}: start {gpus} process(es), or set CUDA_VISIBLE_DEVICES= for CPUs")
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    else:
+        torch.set_num_threads(cores_per_process())
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and UNSHARED not in os.environ:
+            say(f"warning: torchrun --max-restarts needs {UNSHARED}=1 in its environment, "
+                "otherwise restarted processes look for the dead ones (pytorch/pytorch#135712)",
+                sys.stderr)
+    return device
+
+
+def rank():
+    """The number of this process among all processes, from 0 on."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value):
+    """The value of each process, a list in the order of their ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def run_once(job):
+    """Run job() on process 0, while the others wait. Its ValueError is raised on all processes."""
+    error = [None]
+    if rank() == 0:
+        try:
+            job()
+        except ValueError as cause:
+            error = [str(cause)]
+    if world_size() > 1:                # the job may take longer than the 10 minutes nccl waits
+        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+        dist.broadcast_object_list(error, group=patient)
+    if error[0]:
+        raise ValueError(error[0])
+
+
+def say(text, file=None):
+    """Print a line once: process 0 prints it, the others do not."""
+    if rank() == 0:
+        print(text, file=file, flush=True)
+
+
+def say_left_out(left_out):
+    """Print up to ten of the files that are left out, and how many there are for each reason."""
+    for path, reason in list(left_out.items())[:10]:
+        say(f"left out: {path}: {reason}")
+    if len(left_out) > 10:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(left_out.values()).items())
+        say(f"... and {len(left_out) - 10} more: {reasons}")
+
+
+def cores_per_process():
+    """The number of cores for this process: the processes of a machine share its cores."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def loading_workers(number=None):
+    """The number of loading processes: `number`, or all cores but one, at most 8."""
+    return min(8, max(1, cores_per_process() - 1)) if number is None else number
+
+
+def ignore_signals(_):
+    """Workers ignore SIGTERM and SIGUSR1: the trainer still needs batches until it has saved."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """Kill the workers when the trainer exits, because they ignore its SIGTERM."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def choose_precision(choice, device):
+    """Choose the dtype for autocast and say why: (dtype, reason).
+
+    choice: "auto" | "bf16" | "fp16" | "fp32". "auto" takes bfloat16 on GPUs from SM 8.0 on and on
+    CPUs with bf16 arithmetic, float16 on older GPUs, and float32 on other CPUs.
+    """
+    if choice != "auto":
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        return dtypes[choice], "as asked"
+    if device.type == "cuda":
+        # We do not ask torch.cuda.is_bf16_supported(): it says yes on V100, where bf16 is emulated.
+        major, minor = torch.cuda.get_device_capability(device)
+        reason = f"{torch.cuda.get_device_name(device)}, SM {major}.{minor}"
+        return torch.bfloat16 if major >= 8 else torch.float16, reason
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    reason = f"CPU {'with' if bf16 else 'without'} bf16 arithmetic"
+    return torch.bfloat16 if bf16 else torch.float32, reason
+
+
+def autocast(device, dtype):
+    """The autocast context of a dtype. It does nothing for float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def bounded(kind, accepts, rule):
+    """An argparse type: kind(text) if accepts(value) is true, otherwise an error with the rule."""
+    def convert(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
+        return value
+
+    return convert
+
+
+def at_least(low, kind=int):
+    """An argparse type: a whole number (or a number, if kind is float) of `low` or more."""
+    number = "a whole number" if kind is int else "a number"
+    return bounded(kind, lambda x: x >= low, f"{number} of {low} or more")
+
+
+positive = bounded(float, lambda x: 0 < x < float("inf"), "a number above 0")
+share = bounded(float, lambda x: 0 <= x < 1, "a share of 0 or more and less than 1")

@@ -1,0 +1,338 @@
+"""The run of a training script: steps, log, checkpoints, resume, signals.
+
+The script owns the training loop, and a Run is what the loop iterates over:
+
+    run = Run(args, loader, model, optimizer, scaler, metadata)
+    for epoch, batch in run:
+        ...                                     # one step of the optimiser
+        run.log(loss=loss, top1=top1, lr=lr)
+
+Between two steps the Run counts, logs, checks that losses and weights are finite, saves, and stops
+after a signal. The folder args.out gets checkpoint.pt and log.jsonl.
+"""
+
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from models import read_state
+from support.processes import at_least, gather, rank, say, share, world_size
+
+LOG_EVERY = 10                                  # steps
+REQUEUE = 75                                    # exit status after a signal (EX_TEMPFAIL)
+# A resumed run may change these settings.
+CHANGEABLE = {"out", "workers", "save_every", "compile", "max_failures", "test_clips"}
+STATE = ("settings", "fingerprint", "position", "step", "world_size", "replaced", "skipped",
+         "log_bytes", "model", "optimizer", "scaler")
+
+
+def add_run_flags(parser):
+    """Add the flags of a script that trains. Returns their group."""
+    run = parser.add_argument_group("running")
+    run.add_argument("--seed", type=at_least(0), default=0,
+                     help="of weights, order and draws (0; our choice)")
+    run.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                     help="of the encoders (auto; our choice: bf16 where the hardware has it, fp16 "
+                     "on older GPUs, else fp32)")
+    run.add_argument("--workers", type=at_least(0), help="loading processes of each process "
+                     "(default: the cores per process but one, at most 8; our choice)")
+    run.add_argument("--max-failures", type=share, default=0.05,
+                     help="share of clips that may fail to be read; training replaces them, a test "
+                     "leaves them out, and more stop the run (0.05; our choice)")
+    run.add_argument("--save-every", type=at_least(0, float), default=10,
+                     help="minutes between checkpoints (10; our choice)")
+    return run
+
+
+class Run:
+    """Training from the first step, or from the last checkpoint, to the last step.
+
+    Args:
+        args: the settings, a Namespace. Read are out, seed, epochs, save_every and max_failures.
+        loader: a DataLoader of data.make_loader with epochs.
+        model, optimizer, scaler: saved in the checkpoint and continued from it.
+        metadata: a dict for the first line of the log, beside the settings.
+    Iterating yields (epoch, batch): the fractional epoch, and the tensors of the batch on the
+    model's device. After SIGTERM or SIGUSR1 to any process all processes save and exit with status
+    75. Raises ValueError if the checkpoint belongs to other settings or data, or if too many clips
+    fail; FloatingPointError if the loss or a weight is not finite; OSError if a file cannot be
+    written.
+    """
+
+    def __init__(self, args, loader, model, optimizer, scaler, metadata):
+        self.args, self.loader, self.metadata = args, loader, metadata
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.path = Path(args.out) / "checkpoint.pt"
+        self.log_path = self.path.with_name("log.jsonl")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.sampler = loader.batch_sampler
+        self.N = self.sampler.batch_size * world_size()         # clips in the global batch
+        self.fingerprint = fingerprint(loader.dataset.rows)
+        self.epoch = self.used = self.step = 0                  # used: clips of this epoch
+        self.saved_step = self.replaced = self.skipped = 0
+        resumed_from = self.resume() if self.path.exists() else None
+        if len(set(gather((self.epoch, self.used, self.step, self.fingerprint)))) > 1:
+            raise ValueError("the processes see different checkpoints or data: "
+                             f"is --out {args.out} on a file system that they share?")
+        self.sampler.epoch, self.sampler.used = self.epoch, self.used
+        self.last_step = self.step + len(loader)
+        if self.step == self.last_step:
+            say(f"{self.path} has been trained to its last step: nothing to do")
+        elif self.step:
+            say(f"continuing {self.path} at step {self.step} of {self.last_step}" + (
+                f"; it ran on {resumed_from} process(es) and now runs on {world_size()}, in global "
+                f"batches of {self.N}, so the weights will not be the same to the bit"
+                if resumed_from != world_size() else ""))
+
+    def __iter__(self):
+        if self.step == self.last_step:
+            return
+        if rank() == 0 and self.step == 0:
+            self.write_line({"args": vars(self.args), **self.metadata}, "w")
+        elif rank() == 0:
+            truncate_log(self.log_path, self.log_bytes)
+        device = next(self.model.parameters()).device
+        self.model.train()
+        self.start_window()
+        self.saved_at = time.monotonic()
+        batches = iter(self.loader)
+        self.bar = tqdm(total=self.last_step, initial=self.step, desc="training", unit="step",
+                        disable=rank() > 0)
+        with catch_signals() as received, self.bar:
+            while self.step < self.last_step:
+                batch = [x.to(device, non_blocking=True) for x in self.next_batch(batches)]
+                # While a step is computed, the processes agree whether any of them had a signal.
+                should_stop = torch.tensor(bool(received), dtype=torch.uint8)
+                agreed = dist.all_reduce(should_stop, dist.ReduceOp.MAX, async_op=True)
+                scale = self.scaler.get_scale()
+                torch.manual_seed(draw_seed(self.args.seed, self.step, rank()))
+                yield self.epoch + self.used / self.N / self.sampler.steps_per_epoch, batch
+                self.skipped += self.scaler.get_scale() < scale     # infinite gradients
+                self.used, self.step = self.used + self.N, self.step + 1
+                agreed.wait()
+                self.between_steps(bool(should_stop))
+        if world_size() > 1:
+            # On CPUs each process has its own BatchNorm statistics; copy the saved ones to all.
+            for x in self.model.buffers():
+                dist.broadcast(x, 0)
+
+    def log(self, **measures):
+        """Note the measures of a step: loss, a scalar tensor, and others, tensors or numbers.
+
+        A line of the log has the mean of the loss over the steps since the last line.
+        """
+        self.window[-1] |= {name: x.detach() if isinstance(x, torch.Tensor) else x
+                            for name, x in measures.items()}
+
+    def next_batch(self, batches):
+        """Take a batch, and name the files in it that had to be replaced. Returns its tensors."""
+        began = time.monotonic()
+        *batch, sources = next(batches)
+        self.waited += time.monotonic() - began
+        if self.used + self.N > len(self.loader.dataset):
+            self.epoch, self.used = self.epoch + 1, 0
+        for failure in sum((failures for _, failures in sources), []):
+            self.newly_replaced += 1
+            tqdm.write(f"replaced: {failure}", file=sys.stderr)
+        self.window.append({"files": [path for path, _ in sources]})
+        return batch
+
+    def between_steps(self, should_stop):
+        """Check and log every LOG_EVERY steps, save when it is time, and exit after a signal."""
+        last = self.step == self.last_step
+        due, time_to_save = self.step % LOG_EVERY == 0 or last, False
+        if due or should_stop:
+            losses = torch.stack([entry["loss"] for entry in self.window])
+            measures = {name: float(value) for name, value in self.window[-1].items()
+                        if name not in ("loss", "files")}
+            reports = gather({"losses": losses.tolist(), "measures": measures,
+                              "replaced": self.newly_replaced, "finite": all_finite(self.model),
+                              "minutes": (time.monotonic() - self.saved_at) / 60})
+            time_to_save = reports[0]["minutes"] >= self.args.save_every
+            self.check(reports)
+            if due:
+                self.report(reports)
+            self.start_window()
+        if time_to_save or should_stop or last:
+            self.save()
+        self.bar.update()
+        if should_stop:
+            say(f"stopped by a signal, saved at step {self.step} of {self.last_step}: the same "
+                "command continues from that step")
+            sys.exit(REQUEUE)
+
+    def check(self, reports):
+        """Stop all processes if a loss or a weight is not finite, or if too many clips failed."""
+        self.replaced += sum(report["replaced"] for report in reports)
+        advice = f"{self.surviving()}; try a lower --lr and another --out"
+        for n, losses in enumerate(zip(*(report["losses"] for report in reports))):
+            if all(map(math.isfinite, losses)):
+                continue
+            step = self.step - len(self.window) + n + 1
+            files = sum(gather(self.window[n]["files"]), [])
+            if rank() == 0:
+                self.write_line({"step": step, "losses": losses, "files": files})
+            more = f" and {len(files) - 8} more, which log.jsonl names" if len(files) > 8 else ""
+            loss = next(x for x in losses if not math.isfinite(x))
+            raise FloatingPointError(f"loss {loss} at step {step}, learning rate "
+                                     f"{self.window[n]['lr']:.4g}, batch {', '.join(files[:8])}"
+                                     f"{more}: {advice}, or look at these files")
+        if not all(report["finite"] for report in reports):
+            raise FloatingPointError(f"weights that are not finite after step {self.step}, "
+                                     f"learning rate {self.window[-1]['lr']:.4g}: {advice}")
+        if self.replaced > self.args.max_failures * self.step * self.N:
+            raise ValueError(f"{self.replaced} of {self.step * self.N} clips had to be replaced, "
+                             f"more than --max-failures {self.args.max_failures} of them: see the "
+                             "causes above, check the disk and the manifest")
+
+    def report(self, reports):
+        """Write a line of the log."""
+        now, steps = time.monotonic(), len(self.window)
+        seconds = now - self.since
+        loss = sum(sum(report["losses"]) for report in reports) / steps / world_size()
+        measures = {name: sum(report["measures"][name] for report in reports) / world_size()
+                    for name in reports[0]["measures"]}
+        record = {"step": self.step,
+                  "epoch": round(self.epoch + self.used / self.N / self.sampler.steps_per_epoch, 3),
+                  "loss": round(loss, 5), **measures,
+                  "clips_per_s": round(steps * self.N / seconds, 2),
+                  "wait": round(self.waited / seconds, 3),
+                  "replaced": self.replaced, "skipped": self.skipped}
+        if rank() == 0:
+            self.write_line(record)
+            self.bar.set_postfix(loss=f"{loss:.3f}", clips_s=record["clips_per_s"],
+                                 wait=f"{record['wait']:.0%}")
+
+    def start_window(self):
+        """Forget the steps that have been logged."""
+        self.window, self.waited, self.newly_replaced, self.since = [], 0.0, 0, time.monotonic()
+
+    def save(self):
+        """Write the checkpoint. The other processes wait until it is on the disk."""
+        last = self.step == self.last_step
+        if rank() == 0:
+            log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
+            position = (self.args.epochs, 0) if last else (self.epoch, self.used)
+            values = (vars(self.args), self.fingerprint, position, self.step, world_size(),
+                      self.replaced, self.skipped, log_bytes, self.model.state_dict(),
+                      self.optimizer.state_dict(), self.scaler.state_dict())
+            write_atomic(serialise(dict(zip(STATE, values, strict=True))), self.path)
+        gather(None)
+        self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def resume(self):
+        """Load the checkpoint. Returns the number of processes that wrote it.
+
+        Raises ValueError if it cannot be loaded, or belongs to other settings or other data.
+        """
+        state = read_state(self.path, STATE)
+        now = vars(self.args) | {"data set": self.fingerprint}
+        then = state["settings"] | {"data set": state["fingerprint"]}
+        different = sorted(f"{name} was {then.get(name)} and is {now.get(name)}"
+                           for name in now.keys() | then.keys()
+                           if name not in CHANGEABLE and now.get(name) != then.get(name))
+        if different:
+            raise ValueError(f"{self.path} was made with other settings ({'; '.join(different)}): "
+                             "give the former ones or another --out")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:                     # empty if the run has not been in float16
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.used = state["position"]
+        self.step = self.saved_step = state["step"]
+        self.replaced, self.skipped = state["replaced"], state["skipped"]
+        self.log_bytes = state["log_bytes"]
+        return state["world_size"]
+
+    def surviving(self):
+        """Tell the user which checkpoint survives."""
+        if self.saved_step:
+            return f"the checkpoint of step {self.saved_step} is kept"
+        return "there is no checkpoint yet"
+
+    def write_line(self, record, mode="a"):
+        """Write one line of JSON to the log. Raises OSError if it cannot be written."""
+        try:
+            with open(self.log_path, mode) as log:
+                log.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(f"cannot write {self.log_path} ({error.strerror}): make room, then the "
+                          "same command continues") from error
+
+
+@contextmanager
+def catch_signals():
+    """Yield a list that receives the numbers of SIGTERM and SIGUSR1.
+
+    A scheduler sends them before it takes the machine away or the job's time is over.
+    """
+    received = []
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
+                for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def draw_seed(*numbers):
+    """A seed for torch that depends on the numbers alone, so no generator state needs saving."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def all_finite(model):
+    """Whether all weights are finite."""
+    return torch.stack([x.isfinite().all() for x in model.parameters()]).all().item()
+
+
+def fingerprint(rows):
+    """Tell data sets apart: the number of files, and a checksum of their names and labels.
+
+    A data set that has moved to another folder keeps its fingerprint.
+    """
+    names = "".join(f"{Path(row.path).name} {row.label} " for row in rows)
+    return f"{len(rows)} clips, sum {zlib.crc32(names.encode()):08x}"
+
+
+def serialise(state):
+    """The bytes that torch.save writes for a state."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def write_atomic(content, path):
+    """Write a temporary file and rename it, so that the disk has either the old or the new content.
+
+    Raises OSError if the file cannot be written.
+    """
+    temporary = path.with_suffix(".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error.strerror}): make room, then the same command "
+                      "continues from the last checkpoint") from error
+
+
+def truncate_log(path, length):
+    """Cut the log to its length in bytes at the last checkpoint: later lines will come again."""
+    if path.exists() and path.stat().st_size > length:
+        os.truncate(path, length)

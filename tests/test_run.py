@@ -1,0 +1,375 @@
+"""support/run.py: real processes that are killed, pre-empted, out of disk space, or diverge."""
+
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, log_of, run, run_here
+
+import pretrain
+from data import Row, make_loader
+from prepare import scan
+from support import processes
+from support.run import Run, fingerprint, truncate_log, write_atomic
+
+# A short run that saves at each line of the log, in float32, so that it repeats to the bit.
+SHORT = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "4", "--warmup", "1",
+         "--workers", "1", "--precision", "fp32", "--save-every", "0"]
+
+
+def start(out, *flags, torchrun=()):
+    """Start pretrain.py with the settings of SHORT, under torchrun if its flags are given."""
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    output = open(out.with_suffix(".txt"), "a")
+    return subprocess.Popen([sys.executable, *launcher, "pretrain.py", "--out", str(out), *SHORT,
+                             *map(str, flags)], cwd=ROOT, stdout=output, stderr=output,
+                            start_new_session=True,
+                            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+
+def text_of(out):
+    """What the runs with --out OUT have printed."""
+    return out.with_suffix(".txt").read_text()
+
+
+def steps(out):
+    """The step numbers in OUT/log.jsonl."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [json.loads(line)["step"] for line in lines[1:] if line.endswith("}")]
+
+
+def wait_for(condition, process, out):
+    """Wait until condition() holds, while the process lives."""
+    while not condition():
+        assert process.poll() is None, text_of(out)
+        time.sleep(0.05)
+
+
+def state_of(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def same(one, other):
+    """Whether two nested states are equal to the bit."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one.equal(other) if isinstance(one, torch.Tensor) else one == other
+
+
+def events(out):
+    """The lines of OUT/log.jsonl after the first, without the values that depend on the clock."""
+    return [{name: value for name, value in line.items() if name not in ("clips_per_s", "wait")}
+            for line in log_of(out)[1:]]
+
+
+def assert_same_result(one, other):
+    """Weights, momentum, position and log of two runs are equal, to the bit."""
+    first, second = state_of(one), state_of(other)
+    for name in ("model", "optimizer", "scaler", "position", "step", "replaced", "skipped"):
+        assert same(first[name], second[name]), name
+    assert events(one) == events(other)
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
+    """Kill -9 at a random moment after the first checkpoint of each run, twice; then let it end."""
+    flags, rng = ["--data", tree, "--epochs", 40, "--batch-size", 4], np.random.default_rng(0)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert start(whole, *flags).wait() == 0, text_of(whole)
+    for least in (20, 40):
+        process = start(cut, *flags)
+        wait_for(lambda: max(steps(cut), default=0) >= least, process, cut)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start(cut, *flags).wait() == 0, text_of(cut)
+    assert text_of(cut).count(f"continuing {cut / 'checkpoint.pt'} at step ") == 2
+    assert_same_result(whole, cut)
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Ten clips that are numbers."""
+
+    clips_per_file, seed = None, 0
+    rows = [Row(f"{n}.mp4", "a", "train", 1.0, 1.0, True, "") for n in range(10)]
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, key):
+        return torch.tensor([1.0 + key[1]]), torch.tensor(0.0), (f"{key[1]}.mp4", [])
+
+
+def numbers_run(out, model, scaling=False):
+    """A Run of 20 steps over Numbers, with a gradient scaler if `scaling`, and its optimiser."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    args = Namespace(epochs=4, save_every=0.0, max_failures=0.05, seed=0, out=str(out))
+    loader = make_loader(Numbers(), 2, workers=0, epochs=4)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaling)
+    return Run(args, loader, model, optimizer, scaler, {}), optimizer
+
+
+def test_random_draws_continue_where_they_were(tmp_path):
+    """A network with dropout is interrupted at step 13 of 20, and continued by a process that has
+    drawn other random numbers."""
+    def train(out, interrupt_at=None):
+        torch.manual_seed(1)
+        model = torch.nn.Linear(1, 50)
+        trainer, optimizer = numbers_run(out, model)
+        torch.rand(1000 * trainer.step)
+        for _, (x, _) in trainer:
+            if trainer.step + 1 == interrupt_at:
+                raise KeyboardInterrupt
+            loss = torch.nn.functional.dropout(model(x), 0.5).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            trainer.log(loss=loss, lr=0.01)
+        return model.weight
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut", interrupt_at=13)
+    state = state_of(tmp_path / "cut")
+    assert (*state["position"], state["step"]) == (1, 10, 10)
+    assert train(tmp_path / "cut").equal(whole)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss is finite, its gradient at zero is not: the run stops and saves nothing of it."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    trainer, optimizer = numbers_run(tmp_path, model)
+    message = "weights that are not finite after step 10, learning rate 0.01: there is no check"
+    with pytest.raises(FloatingPointError, match=message):
+        for n, (_, (x, _)) in enumerate(trainer):
+            loss = model(x).abs().sqrt().mean() if n == 0 else torch.tensor(1.0)
+            if n == 0:
+                loss.backward()
+                optimizer.step()
+            trainer.log(loss=loss, lr=0.01)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_batch_whose_loss_is_not_finite_is_named(tmp_path):
+    """Step 7 has the bad loss. The message and the log name its two files, not those of step 10."""
+    trainer, _ = numbers_run(tmp_path, torch.nn.Linear(1, 1))
+    batches = []
+    with pytest.raises(FloatingPointError) as stop:
+        for n, (_, (x, _)) in enumerate(trainer, 1):
+            batches.append([f"{int(value) - 1}.mp4" for value in x.flatten()])
+            trainer.log(loss=torch.tensor(float("nan") if n == 7 else 1.0), lr=0.01 * n)
+    sentence = f"loss nan at step 7, learning rate 0.07, batch {', '.join(batches[6])}: "
+    assert sentence in str(stop.value)
+    assert log_of(tmp_path)[-1]["files"] == batches[6]
+
+
+def test_the_log_has_means(tmp_path):
+    """The loss of a line is the mean over its ten steps, and the numbers are those of the last."""
+    trainer, _ = numbers_run(tmp_path, torch.nn.Linear(1, 1))
+    for n, _ in enumerate(trainer, 1):
+        trainer.log(loss=torch.tensor(float(n)), lr=0.01 * n)
+    lines = log_of(tmp_path)[1:]
+    assert [line["step"] for line in lines] == [10, 20]
+    assert [line["loss"] for line in lines] == [5.5, 15.5]
+    assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.2])
+
+
+def test_fingerprint_tells_data_sets_apart():
+    def of(*names_and_labels):
+        return fingerprint([Row(path, label, "train", 1.0, 1.0, True, "")
+                            for path, label in names_and_labels])
+
+    one = of(("/here/a.mp4", "bell"), ("/here/b.mp4", "drum"))
+    assert one == of(("/moved/a.mp4", "bell"), ("/moved/b.mp4", "drum"))
+    others = (of(("/here/a.mp4", "drum"), ("/here/b.mp4", "drum")),
+              of(("/here/c.mp4", "bell"), ("/here/b.mp4", "drum")))
+    assert len({one, *others}) == 3
+
+
+def test_restarts_without_a_store_of_their_own_are_warned_of(monkeypatch, capsys):
+    torch.distributed.destroy_process_group()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for present in (False, True):
+        if present:
+            monkeypatch.setenv(processes.UNSHARED, "1")
+        processes.start()
+        torch.distributed.destroy_process_group()
+        warned = "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+        assert warned != present
+
+
+def test_a_run_continues_in_another_precision(tmp_path):
+    """From bfloat16, without a gradient scaler, to float16 with one, and the other ways."""
+    for name, before, after in (("a", False, True), ("b", True, False), ("c", True, True)):
+        model = torch.nn.Linear(1, 1)
+        trainer, _ = numbers_run(tmp_path / name, model, before)
+        for n, _ in enumerate(trainer, 1):
+            trainer.log(loss=torch.tensor(1.0), lr=0.1)
+            if n == 11:
+                break
+        again, _ = numbers_run(tmp_path / name, torch.nn.Linear(1, 1), after)
+        assert again.step == 10 and again.model.weight.equal(model.weight)
+
+
+def test_same_sees_every_difference():
+    x = {"a": [torch.ones(2), (1, 2)]}
+    assert same(x, {"a": [torch.ones(2), (1, 2)]})
+    for other in ({"a": [torch.ones(2), (1, 3)]}, {"a": [torch.ones(2) + 1e-7, (1, 2)]},
+                  {"b": x["a"]}, {"a": [torch.ones(2)]}):
+        assert not same(x, other)
+
+
+@pytest.mark.slow
+def test_a_lost_process_is_replaced(tree, tmp_path):
+    """Kill -9 to one of two processes: torchrun restarts both, and they train on within 60 s."""
+    out = tmp_path / "two"
+    process = start(out, "--data", tree, "--epochs", 12, "--batch-size", 2,
+                    torchrun=["--standalone", "--nproc_per_node=2", "--max-restarts=2"])
+    wait_for(lambda: steps(out), process, out)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    killed, last = time.monotonic(), max(steps(out))
+    os.kill(int(children[-1]), signal.SIGKILL)
+    wait_for(lambda: max(steps(out), default=0) > last, process, out)
+    assert time.monotonic() - killed < 60
+    assert process.wait() == 0, text_of(out)
+    assert steps(out) == [10, 20, 24]
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_two_nodes_continue(tree, tmp_path):
+    """SIGTERM to the whole process group, loading processes too. Then two torchrun agents with one
+    process each continue, until one of the agents gets SIGTERM."""
+    out, flags = tmp_path / "out", ["--data", tree, "--epochs", 100, "--batch-size", 2,
+                                    "--save-every", 60]
+    process = start(out, *flags)
+    wait_for(lambda: steps(out), process, out)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert "stopped by a signal, saved at step " in text_of(out)
+    (epoch, used), step = state_of(out)["position"], state_of(out)["step"]
+    assert (step, used) == (5 * epoch + used // 2, used) and step >= 10
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    cores = (sorted(os.sched_getaffinity(0)) * 2)[:2]       # a core for each node
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=1",
+               "pretrain.py", "--out", str(out), *SHORT, *map(str, flags)]
+    agents = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, start_new_session=True,
+                               preexec_fn=partial(os.sched_setaffinity, 0, {core}))
+              for core in cores]
+    last = (step // 10 + 1) * 10
+    while last not in steps(out):
+        assert all(agent.poll() is None for agent in agents), [a.communicate()[0] for a in agents]
+        time.sleep(0.05)
+    agents[0].terminate()       # torchrun passes it to its process, which tells the other one
+    text = "".join(agent.communicate(timeout=60)[0] for agent in agents)
+    assert f"continuing {out / 'checkpoint.pt'} at step {step} of " in text
+    assert "it ran on 1 process(es) and now runs on 2" in text
+    assert "stopped by a signal, saved at step " in text
+    saved = state_of(out)["step"]
+    assert saved >= last
+    assert steps(out) == list(range(10, saved + 1, 10))     # no line twice, and none lost
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_all(tree, tmp_path):
+    done = run("--data", tree, "--out", tmp_path, *SMALL, "--batch-size", "2", "--lr", "1e30",
+               "--epochs", "8", processes=2, check=False)
+    assert done.returncode == 1
+    sentences = [line for line in done.stderr.splitlines()
+                 if line.startswith("error") and "loss nan at step " in line]
+    assert sentences, done.stderr[-3000:]
+    for part in (".mp4", "learning rate ", "there is no checkpoint yet"):
+        assert all(part in line for line in sentences), done.stderr[-3000:]
+    assert len(log_of(tmp_path)[-1]["files"]) == 4 and not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("name,dtype", [("bf16", "bfloat16"), ("fp16", "float16"),
+                                        ("fp32", "float32")])
+def test_each_precision_trains(name, dtype, tree, tmp_path):
+    assert run_here(pretrain, "--data", tree, "--out", tmp_path, *SMALL, "--epochs", "2",
+                    "--precision", name) == 0
+    head, line = log_of(tmp_path)
+    assert head["precision"] == dtype and 0 < line["loss"] < 20
+    assert (line["skipped"] > 0) == (name == "fp16")    # the first scale is too great
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tree, tmp_path, capsys):
+    write_atomic(b"good", tmp_path / "a.pt")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))    # as if the disk were full there
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*a.pt \(File too large\): make room, "
+                                          "then the same command"):
+            write_atomic(bytes(2_000_000), tmp_path / "a.pt")
+        status = run_here(pretrain, "--data", tree, "--out", tmp_path / "run", *SMALL)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a.pt").read_bytes() == b"good"
+    os.link(tmp_path / "a.pt", tmp_path / "b.pt")
+    write_atomic(b"better", tmp_path / "a.pt")              # a new file takes the name of the old
+    assert (tmp_path / "a.pt").read_bytes() == b"better"
+    assert (tmp_path / "b.pt").read_bytes() == b"good"
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(errors) == 1
+    assert "checkpoint.pt" in errors[0] and "make room" in errors[0]
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_the_log_is_cut_where_the_checkpoint_ends(tmp_path):
+    log, lines = tmp_path / "log.jsonl", '{"args": 1}\n{"step": 10}\n'
+    log.write_text(lines + '{"step": 20}\n{"step": 3')
+    truncate_log(log, len(lines))
+    assert log.read_text() == lines
+    truncate_log(log, 1000)                                 # a shorter log stays as it is
+    assert log.read_text() == lines
+    truncate_log(tmp_path / "missing.jsonl", 1000)
+    assert not (tmp_path / "missing.jsonl").exists()
+
+
+def test_damaged_and_foreign_checkpoints(tree, tmp_path, capsys):
+    torch.save({"settings": {}}, tmp_path / "lacking.pt")
+    torch.save(dict.fromkeys(("args", "clips", "at", "processes", "optimizer", "scaler"), {})
+               | {"model": {}}, tmp_path / "earlier.pt")
+    for content, sentence in (
+            ((tmp_path / "lacking.pt").read_bytes(), "no checkpoint.pt of this project: it lacks"),
+            ((tmp_path / "earlier.pt").read_bytes(), "was written by an earlier version of this"),
+            (b"PK\x03\x04 cut off", "truncated, or another program wrote it, or it carries code")):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        assert run_here(pretrain, "--data", tree, "--out", tmp_path, *SMALL) == 1
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert len(errors) == 1 and sentence in errors[0]
+        assert (tmp_path / "checkpoint.pt").read_bytes() == content
+
+
+@pytest.mark.slow
+def test_processes_that_see_different_checkpoints_stop(tree, tmp_path):
+    """As on nodes whose --out is not shared: one has a checkpoint, the other has none."""
+    flags = ["--data", tmp_path / "manifest.csv", *SMALL, "--batch-size", "2"]
+    scan.write(scan.scan(tree / "train"), tmp_path / "manifest.csv")
+    assert run_here(pretrain, *flags, "--out", tmp_path / "0") == 0
+    script = tmp_path / "unshared.py"
+    script.write_text(f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+                      f"sys.argv += ['--out', {str(tmp_path)!r} + '/' + os.environ['RANK']]\n"
+                      "import pretrain\npretrain.launch(pretrain.train, pretrain.parse())\n")
+    done = run(*flags, processes=2, script=script, check=False)
+    assert done.returncode != 0
+    assert "the processes see different checkpoints or data: is --out" in done.stderr
