@@ -180,8 +180,8 @@ def read(path, times, samples=0, short_side=160):
 
     Args:
         times: ascending, in s. Past the end of the file the last picture is repeated.
-        samples: length of the sound in samples at 24 kHz. With 0 no sound is read. Past its end,
-            and where the file has a gap, the sound is silent.
+        samples: length of the sound in samples at 24 kHz. With 0 no sound is read. Gaps in the
+            file's sound, and the time past its end, are silent.
         short_side: shorter side of the pictures in pixels; the longer side keeps the aspect.
     Returns:
         A list with an array (H, W, 3) uint8 for each time, and the sound (samples,) float32.
