@@ -15,8 +15,6 @@ Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C enc
 """
 
 import argparse
-import json
-import statistics
 import zlib
 from argparse import Namespace
 from collections import OrderedDict
@@ -31,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from augment import normalize_frames
 from data import ActionClips, evaluation_batches, find_rows, make_loader
 from models import C, load_encoder
-from support.classification import fit_linear, subset, write_classes
-from support.processes import (at_least, autocast, bounded, choose_precision, launch, positive,
-                               rank, say, world_size)
+from support.classification import fit_linear, report, shared_classes, subset, write_classes
+from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
+                               say, world_size)
 from support.run import Run, add_run_flags
 
 # The built-in set is seen as in pretraining, in fewer clips, so that two CPU cores take minutes.
@@ -46,21 +44,18 @@ def parse(argv=None):
     data = p.add_argument_group("data and encoder")
     data.add_argument("--data", help="folder ROOT/{train,test}/class/*.mp4, or manifest.csv with "
                       "both parts; {fold} in it stands for each --fold (default: the built-in set)")
-    data.add_argument("--fold", type=int, nargs="+", choices=(1, 2, 3),
-                      help="official folds, 1 2 3 for their mean (default: --data as it is)")
+    data.add_argument("--fold", type=int, nargs="+", choices=(1, 2, 3), help="folds to use (none)")
     data.add_argument("--fraction", type=fraction, default=1.0,
                       help="share of each class's training videos, at least one video (1; all)")
     data.add_argument("--checkpoint", default="runs/svaclr/checkpoint.pt",
                       help="checkpoint.pt or video_encoder.pt of pretrain.py, torchvision's file, "
                       "torchvision (Kinetics-400 labels), or none (runs/svaclr/checkpoint.pt)")
-    data.add_argument("--arch", default="r2plus1d_18",
-                      choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
-                      help="video encoder f (r2plus1d_18: §2.3)")
+    data.add_argument("--arch", choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
+                      default="r2plus1d_18", help="video encoder f (r2plus1d_18: §2.3)")
     data.add_argument("--out", default="runs/finetune", help="folder of results (runs/finetune)")
     clip = p.add_argument_group("clips")
     clip.add_argument("--frames", type=at_least(1), default=32, help="T (32; paper silent, GDT)")
-    clip.add_argument("--fps", type=at_least(1), default=30,
-                      help="frames per second (30; paper silent, GDT)")
+    clip.add_argument("--fps", type=at_least(1), default=30, help="frames per s (30; GDT)")
     clip.add_argument("--size", type=at_least(16), default=128,
                       help="H = W in pixels (128: Table 2, which has 224 too)")
     clip.add_argument("--train-clips", type=at_least(1), default=10,
@@ -70,14 +65,12 @@ def parse(argv=None):
     optim = p.add_argument_group("optimisation")
     optim.add_argument("--linear", action="store_true", help="fit a linear classifier on the "
                        "frozen encoder; the flags of training are then not read (off)")
-    optim.add_argument("--epochs", type=at_least(1), default=12,
-                       help="(12: §3.1); the learning rate's steps keep their share of them")
+    optim.add_argument("--epochs", type=at_least(1), default=12, help="(12: §3.1)")
     optim.add_argument("--batch-size", type=at_least(1), default=32,
                        help="clips over all processes (32; paper silent, GDT)")
     optim.add_argument("--lr", type=positive, default=2e-2,
                        help="peak rate of the head; the trunk has a tenth (2e-2: §3.1; tenth: GDT)")
-    optim.add_argument("--weight-decay", type=at_least(0, float), default=5e-3,
-                       help="(5e-3; paper silent, GDT)")
+    optim.add_argument("--weight-decay", type=at_least(0, float), default=5e-3, help="(5e-3; GDT)")
     add_run_flags(p)
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
@@ -89,9 +82,6 @@ def parse(argv=None):
     return args
 
 
-fraction = bounded(float, lambda x: 0 < x <= 1, "a share above 0, and at most 1")
-
-
 def learning_rates(epoch, epochs, peak):
     """Learning rates (head, trunk) at a fractional epoch (§3.1; the trunk's tenth: GDT).
 
@@ -99,10 +89,8 @@ def learning_rates(epoch, epochs, peak):
     epochs 6 and 10. Other lengths keep these proportions.
     """
     epoch = epoch * 12 / epochs
-    if epoch < 2:
-        head = peak / 8 + (peak - peak / 8) * epoch / 2
-    else:
-        head = peak * 0.05 ** ((epoch >= 6) + (epoch >= 10))
+    warming = peak / 8 + (peak - peak / 8) * epoch / 2
+    head = warming if epoch < 2 else peak * 0.05 ** ((epoch >= 6) + (epoch >= 10))
     return head, head / 10
 
 
@@ -120,20 +108,19 @@ def train(args, model, clips, dtype):
     if args.batch_size % world_size():
         raise ValueError(f"--batch-size {args.batch_size} does not divide among {world_size()} "
                          f"processes: give a multiple of {world_size()}")
-    loader = make_loader(clips, args.batch_size // world_size(), args.workers, args.epochs)
-    if loader.batch_sampler.steps_per_epoch == 0:
+    if len(clips) < args.batch_size:
         raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.batch_size}: "
                          "give a smaller --batch-size")
+    loader = make_loader(clips, args.batch_size // world_size(), args.workers, args.epochs)
     if device.type == "cuda" and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = torch.optim.SGD([{"params": model.head.parameters()},
-                                 {"params": model.f.parameters()}],
-                                lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    groups = [{"params": model.head.parameters()}, {"params": model.f.parameters()}]
+    optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     net = DistributedDataParallel(model) if world_size() > 1 else model
 
-    run = Run(args, loader, model, optimizer, scaler,
-              {"processes": world_size(), "clips": len(clips)})
+    metadata = {"processes": world_size(), "clips": len(clips)}
+    run = Run(args, loader, model, optimizer, scaler, metadata)
     for epoch, (frames, labels) in run:             # (B, T, H, W, 3) uint8, (B,)
         lr = learning_rates(epoch, args.epochs, args.lr)
         for group, group_lr in zip(optimizer.param_groups, lr):
@@ -200,46 +187,27 @@ def linear_probe(encoder, clips, args, dtype):
     return fit_linear(y.flatten(0, 1), labels.repeat_interleave(views)), len(clips) - len(y)
 
 
-def read_parts(args):
-    """Read the rows to train and test on, the classes, and how many files each part leaves out."""
-    train, left_out = find_rows(args.data, "train", args.out)
-    test, left_out_of_test = find_rows(args.data, "test", args.out)
-    train = subset(train, args.fraction, args.seed)
-    if any(row.split == "" for row in train + test):
-        raise ValueError(f"--data {args.data} has no train and test parts (its split column is "
-                         "empty): make its manifest from the official lists, or put the files "
-                         "under ROOT/train and ROOT/test")
-    classes = sorted({row.label for row in train})
-    unknown = sorted({row.label for row in test} - set(classes))
-    if unknown:
-        raise ValueError(f"--data {args.data}: {len(unknown)} of the test part's classes are not "
-                         f"in its train part: {', '.join(unknown[:5])}; both need the same classes")
-    if not test or len(classes) < 2:
-        raise ValueError(f"--data {args.data} has {len(test)} usable test videos and "
-                         f"{len(classes)} classes to train: it needs at least 1 and 2")
-    return train, test, classes, (len(left_out), len(left_out_of_test))
-
-
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    train_rows, test_rows, classes, left_out = read_parts(args)
+    train_rows, train_left_out = find_rows(args.data, "train", args.out)
+    test_rows, test_left_out = find_rows(args.data, "test", args.out)
+    train_rows = subset(train_rows, args.fraction, args.seed)
+    classes = shared_classes(args.data, train_rows, test_rows)
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.checkpoint, args.arch)
-    encoder = encoder.to(device, memory_format=torch.channels_last_3d)
-    model = classifier(encoder, len(classes)).to(device)
+    model = classifier(encoder.to(memory_format=torch.channels_last_3d), len(classes)).to(device)
     dtype, reason = choose_precision(args.precision, device)
     clip = dict(frames=args.frames, fps=args.fps, size=args.size, seed=args.seed)
     say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}); "
         f"{len(train_rows)} training and {len(test_rows)} test videos of {len(classes)} classes, "
-        f"{left_out[0]} and {left_out[1]} left out; encoder from {args.checkpoint}")
+        f"{len(train_left_out)} and {len(test_left_out)} left out; encoder from {args.checkpoint}")
     failed = {}
     if args.linear:
         clips = ActionClips(train_rows, classes, **clip, views=(args.train_clips, 1))
         model.head, failures = linear_probe(encoder, clips, args, dtype)
         failed = {"failed in training": failures}
-        if failures:
-            say(f"{failures} of {len(train_rows)} training videos failed")
+        say(f"{failures} of {len(train_rows)} training videos failed")
     else:
         weights = b"".join(x.cpu().numpy().tobytes() for x in encoder.state_dict().values())
         args.encoder = f"{zlib.crc32(weights):08x}"     # no run continues with another encoder
@@ -248,37 +216,23 @@ def one_fold(args, device):
     scores, hits, rows = evaluate(model, clips, dtype, args.workers, args.max_failures)
     labels = torch.tensor([classes.index(row.label) for row in rows])       # (n,)
     best = scores.topk(min(5, len(classes))).indices == labels[:, None]     # (n, 5)
-    if rank() == 0:
-        write_classes(Path(args.out), classes, labels, scores.argmax(1))
-    accuracy = {"video top-1": best[:, 0], "video top-5": best.any(1),
-                "clip top-1": hits[:, 0], "clip top-5": hits[:, 1]}
-    return {**{name: 100 * x.double().mean().item() for name, x in accuracy.items()},
-            "test videos": len(rows), "classes": len(classes), "failed": len(clips) - len(rows),
-            **failed}
+    write_classes(Path(args.out), classes, labels, scores.argmax(1))
+    names = "video top-1", "video top-5", "clip top-1", "clip top-5"
+    right = [100 * x.double().mean().item() for x in (best[:, 0], best.any(1), *hits.T)]
+    return {**dict(zip(names, right)), "test videos": len(rows), "classes": len(classes),
+            "failed": len(clips) - len(rows), **failed}
 
 
 def recognise(args, device):
     """Train and test on all folds, print the accuracies, and write results.json."""
-    out, folds = Path(args.out), {}
+    folds = {}
     for fold in args.fold or [None]:
-        name = f"fold {fold}" if fold else "test"
         settings = Namespace(**vars(args) | {"fold": fold})
         if fold:
             settings.data = args.data.replace("{fold}", str(fold))
-            settings.out = str(out / f"fold{fold}")
-        folds[name] = one_fold(settings, device)
-    names = [name for name in next(iter(folds.values())) if "top" in name]
-    mean = {name: statistics.mean(result[name] for result in folds.values()) for name in names}
-    if rank() == 0:
-        results = {"protocol": vars(args), "epoch": "last", **folds, "mean": mean}
-        (out / "results.json").write_text(json.dumps(results, indent=1))
-        for name, result in [*folds.items(), ("mean", mean)] if len(folds) > 1 else folds.items():
-            m, n = result.get("failed", 0), result.get("test videos", 0)
-            print(f"{name}: " + ", ".join(f"{key} {x:.1f} %" if "top" in key else f"{x} {key}"
-                                          for key, x in result.items() if "failed" not in key)
-                  + f", {m} of {m + n} test videos failed" * (m > 0))
-        how = "linear probe" if args.linear else f"epoch {args.epochs} of {args.epochs}"
-        print(f"({how}, {args.test_clips} clips x 3 crops; {out}/results.json)")
+            settings.out = str(Path(args.out) / f"fold{fold}")
+        folds[f"fold {fold}" if fold else "test"] = one_fold(settings, device)
+    report(args, folds)
 
 
 if __name__ == "__main__":

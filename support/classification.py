@@ -1,12 +1,19 @@
-"""Parts of action recognition that the paper does not mention: subsets of labels, the classifier of
-the linear probe, tables of each class."""
+"""Parts of action recognition that the paper does not mention.
+
+These are subsets of the labels, the classifier of the linear probe, and the tables of results.
+"""
 
 import csv
+import json
+import statistics
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from support.processes import rank
 
 
 def subset(rows, fraction, seed):
@@ -20,6 +27,23 @@ def subset(rows, fraction, seed):
         number = max(1, round(fraction * len(order)))
         chosen += [groups[label][n] for n in sorted(order[:number])]
     return chosen
+
+
+def shared_classes(data, train, test):
+    """The sorted classes of both parts. Raises ValueError if the parts cannot be used together."""
+    if any(row.split == "" for row in train + test):
+        raise ValueError(f"--data {data} has no train and test parts (its split column is empty): "
+                         "make its manifest from the official lists, or put the files under "
+                         "ROOT/train and ROOT/test")
+    classes = sorted({row.label for row in train})
+    unknown = sorted({row.label for row in test} - set(classes))
+    if unknown:
+        raise ValueError(f"--data {data}: {len(unknown)} of the test part's classes are not in its "
+                         f"train part: {', '.join(unknown[:5])}; both need the same classes")
+    if not test or len(classes) < 2:
+        raise ValueError(f"--data {data} has {len(test)} usable test videos and {len(classes)} "
+                         "classes to train: it needs at least 1 and 2")
+    return classes
 
 
 def fit_linear(y, labels, decay=1e-3):
@@ -49,7 +73,12 @@ def fit_linear(y, labels, decay=1e-3):
 
 
 def write_classes(out, classes, labels, answers):
-    """Write confusion.csv (rows: the true class) and classes.csv (the accuracy of each class)."""
+    """Write confusion.csv (rows: the true class) and classes.csv (the accuracy of each class).
+
+    Only process 0 does.
+    """
+    if rank() > 0:
+        return
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)     # (true class, answer)
     counts.index_put_((labels, answers), torch.tensor(1), accumulate=True)
     counts = list(zip(classes, counts.tolist()))
@@ -60,3 +89,26 @@ def write_classes(out, classes, labels, answers):
             ("classes.csv", ["class", "videos", "correct", "accuracy"], table)):
         with open(out / name, "w", newline="") as file:
             csv.writer(file).writerows([head, *lines])
+
+
+def report(args, folds):
+    """Print the results {fold: {name: value}} and their mean, and write them to results.json.
+
+    Only process 0 does.
+    """
+    if rank() > 0:
+        return
+    out = Path(args.out)
+    names = [name for name in next(iter(folds.values())) if "top" in name]
+    mean = {name: statistics.mean(result[name] for result in folds.values()) for name in names}
+    results = {"protocol": vars(args), "epoch": "last", **folds, "mean": mean}
+    (out / "results.json").write_text(json.dumps(results, indent=1))
+    for name, result in [*folds.items(), ("mean", mean)] if len(folds) > 1 else folds.items():
+        failed, tested = result.get("failed", 0), result.get("test videos", 0)
+        values = [f"{key} {x:.1f} %" if "top" in key else f"{x} {key}"
+                  for key, x in result.items() if "failed" not in key]
+        if failed:
+            values.append(f"{failed} of {failed + tested} test videos failed")
+        print(f"{name}: {', '.join(values)}")
+    how = "linear probe" if args.linear else f"epoch {args.epochs} of {args.epochs}"
+    print(f"({how}, {args.test_clips} clips x 3 crops; {out}/results.json)")

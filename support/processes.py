@@ -185,4 +185,5 @@ def at_least(low, kind=int):
 
 
 positive = bounded(float, lambda x: 0 < x < float("inf"), "a number above 0")
+fraction = bounded(float, lambda x: 0 < x <= 1, "a share above 0 and at most 1")
 share = bounded(float, lambda x: 0 <= x < 1, "a share of 0 or more and less than 1")

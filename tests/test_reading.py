@@ -280,7 +280,7 @@ def test_sound_never_decides_about_pictures(tmp_path):
     notes = {Path(row.path).stem: row.note for row in rows}
     assert notes["short"] == "" and notes["no_decoder"] == "no decoder for its sound"
     assert notes["damaged"].startswith("its sound cannot be read: damaged frames (first at 2.")
-    clips = ActionClips(rows, ["c"], frames=5, fps=25, size=SHORT_SIDE, clips=4, crops=1)
+    clips = ActionClips(rows, ["c"], frames=5, fps=25, size=SHORT_SIDE, views=(4, 1))
     for index in range(3):
         assert abs(rows[index].video_duration - 6) < 0.05
         video, _, _ = clips[index]
