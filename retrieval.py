@@ -86,12 +86,8 @@ def ranks(query, gallery, labels, first=0, last=None, chunk=256):
 
     Instance-level, the answer is the clip's own other half. Class-level, it is the nearest clip of
     the query's class, the own half included. A tie counts against the query. The similarities of
-    `chunk` queries are held at a time: O(chunk n) memory.
-
-    Args:
-        query, gallery: (n, D), row i of both from clip i. labels: (n,) int64.
-    Returns:
-        (instance-level, class-level), each (last - first,) int64.
+    `chunk` queries are held at a time: O(chunk n) memory. query, gallery: (n, D), row i of both
+    from clip i. labels: (n,) int64. Returns (instance-level, class-level), each (last - first,) int64.
     """
     instance, classes = [], []
     last = len(query) if last is None else last
@@ -143,8 +139,7 @@ def class_names(rows, split, left_out):
     """The sorted classes of the rows. Raises ValueError if there are too few clips or classes."""
     names = sorted({row.label for row in rows})
     if len(rows) < max(RANKS):
-        causes = ", ".join(f"{n} {reason}"
-                           for reason, n in Counter(left_out.values()).most_common(3))
+        causes = ", ".join(f"{n} {why}" for why, n in Counter(left_out.values()).most_common(3))
         raise ValueError(f"{len(rows)} usable clips in the {split!r} part, but R@{max(RANKS)} "
                          f"needs {max(RANKS)} or more; left out: {causes or 'none'}")
     if len(names) < 2:

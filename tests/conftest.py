@@ -168,7 +168,7 @@ def peak_hz(wave, rate=24000):
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
-    """ROOT/{train,test}/{low,high}/: 10 and 24 films of 3 s. Their classes differ to eye and ear."""
+    """ROOT/{train,test}/{low,high}/: 10 and 24 films of 3 s, whose classes look and sound different."""
     root = tmp_path_factory.mktemp("tree")
     for split, many in (("train", 5), ("test", 12)):
         for label, tone, level in (("low", 300, 60), ("high", 900, 190)):

@@ -1,0 +1,149 @@
+"""README.md and docs/: each command runs as written where that takes seconds, or else is parsed."""
+
+import argparse
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SMALL, command_lines, log_of, make_video, run
+
+import finetune
+import pretrain
+import retrieval
+from data import read_manifest
+
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, finetune, retrieval)}
+
+
+@pytest.mark.slow
+def test_first_line_on_the_built_in_set(tmp_path):
+    """`python pretrain.py && python retrieval.py` with one epoch of smaller pictures."""
+    line, = [line for line in command_lines(README) if "pretrain.py && python retrieval.py" in line]
+    assert line.startswith("python3 -m venv") and "pip install -r requirements.txt" in line
+    done = run("--out", tmp_path / "svaclr", "--epochs", "1", "--size", "16")
+    assert "No --data: the built-in set" in done.stdout
+    assert "576 clips (0 left out)" in done.stdout
+    files = sorted((tmp_path / "demo").rglob("*.mp4"))
+    assert len(files) == 800 and sum(path.stat().st_size for path in files) < 25e6
+    checkpoint = tmp_path / "svaclr" / "checkpoint.pt"
+    table = run("--checkpoint", checkpoint, "--clips", "2", script="retrieval.py").stdout
+    assert "224 clips of 8 classes" in table
+    assert re.search(r"instance chance +0.4 +2.2 +4.5 +8.9", table)
+    way = r"(?:instance|class) +(?:audio -> video|video -> audio)(?: +[\d.]+ \+- [\d.]+){4}"
+    assert len(re.findall(way, table)) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_retrieve(tree, tmp_path):
+    done = run("--data", tree, "--out", tmp_path, *SMALL, "--batch-size", "2", processes=2)
+    assert "2 process(es) on cpu" in done.stdout and "global batch 4" in done.stdout
+    assert "6 negatives" in done.stdout
+    assert [event["step"] for event in log_of(tmp_path)[1:]] == [8]
+    tables = [run("--checkpoint", tmp_path / "checkpoint.pt", "--clips", "2", processes=n,
+                  script="retrieval.py").stdout for n in (1, 2)]
+    # gloo of torch 2.10 prints too, so only the lines of the table are compared.
+    rows = [re.findall(r"^(?:instance|class) .*", table, re.MULTILINE) for table in tables]
+    assert "24 clips of 2 classes" in tables[0] and len(rows[0]) == 6 and rows[0] == rows[1]
+    gone = run("--data", tmp_path / "gone", "--out", tmp_path / "o", *SMALL, processes=2,
+               check=False)
+    assert gone.returncode != 0 and gone.stderr.count("error: --data") == 1
+
+
+def test_snippet_of_the_loss():
+    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(code.strip().splitlines()) <= 10
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loss, gradient, one_view = map(float, done.stdout.split())
+    assert loss > 0 and gradient > 0 and one_view > 0
+
+
+class Parsed(Exception):
+    """The arguments of a command have been parsed."""
+
+
+def parse_only(line, monkeypatch):
+    """Parse a command as its program does, without running it. SystemExit if it is refused."""
+    words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+    if words[0] == "torchrun":
+        words = ["python", *words[next(n for n, w in enumerate(words) if w.endswith(".py")):]]
+    if words[1] in SCRIPTS:
+        SCRIPTS[words[1]].parse(words[2:])
+        return
+
+    def parse_args(self, *args):
+        raise Parsed(original(self, *args))
+
+    assert words[1] == "-m", line
+    original = argparse.ArgumentParser.parse_args
+    with monkeypatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(sys, "argv", words[2:])
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        runpy.run_module(words[2], run_name="__main__")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", [*DOCUMENTS, *SCRIPTS])
+def test_commands_are_parsed(name, monkeypatch):
+    text = DOCUMENTS[name] if name in DOCUMENTS else SCRIPTS[name].__doc__
+    count = 0
+    for line in command_lines(text):
+        for command in line.split(" && "):
+            tests = re.fullmatch(r"python -m pytest (\S+)( -m \"not slow\")?", command)
+            if tests:
+                assert (ROOT / tests[1]).exists(), command
+            elif "venv" not in command and "pip install" not in command:
+                parse_only(command, monkeypatch)
+                count += 1
+    assert count >= {"README.md": 6, "data.md": 10, "running.md": 12, "results.md": 30,
+                     "readings.md": 0}.get(name, 3)
+
+
+def test_wrong_commands_are_refused(monkeypatch):
+    for line in ("python pretrain.py --epoch 3", "python -m experiments.bench steps",
+                 "torchrun --nproc_per_node=8 retrieval.py --split"):
+        with pytest.raises(SystemExit):
+            parse_only(line, monkeypatch)
+
+
+def test_prepare_commands_run_as_written(tmp_path):
+    """The lines of docs/data.md for the paper's data sets, beside miniatures in their formats."""
+    film = make_video(tmp_path / "film.mp4", 1.2, 10, size=(36, 28))
+    for name in ("bowling/abcdefghijk_000001_000011.mp4", "abcdefghijk_000001.mp4",
+                 "v_Archery_g01_c01.avi", "clap/hands.avi"):
+        (tmp_path / "ROOT" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(film, tmp_path / "ROOT" / name)
+    for name, text in {
+            "folder/of/csv/train.csv": "label,youtube_id,time_start,time_end,split\n"
+                                       "bowling,abcdefghijk,1,11,train\n",
+            "vggsound.csv": 'abcdefghijk,1,"people, clapping",train\n',
+            "ucfTrainTestlist/classInd.txt": "1 Archery\n",
+            "ucfTrainTestlist/trainlist01.txt": "Archery/v_Archery_g01_c01.avi 1\n",
+            "ucfTrainTestlist/testlist01.txt": "",
+            "testTrainMulti_7030_splits/clap_test_split1.txt": "hands.avi 1 \n"}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    lines = [line for line in command_lines(DOCUMENTS["data.md"])
+             if re.search(r"prepare\.(manifest (?!folder)|transcode)", line)]
+    names = ["k400.csv", "ks.csv", "vgg.csv", "ucf101-1.csv", "hmdb51-1.csv", "k400.csv",
+             "COPY/manifest.csv"]
+    assert len(lines) == len(names)
+    for line, name in zip(lines, names):
+        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, text=True,
+                              capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, (line, done.stderr)
+        assert len(read_manifest(tmp_path / name)[0]) == 1, name
+
+
+def test_links_lead_to_files():
+    for name, text in DOCUMENTS.items():
+        folder = ROOT if name == "README.md" else ROOT / "docs"
+        for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (folder / link).exists(), (name, link)
