@@ -87,7 +87,7 @@ def ranks(query, gallery, labels, first=0, last=None, chunk=256):
     Instance-level, the answer is the clip's own other half. Class-level, it is the nearest clip of
     the query's class, the own half included. A tie counts against the query. The similarities of
     `chunk` queries are held at a time: O(chunk n) memory. query, gallery: (n, D), row i of both
-    from clip i. labels: (n,) int64. Returns (instance-level, class-level), each (last - first,) int64.
+    from clip i. labels: (n,) int64. Returns two (last - first,) int64, instance- and class-level.
     """
     instance, classes = [], []
     last = len(query) if last is None else last

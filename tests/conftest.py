@@ -168,7 +168,7 @@ def peak_hz(wave, rate=24000):
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
-    """ROOT/{train,test}/{low,high}/: 10 and 24 films of 3 s, whose classes look and sound different."""
+    """ROOT/{train,test}/{low,high}/: 10 and 24 films of 3 s, of two unlike classes."""
     root = tmp_path_factory.mktemp("tree")
     for split, many in (("train", 5), ("test", 12)):
         for label, tone, level in (("low", 300, 60), ("high", 900, 190)):
