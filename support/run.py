@@ -129,9 +129,10 @@ class Run:
                 dist.broadcast(x, 0)
 
     def log(self, **measures):
-        """Note the measures of a step: loss, a scalar tensor, and others, tensors or numbers.
+        """Note the measures of a step: loss, and others, which are scalar tensors or numbers.
 
-        A line of the log has the mean of the loss over the steps since the last line.
+        A line of the log has the mean of the tensors over the steps since the last line and over
+        the processes, and the last of the numbers.
         """
         self.window[-1] |= {name: x.detach() if isinstance(x, torch.Tensor) else x
                             for name, x in measures.items()}
@@ -155,9 +156,7 @@ class Run:
         due, time_to_save = self.step % LOG_EVERY == 0 or last, False
         if due or should_stop:
             losses = torch.stack([entry["loss"] for entry in self.window])
-            measures = {name: float(value) for name, value in self.window[-1].items()
-                        if name not in ("loss", "files")}
-            reports = gather({"losses": losses.tolist(), "measures": measures,
+            reports = gather({"losses": losses.tolist(), "measures": self.measures(),
                               "replaced": self.newly_replaced, "finite": all_finite(self.model),
                               "minutes": (time.monotonic() - self.saved_at) / 60})
             time_to_save = reports[0]["minutes"] >= self.args.save_every
@@ -172,6 +171,16 @@ class Run:
             say(f"stopped by a signal, saved at step {self.step} of {self.last_step}: the same "
                 "command continues from that step")
             sys.exit(REQUEUE)
+
+    def measures(self):
+        """The measures since the last line: the mean of tensors, the last of numbers."""
+        measures = {}
+        for name, value in self.window[-1].items():
+            if torch.is_tensor(value) and name != "loss":
+                value = torch.stack([entry[name] for entry in self.window]).mean().item()
+            if name not in ("loss", "files"):
+                measures[name] = value
+        return measures
 
     def check(self, reports):
         """Stop all processes if a loss or a weight is not finite, or if too many clips failed."""

@@ -179,13 +179,14 @@ def test_a_batch_whose_loss_is_not_finite_is_named(tmp_path):
 
 
 def test_the_log_has_means(tmp_path):
-    """The loss of a line is the mean over its ten steps, and the numbers are those of the last."""
+    """Loss and other tensors are means over the ten steps of a line. Numbers are those of the last."""
     trainer, _ = numbers_run(tmp_path, torch.nn.Linear(1, 1))
     for n, _ in enumerate(trainer, 1):
-        trainer.log(loss=torch.tensor(float(n)), lr=0.01 * n)
+        trainer.log(loss=torch.tensor(float(n)), top1=torch.tensor(0.1 * n), lr=0.01 * n)
     lines = log_of(tmp_path)[1:]
     assert [line["step"] for line in lines] == [10, 20]
     assert [line["loss"] for line in lines] == [5.5, 15.5]
+    assert [line["top1"] for line in lines] == pytest.approx([0.55, 1.55])
     assert [line["lr"] for line in lines] == pytest.approx([0.1, 0.2])
 
 
