@@ -179,7 +179,7 @@ def test_a_batch_whose_loss_is_not_finite_is_named(tmp_path):
 
 
 def test_the_log_has_means(tmp_path):
-    """Loss and other tensors are means over the ten steps of a line. Numbers are those of the last."""
+    """Loss and other tensors are means over the ten steps of a line, numbers those of the last."""
     trainer, _ = numbers_run(tmp_path, torch.nn.Linear(1, 1))
     for n, _ in enumerate(trainer, 1):
         trainer.log(loss=torch.tensor(float(n)), top1=torch.tensor(0.1 * n), lr=0.01 * n)
