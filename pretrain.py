@@ -4,11 +4,10 @@
     python pretrain.py --data kinetics --out runs/k400  # one GPU
     torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400       # 8 GPUs
 
-Defaults are the paper's. A help text names the section, or GDT where the paper is silent and the
-code base that it follows decides. The same command continues an interrupted run from its last
-checkpoint. SIGTERM and SIGUSR1 save and end the run with status 75. OUT gets checkpoint.pt,
-log.jsonl (the settings, then a line every 10 steps), manifest.csv, and at the end video_encoder.pt
-and audio_encoder.pt with torchvision's names.
+Defaults are the paper's. A help text names the section, or GDT, the code base that decides where
+the paper is silent. The same command continues an interrupted run. SIGTERM and SIGUSR1 save and end it
+with status 75. OUT gets checkpoint.pt, log.jsonl (the settings, then a line every 10 steps),
+manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.
@@ -17,7 +16,6 @@ L samples, M mel bands, F spectrogram frames, C encoder width, D projection widt
 import argparse
 import math
 from collections import Counter
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +26,7 @@ from loss import all_gather, soft_info_nce
 from models import SvaCLR
 from support.processes import (at_least, autocast, choose_precision, launch, positive, rank, say,
                                say_left_out, world_size)
-from support.run import Run, add_run_flags, serialise, write_atomic
+from support.run import Run, add_run_flags
 
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong
 # The built-in set has small frames and a small encoder, so that two CPU cores train it in minutes.
@@ -141,8 +139,6 @@ def train(args, device):
     if steps == 0:
         raise ValueError(f"{len(clips)} usable clips ({len(left_out)} left out) do not fill one "
                          f"global batch of {N}: give a smaller --batch-size or more data")
-    if N < 2:
-        raise ValueError("a global batch of 1 has no negatives: give --batch-size 2 or more")
 
     dtype, reason = choose_precision(args.precision, device)
     model, optimizer, scaler = build(args, device, dtype)
@@ -179,9 +175,8 @@ def train(args, device):
         scaler.update()
         run.log(loss=loss, top1=top1(z_a, z_v), lr=lr)
 
-    if rank() == 0:
-        for encoder, name in ((model.f, "video_encoder.pt"), (model.g, "audio_encoder.pt")):
-            write_atomic(serialise(encoder.state_dict()), Path(args.out) / name)
+    run.write(model.f.state_dict(), "video_encoder.pt")
+    run.write(model.g.state_dict(), "audio_encoder.pt")
     say(f"done: {args.out}/checkpoint.pt, video_encoder.pt, audio_encoder.pt")
 
 

@@ -237,9 +237,14 @@ class Run:
             values = (vars(self.args), self.fingerprint, position, self.step, world_size(),
                       self.replaced, self.skipped, log_bytes, self.model.state_dict(),
                       self.optimizer.state_dict(), self.scaler.state_dict())
-            write_atomic(serialise(dict(zip(STATE, values, strict=True))), self.path)
+            self.write(dict(zip(STATE, values, strict=True)), self.path.name)
         gather(None)
         self.saved_at, self.saved_step = time.monotonic(), self.step
+
+    def write(self, state, name):
+        """Write a state to the folder of the run, for torch.load. Only process 0 does."""
+        if rank() == 0:
+            write_atomic(serialise(state), self.path.with_name(name))
 
     def resume(self):
         """Load the checkpoint. Returns the number of processes that wrote it.

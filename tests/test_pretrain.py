@@ -151,7 +151,8 @@ def test_bad_data(tmp_path, capsys):
             ("gone", [], "no folder"), ("gone.csv", [], "no such manifest"),
             ("empty", [], "no video in"), ("few", [], too_few),
             ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
-            ("few", ["--batch-size", "1"], "a global batch of 1 has no negatives")):
+            ("few", ["--batch-size", "1"], "Eq. 1 contrasts a clip with other clips, but the "
+                                           "global batch has 1: give it 2 or more")):
         status = run_here(pretrain, "--data", tmp_path / data, "--out", tmp_path / "out", *SMALL,
                           *flags)
         errors = [line for line in capsys.readouterr().err.splitlines()
@@ -193,6 +194,9 @@ class OneStep:
 
     def log(self, **measures):
         OneStep.measures = measures
+
+    def write(self, state, name):
+        pass
 
 
 class Numbers(torch.nn.Module):
