@@ -6,8 +6,8 @@ from collections import Counter
 import torch
 from conftest import peak_hz
 
-from augment import (LogMel, crop_at, crop_flip, crop_flip_jitter, normalize_frames, sample_speeds,
-                     speed_up_audio, speed_up_video)
+from augment import (LogMel, crop_at, crop_flip, crop_flip_jitter, frame_times, normalize_frames,
+                     sample_speeds, speed_up_audio)
 
 
 def tone(hz, seconds=1.0, rate=24000):
@@ -26,10 +26,10 @@ def test_speeds_are_uniform_and_independent():
     assert sample_speeds(1) == ([1, 1], [1, 1])
 
 
-def test_speed_up_video_takes_every_sth_frame():
-    frames = torch.arange(12).reshape(12, 1, 1, 1)
-    assert speed_up_video(frames, 3).flatten().tolist() == [0, 3, 6, 9]
-    assert speed_up_video(frames, 1).equal(frames)
+def test_a_fast_view_takes_every_sth_time():
+    assert frame_times(4, 1, 3).tolist() == [0, 3, 6, 9]
+    assert frame_times(4, 1, 1).tolist() == [0, 1, 2, 3]
+    assert frame_times(12, 24, 3).equal(frame_times(36, 24, 1)[::3])
 
 
 def test_speed_up_audio_raises_the_pitch_and_keeps_the_length():

@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT
 
@@ -33,8 +34,9 @@ def eq1(z_a, z_v, i, p, j, q, eta):
     return -np.log(e(j, q) / (e(j, q) + others))
 
 
-def eq3(y_a, y_v, z_a, z_v, eta, affinity, temperature, normalize):
-    """Eq. 3, audio -> video, one term at a time."""
+def eq3(tensors, eta, affinity, temperature, normalize):
+    """Eq. 3, audio -> video, one term at a time. tensors: y_a, y_v, z_a, z_v."""
+    y_a, y_v, z_a, z_v = tensors
     N, K, _ = z_a.shape
     unit = (lambda y: y / np.linalg.norm(y)) if normalize else (lambda y: y)
     w = lambda i, p, j, q: np.exp(unit(y_a[i, p]) @ unit(y_v[j, q]) / temperature)
@@ -93,8 +95,8 @@ def test_cross_affinity_is_eq_2(scope, normalize):
 def test_soft_info_nce_is_eq_3(affinity, normalize, K):
     y_a, y_v, z_a, z_v = batch(K=K)
     n = [x.numpy() for x in (y_a, y_v, z_a, z_v)]
-    a_to_v = eq3(*n, 0.07, affinity, 0.5, normalize)
-    v_to_a = eq3(n[1], n[0], n[3], n[2], 0.07, affinity, 0.5, normalize)
+    a_to_v = eq3(n, 0.07, affinity, 0.5, normalize)
+    v_to_a = eq3((n[1], n[0], n[3], n[2]), 0.07, affinity, 0.5, normalize)
     common = dict(affinity=affinity, affinity_temperature=0.5, normalize=normalize)
     assert abs(soft_info_nce(y_a, y_v, z_a, z_v, symmetric=False, **common) - a_to_v) < 1e-10
     assert abs(soft_info_nce(y_a, y_v, z_a, z_v, **common) - (a_to_v + v_to_a) / 2) < 1e-10
@@ -147,7 +149,7 @@ def test_detach_stops_the_gradient_through_lam():
 
 def test_bad_arguments():
     y_a, y_v, z_a, z_v = batch(N=1)
-    with pytest.raises(ValueError, match="holds 1"):
+    with pytest.raises(ValueError, match="the global batch has 1: give it 2 or more"):
         soft_info_nce(y_a, y_v, z_a, z_v)
     with pytest.raises(ValueError, match="'pairs'"):
         soft_info_nce(*batch(), affinity="pairs")
@@ -211,3 +213,29 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
         error = (two[affinity] - one[affinity]).norm() / one[affinity].norm()
         print(f"{affinity}: relative error of the gradient {error:.1e}")
         assert error <= 1e-6
+
+
+def test_plain_info_nce_needs_no_encoder_outputs():
+    y_a, y_v, z_a, z_v = (x.requires_grad_() for x in batch())
+    soft_info_nce(y_a, y_v, z_a, z_v, affinity="none").backward()
+    expected = z_a.grad.clone(), z_v.grad.clone()
+    z_a.grad = z_v.grad = None
+    soft_info_nce(None, None, z_a, z_v, affinity="none").backward()
+    assert z_a.grad.equal(expected[0]) and z_v.grad.equal(expected[1])
+    for affinity in ("clip", "view", "batch"):
+        with pytest.raises(ValueError, match=f"affinity='{affinity}' needs the encoder outputs"):
+            soft_info_nce(None, y_v, z_a, z_v, affinity=affinity)
+
+
+def test_a_group_of_one_process_changes_nothing():
+    """conftest.py has made such a group. Without it the loss and its gradients are the same."""
+    results = []
+    for grouped in (True, False):
+        if not grouped:
+            dist.destroy_process_group()
+        assert dist.is_initialized() == grouped
+        x = [tensor.requires_grad_() for tensor in batch()]
+        loss = soft_info_nce(*x)
+        loss.backward()
+        results.append([loss.detach(), *(tensor.grad for tensor in x)])
+    assert all(one.equal(other) for one, other in zip(*results))

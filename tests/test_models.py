@@ -8,7 +8,8 @@ import torch
 import torchvision
 from torch import nn
 
-from models import Affinity, SvaCLR, audio_encoder, load_encoder, read_state, video_encoder
+from models import (Mapping, SvaCLR, audio_encoder, load_encoder, load_svaclr, read_state,
+                    video_encoder)
 
 
 @pytest.mark.parametrize("arch", ["r2plus1d_18", "r3d_18"])
@@ -37,21 +38,21 @@ def test_svaclr(mapping):
     for encoder in (model.f, model.g):
         encoder.register_forward_hook(lambda m, i, o: calls.append(i[0].shape))
     B, K = 3, 2
-    y_v, y_a, z_v, z_a = model(torch.randn(B, K, 3, 4, 24, 24), torch.randn(B, K, 1, 40, 31))
+    y_a, y_v, z_a, z_v = model(torch.randn(B, K, 1, 40, 31), torch.randn(B, K, 3, 4, 24, 24))
     assert y_v.shape == y_a.shape == (B, K, 512) and z_v.shape == z_a.shape == (B, K, 256)
     # each encoder is called once, with all views
-    assert calls == [(B * K, 3, 4, 24, 24), (B * K, 1, 40, 31)]
+    assert calls == [(B * K, 1, 40, 31), (B * K, 3, 4, 24, 24)]
     for z in (z_v, z_a):
         torch.testing.assert_close(z.norm(dim=2), torch.ones(B, K))
-    parameters = list(Affinity(mapping).parameters())
+    parameters = list(Mapping(mapping).parameters())
     assert len(parameters) == {"identity": 0, "linear": 2, "mlp": 4}[mapping]
 
 
 def test_views_stay_with_their_clip():
     model = SvaCLR("r2plus1d_10").eval()
-    video, audio = torch.randn(3, 2, 3, 4, 24, 24), torch.randn(3, 2, 1, 40, 31)
-    whole = model(video, audio)
-    part = model(video[1:2, 1:], audio[1:2, 1:])
+    audio, video = torch.randn(3, 2, 1, 40, 31), torch.randn(3, 2, 3, 4, 24, 24)
+    whole = model(audio, video)
+    part = model(audio[1:2, 1:], video[1:2, 1:])
     for w, p in zip(whole, part):
         torch.testing.assert_close(w[1:2, 1:], p, atol=1e-4, rtol=1e-3)
 
@@ -84,7 +85,7 @@ def test_gradient_of_clips_that_become_two_frames_deep():
 
 
 def test_bad_names():
-    for make, name in ((video_encoder, "r50"), (Affinity, "cubic")):
+    for make, name in ((video_encoder, "r50"), (Mapping, "cubic")):
         with pytest.raises(ValueError, match=name):
             make(name)
 
@@ -93,7 +94,7 @@ def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = SvaCLR("r2plus1d_10")
     theirs = torchvision.models.video.r2plus1d_18(weights=None)
-    checkpoint = {"args": {"arch": "r2plus1d_10"}, "model": model.state_dict()}
+    checkpoint = {"settings": {"arch": "r2plus1d_10"}, "model": model.state_dict()}
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     torch.save(model.f.state_dict(), tmp_path / "video_encoder.pt")
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")      # this one has a classifier, fc
@@ -126,7 +127,7 @@ def test_encoders_that_do_not_fit(tmp_path, monkeypatch):
         raise URLError("no network")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(ValueError, match="cannot download https://.*pth .*no network.*: "
-                                         "fetch it elsewhere, and give its path"):
+                                         "fetch it and give its path"):
         load_encoder("torchvision", "r3d_18")
 
 
@@ -141,19 +142,38 @@ class Bomb:
 
 
 def test_checkpoints_are_not_trusted(tmp_path):
-    torch.save({"args": {}, "model": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
+    torch.save({"settings": {}, "model": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
     torch.load(tmp_path / "bomb.pt", weights_only=False)
     (tmp_path / "exploded").unlink()      # the file exists, so the code does run if it is trusted
-    torch.save({"args": {}}, tmp_path / "good.pt")
+    torch.save({"settings": {}}, tmp_path / "good.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:300])
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "empty.pt").touch()
     for name in ("bomb.pt", "cut.pt", "text.pt", "empty.pt"):
-        with pytest.raises(ValueError, match="is no checkpoint that can be loaded: it is cut off, "
-                                             "or another program's, or carries code"):
+        with pytest.raises(ValueError, match="cannot be loaded: it is truncated, or another "
+                                             "program wrote it, or it carries code"):
             read_state(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
     with pytest.raises(ValueError, match="it lacks model; delete it or name another"):
-        read_state(tmp_path / "good.pt", ("args", "model"))
+        read_state(tmp_path / "good.pt", ("settings", "model"))
     with pytest.raises(ValueError, match="no checkpoint .*gone.pt: run pretrain.py first"):
         read_state(tmp_path / "gone.pt")
+
+
+def test_svaclr_comes_back_with_its_settings(brief):
+    model, settings = load_svaclr(brief)
+    state = torch.load(brief, weights_only=True)
+    assert settings.arch == "r2plus1d_10" and settings.frames == 4 and settings.max_speed == 4
+    assert all(x.equal(state["model"][name]) for name, x in model.state_dict().items())
+
+
+def test_foreign_checkpoints_are_no_svaclr(tmp_path):
+    """One of finetune.py has other settings, and one of the earlier format has other names."""
+    torch.save({"settings": {"arch": "r2plus1d_10", "linear": False}, "model": {}},
+               tmp_path / "finetune.pt")
+    torch.save({"args": {"arch": "r2plus1d_10"}, "clips": "", "at": (0, 0, 0), "processes": [],
+                "model": {}}, tmp_path / "earlier.pt")
+    for name, sentence in (("finetune.pt", "was not written by pretrain.py"),
+                           ("earlier.pt", "was written by an earlier version of this project")):
+        with pytest.raises(ValueError, match=f"{name} {sentence}"):
+            load_svaclr(tmp_path / name)

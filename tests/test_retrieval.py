@@ -1,14 +1,12 @@
-"""Retrieval against a brute-force copy, chance against random features, and what the command says to bad input."""
+"""Retrieval against a brute-force copy, chance against random features, and bad input."""
 
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_video, with_damaged
-from test_pretrain import run
+from conftest import make_video, run, run_here, with_damaged
 
 import retrieval
 from prepare import scan
@@ -30,28 +28,33 @@ def brute_force(query, gallery, labels, k):
 def test_recall_is_the_brute_force_one(ties):
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 5, (60,), generator=g)
-    query, gallery = (torch.randint(-2, 3, (60, 3 if ties else 40), generator=g).float() for _ in range(2))
+    size = (60, 3 if ties else 40)
+    query, gallery = (torch.randint(-2, 3, size, generator=g).float() for _ in range(2))
     found = recall_at_k(query, gallery, labels, (1, 5, 10, 20))
     for k in found:
-        assert found[k] == pytest.approx(brute_force(query.numpy(), gallery.numpy(), labels.numpy(), k), abs=1e-12)
+        expected = brute_force(query.numpy(), gallery.numpy(), labels.numpy(), k)
+        assert found[k] == pytest.approx(expected, abs=1e-12)
 
 
 def test_recall_of_known_features():
     q, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
     assert recall_at_k(q, q, labels, (1,)) == {1: (1.0, 1.0)}
-    swapped = q[[1, 0, 3, 2]]                             # each query finds the other clip of its class
+    swapped = q[[1, 0, 3, 2]]           # each query finds the other clip of its class
     assert recall_at_k(q, swapped, labels, (1, 2)) == {1: (0.0, 1.0), 2: (0.0, 1.0)}
     alike = torch.ones(4, 1)                              # all ties: counted against the model
-    assert recall_at_k(alike, alike, labels, (1, 3, 4)) == {1: (0.0, 0.0), 3: (0.0, 1.0), 4: (1.0, 1.0)}
+    found = recall_at_k(alike, alike, labels, (1, 3, 4))
+    assert found == {1: (0.0, 0.0), 3: (0.0, 1.0), 4: (1.0, 1.0)}
 
 
 def test_ranks_do_not_depend_on_how_queries_are_cut():
     g = torch.Generator().manual_seed(1)
-    q, v, labels = torch.randn(70, 8, generator=g).double(), torch.randn(70, 8, generator=g).double(), torch.arange(70) % 6
+    q, v = (torch.randn(70, 8, generator=g).double() for _ in range(2))
+    labels = torch.arange(70) % 6
     whole = torch.stack(ranks(q, v, labels))
     for chunk in (1, 7, 70):
         assert torch.stack(ranks(q, v, labels, chunk=chunk)).equal(whole)
-    parts = [torch.stack(ranks(q, v, labels, first, last, 9)) for first, last in ((0, 23), (23, 23), (23, 70))]
+    parts = [torch.stack(ranks(q, v, labels, first, last, 9))
+             for first, last in ((0, 23), (23, 23), (23, 70))]
     assert torch.cat(parts, 1).equal(whole)
 
 
@@ -60,17 +63,19 @@ def test_random_features_land_on_chance(labels):
     g = torch.Generator().manual_seed(0)
     ks, trials = (1, 5, 10, 20), 30
     expected = chance(labels, ks)
-    found = [recall_at_k(torch.randn(200, 64, generator=g), torch.randn(200, 64, generator=g), labels, ks)
-             for _ in range(trials)]
+    draw = lambda: torch.randn(200, 64, generator=g)
+    found = [recall_at_k(draw(), draw(), labels, ks) for _ in range(trials)]
     for k in ks:
         for level in (0, 1):
             values = np.array([f[k][level] for f in found])
-            assert abs(values.mean() - expected[k][level]) < 3 * max(values.std() / trials ** 0.5, 1e-3), (k, level)
+            error = max(values.std() / trials ** 0.5, 1e-3)
+            assert abs(values.mean() - expected[k][level]) < 3 * error, (k, level)
 
 
-def test_command_prints_and_keeps_the_table(brief):
+def test_command_prints_and_keeps_the_table(brief, capsys):
     for feature in ("y", "z"):
-        text = run("--checkpoint", brief, "--clips", "2", "--feature", feature, script="retrieval.py").stdout
+        assert run_here(retrieval, "--checkpoint", brief, "--clips", "2", "--feature", feature) == 0
+        text = capsys.readouterr().out
         kept = json.loads((brief.parent / "retrieval.json").read_text())
         assert kept["pool"] == 24 and kept["classes"] == 2 and kept["feature"] == feature
         value, error = kept["class, video -> audio"]["R@5"]
@@ -84,6 +89,7 @@ def damaged(tree, tmp_path, chosen):
     return with_damaged(rows, tmp_path, chosen)
 
 
+@pytest.mark.slow
 def test_a_file_that_fails_leaves_the_pool(tree, brief, tmp_path):
     """One of 24, on the last process: the numbers are those without it, and the table says so."""
     with_it, without = damaged(tree, tmp_path, (13,))
@@ -101,6 +107,7 @@ def test_a_file_that_fails_leaves_the_pool(tree, brief, tmp_path):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 def test_two_processes_count_their_failures_together(tree, brief, tmp_path):
     """One of each process's twelve: each alone is within the share of 24, both are not."""
     data, _ = damaged(tree, tmp_path, (4, 13))
@@ -111,7 +118,7 @@ def test_two_processes_count_their_failures_together(tree, brief, tmp_path):
                      f"last: {tmp_path}/bad13.mp4: Invalid", done.stderr)
 
 
-def test_bad_input(brief, tmp_path, monkeypatch, capsys):
+def test_bad_input(brief, tmp_path, capsys):
     made = make_video(tmp_path / "silent" / "test" / "c" / "0.mp4", 1, 10, tone=None)
     for n in range(1, 22):
         (made.parent / f"{n}.mp4").write_bytes(made.read_bytes())
@@ -134,19 +141,20 @@ def test_bad_input(brief, tmp_path, monkeypatch, capsys):
         twenty.writelines(line for line in file if not re.search("bad[23].mp4", line))
     for flags, sentence in (
             (["--checkpoint", tmp_path / "gone.pt"], "no checkpoint"),
-            (["--checkpoint", brief.parent / "video_encoder.pt"], "is no checkpoint.pt of this script: it lacks model, args"),
-            (["--data", tmp_path / "silent"], "0 usable clips in the 'test' part, R@20 needs 20 or more; left out: 22 no audio"),
+            (["--checkpoint", brief.parent / "video_encoder.pt"],
+             "is no checkpoint.pt of this project: it lacks model, settings"),
+            (["--data", tmp_path / "silent"], "0 usable clips in the 'test' part, but R@20 needs "
+             "20 or more; left out: 22 no audio"),
             (["--data", tmp_path / "few"], "1 usable clips in the 'test' part"),
             (["--data", tmp_path / "bad.csv"], "2 of 22 videos failed, more than a share of 0.05, "
              f"the last: {tmp_path}/bad/class0/bad2.mp4: Invalid data found when processing input; "
              "all are named above"),
-            (["--data", tmp_path / "twenty.csv"], "19 usable clips in the 'test' part, R@20 needs "
-             "20 or more; left out: 1 failed"),
+            (["--data", tmp_path / "twenty.csv"], "19 usable clips in the 'test' part, but R@20 "
+             "needs 20 or more; left out: 1 failed"),
             (["--checkpoint", tmp_path / "nan.pt"], "features are not finite"),
             (["--data", tmp_path / "one"], "all clips are of one class, 'c'"),
             (["--data", tmp_path / "one", "--split", "val"], "has no 'val' part")):
-        monkeypatch.setattr(sys, "argv", ["retrieval.py", "--checkpoint", str(brief), *map(str, flags)])
-        with pytest.raises(SystemExit) as stop:
-            retrieval.main()
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert stop.value.code == 1 and len(errors) == 1 and sentence in errors[0], errors
+        status = run_here(retrieval, "--checkpoint", brief, *flags)
+        errors = [line for line in capsys.readouterr().err.splitlines()
+                  if line.startswith("error: ")]
+        assert status == 1 and len(errors) == 1 and sentence in errors[0], errors
