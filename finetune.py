@@ -66,7 +66,7 @@ def parse(argv=None):
     optim.add_argument("--linear", action="store_true", help="fit a linear classifier on the "
                        "frozen encoder; the flags of training are then not read (off)")
     optim.add_argument("--epochs", type=at_least(1), default=12, help="(12: §3.1)")
-    optim.add_argument("--batch-size", type=at_least(1), default=32,
+    optim.add_argument("--global-batch", type=at_least(1), default=32,
                        help="clips over all processes (32; paper silent, GDT)")
     optim.add_argument("--lr", type=positive, default=2e-2,
                        help="peak rate of the head; the trunk has a tenth (2e-2: §3.1; tenth: GDT)")
@@ -105,13 +105,13 @@ def classifier(encoder, classes):
 def train(args, model, clips, dtype):
     """§3.1: train all layers by SGD, the head at ten times the rate of the trunk."""
     device = next(model.parameters()).device
-    if args.batch_size % world_size():
-        raise ValueError(f"--batch-size {args.batch_size} does not divide among {world_size()} "
+    if args.global_batch % world_size():
+        raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
                          f"processes: give a multiple of {world_size()}")
-    if len(clips) < args.batch_size:
-        raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.batch_size}: "
-                         "give a smaller --batch-size")
-    loader = make_loader(clips, args.batch_size // world_size(), args.workers, args.epochs)
+    if len(clips) < args.global_batch:
+        raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.global_batch}: "
+                         "give a smaller --global-batch")
+    loader = make_loader(clips, args.global_batch // world_size(), args.workers, args.epochs)
     if device.type == "cuda" and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     groups = [{"params": model.head.parameters()}, {"params": model.f.parameters()}]

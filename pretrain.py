@@ -30,7 +30,8 @@ from support.run import Run, add_run_flags
 
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong
 # The built-in set has small frames and a small encoder, so that two CPU cores train it in minutes.
-DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_size=32, epochs=15, warmup=1)
+DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_per_process=32, epochs=15,
+            warmup=1.0)
 
 
 def parse(argv=None):
@@ -69,9 +70,9 @@ def parse(argv=None):
                        help="temperature of Eq. 1 (0.07; paper silent, GDT)")
     optim = p.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=at_least(1), default=100, help="(100: §3.1)")
-    optim.add_argument("--warmup", type=at_least(0), default=10,
-                       help="epochs of linear warm-up (10: §3.1)")
-    optim.add_argument("--batch-size", type=at_least(1), default=8,
+    optim.add_argument("--warmup", type=at_least(0, float),
+                       help="epochs of linear warm-up (a tenth of --epochs; 10 of 100: §3.1)")
+    optim.add_argument("--batch-per-process", type=at_least(1), default=8,
                        help="clips per process (8: §3.1)")
     optim.add_argument("--lr", type=positive, default=0.64,
                        help="peak learning rate at a global batch of 512 (0.64: §3.1). Start and "
@@ -82,6 +83,8 @@ def parse(argv=None):
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
+    if args.warmup is None:
+        args.warmup = args.epochs / 10
     if args.warmup > args.epochs:
         p.error(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
     if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none"
@@ -134,11 +137,11 @@ def train(args, device):
     clips = AudioVisualClips(rows, args.frames, args.fps, args.size, args.max_speed, args.seed)
     left_out |= clips.left_out
     say_left_out(left_out)
-    loader = make_loader(clips, args.batch_size, args.workers, args.epochs)
-    N, steps = args.batch_size * world_size(), loader.batch_sampler.steps_per_epoch
+    loader = make_loader(clips, args.batch_per_process, args.workers, args.epochs)
+    N, steps = args.batch_per_process * world_size(), loader.batch_sampler.steps_per_epoch
     if steps == 0:
         raise ValueError(f"{len(clips)} usable clips ({len(left_out)} left out) do not fill one "
-                         f"global batch of {N}: give a smaller --batch-size or more data")
+                         f"global batch of {N}: give a smaller --batch-per-process or more data")
 
     dtype, reason = choose_precision(args.precision, device)
     model, optimizer, scaler = build(args, device, dtype)

@@ -33,7 +33,7 @@ from support import processes                   # noqa: E402
 
 # A run of seconds in float32, which repeats to the bit.
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
-         "--batch-size", "4", "--epochs", "4", "--warmup", "1", "--workers", "1",
+         "--batch-per-process", "4", "--epochs", "4", "--warmup", "1", "--workers", "1",
          "--precision", "fp32"]
 
 

@@ -23,7 +23,7 @@ from prepare import scan
 from support.classification import fit_linear, subset
 
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
-         "--train-clips", "2", "--test-clips", "2", "--batch-size", "4", "--epochs", "1",
+         "--train-clips", "2", "--test-clips", "2", "--global-batch", "4", "--epochs", "1",
          "--workers", "1", "--precision", "fp32"]
 
 
@@ -38,7 +38,7 @@ def test_learning_rates():
 
 def test_defaults_are_the_protocols():
     args = parse(["--data", "x"])
-    protocol = dict(frames=32, fps=30, size=128, epochs=12, batch_size=32, train_clips=10,
+    protocol = dict(frames=32, fps=30, size=128, epochs=12, global_batch=32, train_clips=10,
                     test_clips=10, lr=2e-2, weight_decay=5e-3, arch="r2plus1d_18", fraction=1.0,
                     linear=False)
     assert {name: getattr(args, name) for name in protocol} == protocol
@@ -310,7 +310,7 @@ def test_bad_input(ucf, tmp_path, capsys):
              "; it was trained with --arch r3d_18"),
             (["--checkpoint", "torchvision"],
              "torchvision has no weights for r2plus1d_10: choose r2plus1d_18 or r3d_18"),
-            (["--batch-size", "64"], "12 training clips do not fill a batch of 64")):
+            (["--global-batch", "64"], "12 training clips do not fill a batch of 64")):
         status = run_here(finetune, "--data", ucf / "ucf101-1.csv", "--checkpoint", "none", "--out",
                           tmp_path / "o", *SMALL, *flags)
         errors = [line for line in capsys.readouterr().err.splitlines()

@@ -35,13 +35,15 @@ def test_learning_rate():
 
 def test_defaults_are_the_papers():
     args = parse(["--data", "x"])
-    paper = dict(max_speed=4, epochs=100, warmup=10, batch_size=8, lr=0.64, arch="r2plus1d_18",
-                 mapping="identity", affinity="clip", size=128, eta=0.07, frames=30, fps=30,
-                 weight_decay=1e-5)
+    paper = dict(max_speed=4, epochs=100, warmup=10, batch_per_process=8, lr=0.64,
+                 arch="r2plus1d_18", mapping="identity", affinity="clip", size=128, eta=0.07,
+                 frames=30, fps=30, weight_decay=1e-5)
     assert {name: getattr(args, name) for name in paper} == paper
     demo = parse([])
     assert {name: getattr(demo, name) for name in pretrain.DEMO} == pretrain.DEMO
     assert parse(["--epochs", "3"]).epochs == 3     # a flag outranks the built-in set's settings
+    assert parse(["--data", "x", "--epochs", "5"]).warmup == 0.5
+    assert parse(["--data", "x", "--epochs", "5", "--warmup", "2"]).warmup == 2
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune, retrieval])
@@ -65,7 +67,7 @@ def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkey
     (["--frames", "1.5"], "--frames: '1.5' is not a whole number of 1 or more"),
     (["--eta", "0"], "--eta: '0' is not a number above 0"),
     (["--max-failures", "1"], "--max-failures: '1' is not a share of 0 or more and less than 1"),
-    (["--warmup", "9", "--epochs", "3"], "--warmup 9 is longer than --epochs 3"),
+    (["--warmup", "9", "--epochs", "3"], "--warmup 9.0 is longer than --epochs 3"),
     (["--mapping", "mlp", "--affinity", "none"], "--mapping mlp has nothing to learn from"),
     (["--mapping", "linear", "--detach-affinity"], "--mapping linear has nothing to learn from")])
 def test_bad_flags(flags, sentence, capsys):
@@ -146,13 +148,13 @@ def test_bad_data(tmp_path, capsys):
     make_video(tmp_path / "few" / "train" / "c" / "a.mp4", 2)
     make_video(tmp_path / "few" / "train" / "c" / "silent.mp4", 2, tone=None)
     too_few = ("1 usable clips (1 left out) do not fill one global batch of 4: give a smaller "
-               "--batch-size or more data")
+               "--batch-per-process or more data")
     for data, flags, sentence in (
             ("gone", [], "no folder"), ("gone.csv", [], "no such manifest"),
             ("empty", [], "no video in"), ("few", [], too_few),
             ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
-            ("few", ["--batch-size", "1"], "Eq. 1 contrasts a clip with other clips, but the "
-                                           "global batch has 1: give it 2 or more")):
+            ("few", ["--batch-per-process", "1"], "Eq. 1 contrasts a clip with other clips, but "
+                                                  "the global batch has 1: give it 2 or more")):
         status = run_here(pretrain, "--data", tmp_path / data, "--out", tmp_path / "out", *SMALL,
                           *flags)
         errors = [line for line in capsys.readouterr().err.splitlines()
@@ -226,7 +228,7 @@ def test_flags_of_the_objective_reach_it(flags, keywords, tmp_path, monkeypatch)
     for name, value in (("SvaCLR", Numbers), ("Run", OneStep),
                         ("find_rows", lambda *_: ([row] * 4, {}))):
         monkeypatch.setattr(pretrain, name, value)
-    assert run_here(pretrain, "--data", "x", "--batch-size", "4", "--weight-decay", "0",
+    assert run_here(pretrain, "--data", "x", "--batch-per-process", "4", "--weight-decay", "0",
                     "--precision", "fp32", "--lr", "100", "--out", tmp_path, *flags) == 0
     start = [x.clone().requires_grad_() for x in OneStep.start]
     expected = soft_info_nce(*start, **keywords)

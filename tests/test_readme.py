@@ -42,7 +42,7 @@ def test_first_line_on_the_built_in_set(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_and_retrieve(tree, tmp_path):
-    done = run("--data", tree, "--out", tmp_path, *SMALL, "--batch-size", "2", processes=2)
+    done = run("--data", tree, "--out", tmp_path, *SMALL, "--batch-per-process", "2", processes=2)
     assert "2 process(es) on cpu" in done.stdout and "global batch 4" in done.stdout
     assert "6 negatives" in done.stdout
     assert [event["step"] for event in log_of(tmp_path)[1:]] == [8]
