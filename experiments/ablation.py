@@ -64,8 +64,7 @@ def run_row(name, seed, folder, epochs):
     Raises ValueError if pretrain.py fails.
     """
     out = folder / f"{list(ROWS).index(name):02d}-{seed}"
-    flags = ["--seed", seed, "--fps", 6, "--epochs", epochs, "--warmup", 1, *ROWS[name].split(),
-             "--out", out]
+    flags = ["--seed", seed, "--fps", 6, "--epochs", epochs, *ROWS[name].split(), "--out", out]
     command = [sys.executable, ROOT / "pretrain.py", *map(str, flags)]
     with open(out.with_suffix(".txt"), "a") as log:
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log)
