@@ -1,21 +1,16 @@
-"""The three pictures, made by the real commands from a real run."""
+"""experiments/figures.py: the pictures of a real run."""
 
 import re
-import subprocess
-import sys
 
 import av
 import pytest
 import torch
-from conftest import ROOT, make_video
+from conftest import make_video
 
-from experiments.figures import spread
-from loss import cross_affinity
+from experiments import figures
+from experiments.figures import role, spread
+from loss import cross_affinity, info_nce
 from prepare import scan
-
-
-def figures(*args):
-    return subprocess.run([sys.executable, "-m", "experiments.figures", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
 def pixels(path):
@@ -23,42 +18,73 @@ def pixels(path):
         return next(container.decode(video=0)).to_ndarray(format="rgb24")
 
 
-def test_affinity(brief, tmp_path):
-    done = figures("affinity", "--checkpoint", brief, "--show", 3, "--out", tmp_path / "a.png")
-    assert done.returncode == 0, done.stderr
-    means = [float(m) for m in re.findall(r"([\d.]+) \+-", done.stdout)]
+def draw(*args):
+    figures.main([str(arg) for arg in args])
+
+
+def manifest_with_a_missing_film(tree, tmp_path):
+    """The test part of the tree, whose first film is gone."""
+    rows = [row for row in scan.scan(tree) if row["split"] == "test"]
+    rows[0]["path"] = str(tmp_path / "gone.mp4")
+    scan.write(rows, tmp_path / "m.csv")
+    return tmp_path / "m.csv"
+
+
+def test_method(brief, tmp_path):
+    draw("method", "--checkpoint", brief, "--out", tmp_path / "m.png")
+    assert pixels(tmp_path / "m.png").std() > 20
+    assert (tmp_path / "m.png").stat().st_size < 250_000
+
+
+def test_roles_are_those_of_eq_1():
+    """L[i,p,q] rises with a negative, falls with its positive, and ignores what is left out."""
+    g = torch.Generator().manual_seed(0)
+    z_a, z_v = (torch.nn.functional.normalize(torch.randn(3, 2, 5, generator=g), dim=2).double()
+                for _ in range(2))
+    s = torch.einsum("ipd,jqd->ipjq", z_a, z_v).requires_grad_()
+    # As a one-hot product the similarities themselves are the inputs of info_nce.
+    one_hot = torch.eye(6, dtype=torch.float64).view(3, 2, 6)
+    L = info_nce(s.flatten(2), one_hot, torch.arange(3), 1.0)           # (3, 2, 2)
+    for i in range(3):
+        for q in range(2):
+            gradient, = torch.autograd.grad(L[i, 0, q], s, retain_graph=True)
+            for j in range(3):
+                for r in range(2):
+                    sign = gradient[i, 0, j, r].sign().item()
+                    assert role(i, q, j, r) == {1: "negative", -1: "positive", 0: "left out"}[sign]
+
+
+def test_affinity(tree, brief, tmp_path, capsys):
+    draw("affinity", "--checkpoint", brief, "--show", 3, "--out", tmp_path / "a.png")
+    means = [float(m) for m in re.findall(r"([\d.]+) \+-", capsys.readouterr().out)]
     assert len(means) == 4 and abs(sum(means) - 1) < 1e-3 and max(means) < 0.9
     assert pixels(tmp_path / "a.png").std() > 20 and (tmp_path / "a.png").stat().st_size < 300_000
+    draw("affinity", "--checkpoint", brief, "--data", manifest_with_a_missing_film(tree, tmp_path),
+         "--show", 3, "--out", tmp_path / "b.png")
+    said = capsys.readouterr()
+    assert said.err.count(f"left out: {tmp_path / 'gone.mp4'}: No such file") == 1
+    assert len(re.findall(r"[\d.]+ \+-", said.out)) == 4
 
 
 def test_curves(brief, tmp_path):
-    done = figures("curves", brief.parent, "--out", tmp_path / "c.png")
-    assert done.returncode == 0, done.stderr
+    draw("curves", brief.parent, "--out", tmp_path / "c.png")
     assert pixels(tmp_path / "c.png").shape == (216, 792, 3)
-    gone = figures("curves", tmp_path / "gone", "--out", tmp_path / "g.png")
-    assert gone.returncode == 1 and gone.stderr.startswith("error: no ") and "log.jsonl: give the --out folder" in gone.stderr
+    with pytest.raises(SystemExit, match="error: no .*log.jsonl: give the --out folder"):
+        draw("curves", tmp_path / "gone", "--out", tmp_path / "g.png")
 
 
-def test_neighbours(brief, tmp_path):
-    done = figures("neighbours", "--checkpoint", brief, "--show", 2, "--clips", 2, "--out", tmp_path / "n.png")
-    assert done.returncode == 0, done.stderr
+def test_neighbours(tree, brief, tmp_path, capsys):
+    flags = ["--checkpoint", brief, "--show", 2, "--clips", 2, "--out", tmp_path / "n.png"]
+    draw("neighbours", *flags)
     assert pixels(tmp_path / "n.png").std() > 20
-
-
-def test_neighbours_without_a_film_that_fails(tree, brief, tmp_path):
-    rows = [row for row in scan.scan(tree) if row["split"] == "test"]
-    rows[0]["path"] = str(tmp_path / "gone.mp4")          # the first would be shown
-    scan.write(rows, tmp_path / "m.csv")
-    done = figures("neighbours", "--checkpoint", brief, "--data", tmp_path / "m.csv", "--show", 2,
-                   "--clips", 2, "--out", tmp_path / "n.png")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count(f"failed: {tmp_path / 'gone.mp4'}: No such file") == 1
+    draw("neighbours", *flags, "--data", manifest_with_a_missing_film(tree, tmp_path))
+    assert capsys.readouterr().err.count(f"failed: {tmp_path / 'gone.mp4'}: No such file") == 1
 
 
 def test_clips_too_short_for_speed_4(brief, tmp_path):
     make_video(tmp_path / "d" / "test" / "c" / "a.mp4", 1.2, 10)
-    done = figures("affinity", "--checkpoint", brief, "--data", tmp_path / "d", "--out", tmp_path / "x.png")
-    assert done.returncode == 1 and "no clip of the 'test' part lasts 2.0 s, as speed 4 needs" in done.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit, match="no clip of the 'test' part lasts 2.0 s, as speed 4"):
+        draw("affinity", "--checkpoint", brief, "--data", tmp_path / "d", "--out", tmp_path / "x")
 
 
 def test_lambda_of_four_sounds_with_one_video():
