@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_video, peak_hz, read_barcode
 
-from data import (ActionClips, AudioVisualClips, evaluation_batches, find_rows, make_loader,
-                  read_clip, read_manifest)
+from data import (ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows,
+                  make_loader, read_clip, read_manifest)
 from prepare import scan
 from support.batches import TrainingBatches
 
@@ -272,8 +272,11 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     assert video.shape == (4, 4, 24, 24, 3) and audio.shape == (4, 12000) and source == (0, None)
     levels = 20 + 40 * torch.tensor([0, 1.5, 3.0, 4.5])
     assert (video[:, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
-    three, _, source = ActionClips(rows, ["c"], frames=4, fps=8, size=24, views=(4, 3))[0]
-    assert three.shape == (12, 4, 24, 24, 3) and source == (0, None)
+    crops = ActionClips(rows, ["c"], frames=4, fps=8, size=24, views=(4, 3))
+    three, sound, _ = evenly_spaced(crops, 0, rows[0].duration, sound=False)
+    assert three.shape == (12, 4, 24, 24, 3) and sound.shape[0] == 0 and three[1::3].equal(video)
+    three, label, source = crops[0]
+    assert three.shape == (12, 4, 24, 24, 3) and label == 0 and source == (0, None)
     assert (three[1::3, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
 
 
@@ -339,9 +342,23 @@ def test_manifest_of_a_folder(tree, tmp_path):
 def test_rows_are_found_in_folders_and_manifests(tree, tmp_path):
     rows, left_out = find_rows(tree, "train", tmp_path / "out")
     assert len(rows) == 10 and left_out == {}
+    assert {row.split for row in rows} == {"train"}
     assert find_rows(tmp_path / "out" / "manifest.csv", "train", tmp_path / "other") == (rows, {})
     assert not (tmp_path / "other").exists()
     for data, sentence in ((tmp_path / "gone", "no folder .*gone"),
                            (tmp_path / "gone.csv", "gone.csv: no such manifest")):
         with pytest.raises(ValueError, match=f"--data .*{sentence}"):
             find_rows(data, "train", tmp_path / "out")
+
+
+def test_files_that_cannot_be_used_are_found_with_their_reasons(tmp_path):
+    good = make_video(tmp_path / "films" / "train" / "c" / "good.mp4", 1, 10)
+    for split in ("train", "test"):
+        path = tmp_path / "films" / split / "c" / "broken.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"no video at all" * 100)
+    for data in (tmp_path / "films", tmp_path / "out" / "manifest.csv"):
+        rows, left_out = find_rows(data, "train", tmp_path / "out")
+        assert [row.path for row in rows] == [str(good)]
+        assert list(left_out) == [str(good.with_name("broken.mp4"))]
+        assert left_out[str(good.with_name("broken.mp4"))].startswith("cannot be read: Invalid")

@@ -216,26 +216,35 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 
 def test_plain_info_nce_needs_no_encoder_outputs():
-    y_a, y_v, z_a, z_v = (x.requires_grad_() for x in batch())
-    soft_info_nce(y_a, y_v, z_a, z_v, affinity="none").backward()
-    expected = z_a.grad.clone(), z_v.grad.clone()
-    z_a.grad = z_v.grad = None
-    soft_info_nce(None, None, z_a, z_v, affinity="none").backward()
-    assert z_a.grad.equal(expected[0]) and z_v.grad.equal(expected[1])
+    results = []
+    for given in (True, False):
+        y_a, y_v, z_a, z_v = (x.requires_grad_() for x in batch())
+        loss = soft_info_nce(*(y_a, y_v) if given else (None, None), z_a, z_v, affinity="none")
+        loss.backward()
+        results.append((loss.detach(), z_a.grad, z_v.grad))
+    assert all(one.equal(other) for one, other in zip(*results))
     for affinity in ("clip", "view", "batch"):
-        with pytest.raises(ValueError, match=f"affinity='{affinity}' needs the encoder outputs"):
-            soft_info_nce(None, y_v, z_a, z_v, affinity=affinity)
+        for y in ((None, y_v), (y_a, None), (None, None)):
+            with pytest.raises(ValueError, match=f"affinity='{affinity}' needs the encoder outputs "
+                                                 "y_a and y_v$"):
+                soft_info_nce(*y, z_a, z_v, affinity=affinity)
 
 
 def test_a_group_of_one_process_changes_nothing():
-    """conftest.py has made such a group. Without it the loss and its gradients are the same."""
+    """conftest.py has made such a group. Without it loss, gradients and rows are the same."""
+    assert dist.is_initialized() and dist.get_world_size() == 1
     results = []
     for grouped in (True, False):
         if not grouped:
             dist.destroy_process_group()
         assert dist.is_initialized() == grouped
-        x = [tensor.requires_grad_() for tensor in batch()]
-        loss = soft_info_nce(*x)
-        loss.backward()
-        results.append([loss.detach(), *(tensor.grad for tensor in x)])
-    assert all(one.equal(other) for one, other in zip(*results))
+        for affinity in AFFINITIES:
+            x = [tensor.requires_grad_() for tensor in batch()]
+            assert all_gather(x[0]) is x[0]
+            loss = soft_info_nce(*x, affinity=affinity)
+            loss.backward()
+            grads = [tensor.grad for tensor in x if tensor.grad is not None]
+            assert len(grads) == (2 if affinity == "none" else 4)
+            results.append([loss.detach(), *grads])
+    for one, other in zip(results[:4], results[4:]):
+        assert all(x.equal(y) for x, y in zip(one, other, strict=True))

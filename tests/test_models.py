@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
+import finetune
 from models import (Mapping, SvaCLR, audio_encoder, load_encoder, load_svaclr, read_state,
                     video_encoder)
 
@@ -163,17 +164,22 @@ def test_checkpoints_are_not_trusted(tmp_path):
 def test_svaclr_comes_back_with_its_settings(brief):
     model, settings = load_svaclr(brief)
     state = torch.load(brief, weights_only=True)
+    assert vars(settings) == state["settings"]
     assert settings.arch == "r2plus1d_10" and settings.frames == 4 and settings.max_speed == 4
-    assert all(x.equal(state["model"][name]) for name, x in model.state_dict().items())
+    weights = model.state_dict()
+    assert weights.keys() == state["model"].keys()
+    assert all(x.equal(state["model"][name]) for name, x in weights.items())
 
 
 def test_foreign_checkpoints_are_no_svaclr(tmp_path):
     """One of finetune.py has other settings, and one of the earlier format has other names."""
-    torch.save({"settings": {"arch": "r2plus1d_10", "linear": False}, "model": {}},
-               tmp_path / "finetune.pt")
+    torch.save({"settings": vars(finetune.parse([])), "model": {}}, tmp_path / "finetune.pt")
     torch.save({"args": {"arch": "r2plus1d_10"}, "clips": "", "at": (0, 0, 0), "processes": [],
                 "model": {}}, tmp_path / "earlier.pt")
-    for name, sentence in (("finetune.pt", "was not written by pretrain.py"),
-                           ("earlier.pt", "was written by an earlier version of this project")):
-        with pytest.raises(ValueError, match=f"{name} {sentence}"):
+    for name, sentence in (
+            ("finetune.pt", "was not written by pretrain.py: give a checkpoint.pt of it"),
+            ("earlier.pt", "was written by an earlier version of this project, which alone can "
+                           "continue it: give another --out, or use that version")):
+        with pytest.raises(ValueError) as error:
             load_svaclr(tmp_path / name)
+        assert str(error.value) == f"{tmp_path / name} {sentence}"
