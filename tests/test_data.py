@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_video, peak_hz, read_barcode
 
+from augment import crop_at
 from data import (ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows,
                   make_loader, read_clip, read_manifest)
 from prepare import scan
@@ -266,6 +267,7 @@ def test_other_processes_are_dealt_the_rest():
 
 def test_evaluation_clips_are_evenly_spaced(tmp_path):
     make_video(tmp_path / "c" / "a.mp4", 5, gray=lambda t: 20 + 40 * t)
+    make_video(tmp_path / "c" / "b.mp4", 5)             # its left and right ends differ
     rows, _ = rows_of(tmp_path, tmp_path / "m.csv")
     clips = AudioVisualClips(rows, frames=4, fps=8, size=24, clips_per_file=4)
     video, audio, source = clips[0]
@@ -273,11 +275,16 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     levels = 20 + 40 * torch.tensor([0, 1.5, 3.0, 4.5])
     assert (video[:, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
     crops = ActionClips(rows, ["c"], frames=4, fps=8, size=24, views=(4, 3))
-    three, sound, _ = evenly_spaced(crops, 0, rows[0].duration, sound=False)
-    assert three.shape == (12, 4, 24, 24, 3) and sound.shape[0] == 0 and three[1::3].equal(video)
     three, label, source = crops[0]
     assert three.shape == (12, 4, 24, 24, 3) and label == 0 and source == (0, None)
     assert (three[1::3, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
+    for n in (0, 1):
+        three, sound, _ = evenly_spaced(crops, n, rows[n].duration, sound=False)
+        assert sound.shape[0] == 0 and three[1::3].equal(clips[n][0])
+    whole, _ = read_clip(rows[1].path, 0, (1,), (), 4, 8, 27)       # 8/7 of the size
+    for crop, place in enumerate((0, 0.5, 1)):
+        assert three[crop].equal(crop_at(whole[0], 24, place))
+    assert not three[0].equal(three[1]) and not three[1].equal(three[2])
 
 
 @pytest.mark.parametrize("workers", (0, 2))
