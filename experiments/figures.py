@@ -6,10 +6,12 @@
     python -m experiments.figures neighbours --out neighbours.png
 
 `method` shows one clip, its views, the similarities of a small batch with the part that each of
-them plays in Eq. 1, and lambda of Eq. 2. `affinity` follows Fig. 3: for some clips a frame, the
-spectrograms of the sound at speeds 1, 2 and 4, and under each lam(a, v) with the video at speed 1;
-beside it the mean over the test part. The paper does not say over which entries its lam sums to 1
-in that figure. Here the softmax runs over the sounds at speeds 1 to 4, so chance is 1/4.
+them plays in Eq. 1, and how L and lambda make the clip's loss, from sound to video.
+
+`affinity` follows Fig. 3: for some clips a frame, the spectrograms of the sound at speeds 1, 2 and
+4, and under each lam(a, v) with the video at speed 1; beside it the mean over the test part. The
+paper does not say over which entries its lam sums to 1 in that figure. Here the softmax runs over
+the sounds at speeds 1 to 4, so chance is 1/4.
 """
 
 import argparse
@@ -22,18 +24,20 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.patches import Rectangle
+from matplotlib.patches import FancyArrowPatch, Rectangle
 from tqdm import tqdm
 
 from augment import LogMel, crop_at, frame_times, normalize_frames
 from data import read_clip
-from loss import cross_affinity
+from loss import cross_affinity, info_nce, similarities
 from retrieval import extract, load
 from support.processes import choose_precision, start
 
 SPEEDS = (1, 2, 3, 4)
 TAU_V, TAU_A = (1, 3), (1, 2)                   # of the views in `method`
 MARKS = {"positive": "+", "negative": "\N{MINUS SIGN}", "left out": "\N{MULTIPLICATION SIGN}"}
+COLOURS = {"positive": "#1a9850", "negative": "#d6403a", "left out": "0.45"}
+METHOD_SIZE = 12, 4.9                           # inches, at 100 dpi
 
 
 def spread(n, of):
@@ -51,7 +55,7 @@ def role(i, q, j, r):
 
 @torch.no_grad()
 def method(args):
-    """One clip -> its views -> the batch's similarities -> lambda."""
+    """One clip -> its views -> the batch's similarities -> L and lambda -> the loss."""
     model, settings, clips, _ = load(args)
     model.eval()
     T, fps, size = settings.frames, settings.fps, settings.size
@@ -62,81 +66,142 @@ def method(args):
                          f"{max(TAU_V + TAU_A) * T / fps:.1f} s")
     read = [read_clip(row.path, 0, TAU_V, TAU_A, T, fps, size * 8 // 7) for row in rows]
     video = torch.stack([crop_at(frames, size) for frames, _ in read])          # (N, K, T, H, W, 3)
-    waves = torch.stack([wave for _, wave in read])                             # (N, K, L)
-    audio = LogMel()(waves)                                                     # (N, K, 1, M, F)
+    audio = LogMel()(torch.stack([wave for _, wave in read]))                   # (N, K, 1, M, F)
     y_a, y_v, z_a, z_v = model(audio, normalize_frames(video))
-    s = torch.einsum("ipd,jqd->ipjq", z_a, z_v) / settings.eta                  # (N, K, N, K)
+    own = torch.arange(len(rows))
+    s, _ = similarities(z_a, z_v, own, settings.eta)                            # (N, K, N, K)
+    L = info_nce(z_a, z_v, own, settings.eta)                                   # (N, K, K)
     lam = cross_affinity(y_a, y_v, "clip", settings.affinity_temperature,
                          not settings.raw_affinity)                             # (N, K, K)
 
     frames, _ = read_clip(rows[0].path, 0, TAU_V, (), T, fps, 128)          # sharper, to look at
-    shown = spread(4, T)
-    figure = plt.figure(figsize=(11, 4.1), layout="constrained")
-    left, middle, right = figure.subfigures(1, 3, width_ratios=(1.25, 1.1, 0.85), wspace=0.03)
-    draw_views(left, crop_at(frames, 128)[:, shown], audio[0], shown, fps)
-    draw_similarities(middle, s, len(rows))
-    draw_affinity(right, lam[0])
-    save(figure, args.out, 90)
+    figure, shown = plt.figure(figsize=METHOD_SIZE), spread(4, T)
+    times = torch.stack([frame_times(T, fps, tau)[shown] for tau in TAU_V])     # (K, n), s
+    draw_views(figure, crop_at(frames, 128)[:, shown], times, audio[0, :, 0], T / fps)
+    arrow(figure, 4.56, 0.42)
+    write(figure, 4.76, 2.86, "$f,\\ h_v$\n$g,\\ h_a$")
+    draw_similarities(figure, s)
+    arrow(figure, 8.64, 0.3)
+    draw_loss(figure, L[0], lam[0])
+    save(figure, args.out, 100)
 
 
-def draw_views(figure, frames, audio, shown, fps):
-    """Two rows of frames (K, n, H, W, 3) and two spectrograms (K, 1, M, F) of one clip."""
-    figure.suptitle("one clip, also sped up: its four views", fontsize=10)
-    rows = figure.subfigures(3, 1, height_ratios=(1, 1, 1.15))
-    for k, tau in enumerate(TAU_V):
-        times = frame_times(shown[-1] + 1, fps, tau)[shown]
-        axes = rows[k].subplots(1, len(shown))
-        for axis, frame, time in zip(axes, frames[k], times):
-            axis.imshow(frame)
-            axis.set_xlabel(f"{time:.2f} s", fontsize=7, labelpad=1)
-        axes[0].set_ylabel(f"video\n$\\tau_v$ = {tau}", fontsize=8)
-        bare(axes)
-    axes = rows[2].subplots(1, 2)
+def place(figure, x, y, width, height):
+    """Axes without ticks at x, y from the lower left corner, in inches."""
+    W, H = METHOD_SIZE
+    axis = figure.add_axes((x / W, y / H, width / W, height / H))
+    bare([axis])
+    return axis
+
+
+def write(figure, x, y, text, size=10.5, **style):
+    """Text around x, y from the lower left corner, in inches."""
+    W, H = METHOD_SIZE
+    style = {"ha": "center", "va": "center", "fontsize": size} | style
+    figure.text(x / W, y / H, text, **style)
+
+
+def arrow(figure, x, length):
+    """An arrow from x to the right, in inches, from one part of the figure to the next."""
+    (W, H), y = METHOD_SIZE, 2.55
+    figure.add_artist(FancyArrowPatch((x / W, y / H), ((x + length) / W, y / H), color="0.35",
+                                      arrowstyle="-|>", mutation_scale=18, linewidth=2))
+
+
+def mark(figure, x, y, name):
+    """The mark of a role in Eq. 1."""
+    circle = dict(boxstyle="circle,pad=0.12", facecolor=COLOURS[name], edgecolor="white")
+    write(figure, x, y, MARKS[name], 12, color="white", fontweight="bold", bbox=circle)
+
+
+def draw_views(figure, frames, times, audio, seconds):
+    """Frames (K, n, H, W, 3) at times (K, n) and spectrograms (K, M, F) of one clip.
+
+    seconds: what a view at speed 1 covers.
+    """
+    write(figure, 2.66, 4.66, "One clip and its four views", 14)
+    for k, (tau, y) in enumerate(zip(TAU_V, (3.38, 2.2))):
+        write(figure, 0.42, y + 0.45, f"video $v$\n$\\tau_v$ = {tau}", 11.5)
+        for n, frame in enumerate(frames[k]):
+            place(figure, 0.85 + 0.91 * n, y, 0.88, 0.88).imshow(frame)
+            write(figure, 1.29 + 0.91 * n, y - 0.11, f"{times[k, n]:.2f} s")
+    write(figure, 0.42, 1.2, "sound $a$", 11.5)
     for k, tau in enumerate(TAU_A):
-        axes[k].imshow(audio[k, 0], origin="lower", aspect="auto", cmap="magma")
-        axes[k].set_xlabel(f"sound, $\\tau_a$ = {tau}", fontsize=8, labelpad=2)
-    axes[0].set_ylabel("mel band", fontsize=7)
-    bare(axes)
+        x = 0.85 + 1.84 * k
+        place(figure, x, 0.72, 1.77, 1.15).imshow(audio[k], origin="lower", aspect="auto",
+                                                  cmap="magma")
+        write(figure, x, 0.6, "0 s", ha="left")
+        write(figure, x + 0.88, 0.58, f"$\\tau_a$ = {tau}", 11.5)
+        write(figure, x + 1.77, 0.6, f"{tau * seconds:g} s", ha="right")
+    write(figure, 2.66, 0.22, "A view at speed $\\tau$ covers $\\tau$ times the source.", 11)
 
 
-def draw_similarities(figure, s, N):
-    """The similarities s (N, K, N, K) as a square, and the parts of one row of it in Eq. 1."""
-    figure.suptitle("its batch: $s = z_a \\cdot z_v\\,/\\,\\eta$  (Eq. 1)", fontsize=10)
-    K = s.shape[1]
-    axis = figure.subplots()
-    axis.imshow(s.reshape(N * K, N * K), cmap="Blues")
-    i, p, q = 0, 0, 0                           # the row whose parts are marked
+def draw_similarities(figure, s):
+    """The similarities s (N, K, N, K) as a square, and the roles of one row of it in Eq. 1."""
+    N, K = s.shape[:2]
+    left, top, side, cell = 5.75, 3.93, 2.8, 2.8 / N / K
+    write(figure, 7.05, 4.66, "Its batch:  $s[i,p,j,q]=z_a\\cdot z_v\\,/\\,\\eta$", 14)
+    write(figure, left + side / 2, top + 0.47, "video view $q$ of clip $j$")
+    write(figure, left - 0.5, top - side / 2, "sound view $p$ of clip $i$", rotation=90)
+    axis = place(figure, left, top - side, side, side)
+    axis.imshow(s.reshape(N * K, N * K), cmap="Blues", vmax=1.15 * float(s.max()))
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    for n in range(1, N * K):
+        width = 0.7 if n % K else 3
+        axis.axhline(n - 0.5, color="white", linewidth=width)
+        axis.axvline(n - 0.5, color="white", linewidth=width)
     for j in range(N):
-        axis.add_patch(Rectangle((K * j - 0.5, K * j - 0.5), K, K, fill=False, edgecolor="#d95f02",
-                                 linewidth=2))
+        axis.add_patch(Rectangle((K * j - 0.45, K * j - 0.45), K - 0.1, K - 0.1, fill=False,
+                                 edgecolor=COLOURS["positive"], linewidth=2.2, zorder=3))
+        middle = cell * K * (j + 0.5)
+        write(figure, left + middle, top + 0.27, f"clip {j}")
+        write(figure, left - 0.27, top - middle, f"clip {j}", rotation=90)
         for r in range(K):
-            value = (s[i, p, j, r] - s.min()) / (s.max() - s.min())
-            axis.text(K * j + r, K * i + p, MARKS[role(i, q, j, r)], ha="center", va="center",
-                      fontsize=14, fontweight="bold", color="white" if value > 0.6 else "black")
-    axis.add_patch(Rectangle((-0.5, K * i + p - 0.5), N * K, 1, fill=False, edgecolor="black"))
-    names = [f"{j + 1}{'′' * k}" for j in range(N) for k in range(K)]
-    axis.set_xticks(range(N * K), [f"$v_{{{n}}}$" for n in names], fontsize=8)
-    axis.set_yticks(range(N * K), [f"$a_{{{n}}}$" for n in names], fontsize=8)
-    axis.tick_params(length=0)
-    axis.set_xlabel(f"$a_1$ with $v_1$:  {MARKS['positive']} positive,  {MARKS['negative']} "
-                    "negatives (both speeds of other clips),\n"
-                    f"{MARKS['left out']} left out (the clip's other speed);  orange: the 2x2 "
-                    "pairs of a clip", fontsize=7.5)
+            middle = cell * (K * j + r + 0.5)
+            write(figure, left + middle, top + 0.1, f"{r}", 9.5, color="0.3")
+            write(figure, left - 0.1, top - middle, f"{r}", 9.5, color="0.3")
+            mark(figure, left + middle, top - cell / 2, role(0, 0, j, r))
+    for n, (name, text) in enumerate((("positive", "positive of $L[0,0,0]$: the clip's video 0"),
+                                      ("negative", "negatives: other clips at both speeds"),
+                                      ("left out", "left out: the clip's own other view"))):
+        mark(figure, 5.4, 0.83 - 0.27 * n, name)
+        write(figure, 5.6, 0.83 - 0.27 * n, text, 11, ha="left")
 
 
-def draw_affinity(figure, lam):
-    """lambda (K, K) of the clip with its numbers, and Eq. 3."""
-    figure.suptitle("its affinity $\\lambda$ (Eq. 2)", fontsize=10)
-    axis = figure.subplots()
-    axis.imshow(lam, cmap="Oranges", vmin=0, vmax=1)
-    for p, line in enumerate(lam.tolist()):
-        for q, value in enumerate(line):
-            axis.text(q, p, f"{value:.4f}", ha="center", va="center", fontsize=11)
-    axis.set_xticks(range(len(TAU_V)), [f"$\\tau_v$ = {tau}" for tau in TAU_V], fontsize=8)
-    axis.set_yticks(range(len(TAU_A)), [f"$\\tau_a$ = {tau}" for tau in TAU_A], fontsize=8)
-    axis.tick_params(length=0)
-    axis.set_xlabel("softmax of $l(y_a)\\,l(y_v)^T$; its sum is 1\n\nloss of a clip (Eq. 3):\n"
-                    "$\\sum_{p,q}\\ \\lambda_{p,q}\\ L_{p,q}$", fontsize=9)
+def draw_loss(figure, L, lam):
+    """L and lambda (K, K) of the first clip with their numbers, and how they make its loss."""
+    write(figure, 10.45, 4.66, "Loss of clip 0", 14)
+    draw_pairs(figure, 9.17, "$L[0,p,q]$", L, ".2f", "Greys")
+    draw_pairs(figure, 10.74, "$\\lambda[0,p,q]$", lam, ".3f", "Oranges")
+    for y, text in (
+            (2.2, "Eq. 1:  $L=-\\log\\ \\dfrac{e^{s_+}}{e^{s_+}+\\ \\sum e^{s_-}}$"),
+            (1.64, "Eq. 2:  $\\lambda$ = softmax of $l(y_a)\\,l(y_v)^T$"),
+            (1.15, "Eq. 3:  $\\sum_{p,q}\\ \\lambda[0,p,q]\\;L[0,p,q]$"
+                   f" = {float((lam * L).sum()):.2f}"),
+            (0.66, "mean over clips, both directions")):
+        write(figure, 9.05, y, text, 11.5, ha="left")
+
+
+def draw_pairs(figure, x, name, values, form, colours):
+    """The values (K, K) of the pairs of views of one clip."""
+    y, side = 2.66, 1.2
+    low, mean = float(values.min()), float(values.mean())
+    span = max(float(values.max()) - low, 0.1 * mean)           # values that are level look level
+    axis = place(figure, x, y, side, side)
+    axis.imshow(values, cmap=colours, vmin=low - 0.3 * span, vmax=low + 2 * span)
+    axis.axhline(0.5, color="white")
+    axis.axvline(0.5, color="white")
+    for spine in axis.spines.values():
+        spine.set(edgecolor=COLOURS["positive"], linewidth=2.2)
+    write(figure, x + side / 2, y + side + 0.4, name, 12.5)
+    for n in range(2):
+        middle = side * (0.25 + 0.5 * n)
+        write(figure, x + middle, y + side + 0.13, f"$\\tau_v$ = {TAU_V[n]}", 10)
+        write(figure, x - 0.06, y + side - middle, f"$\\tau_a$ = {TAU_A[n]}", 10, rotation=90,
+              ha="right")
+        for q in range(2):
+            axis.text(q, n, f"{values[n, q]:{form}}", ha="center", va="center", fontsize=12)
 
 
 def bare(axes):
