@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -19,6 +20,7 @@ def run_bench(*args):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     """Two batches, with a profile of each."""
     text = run_bench("step", "--rounds", "2", "--batch-size", "2", "4", "--profile",
@@ -49,6 +51,7 @@ def test_the_step_is_that_of_pretraining(monkeypatch):
     assert not fresh.h_v[0].weight.equal(steps.model.h_v[0].weight)
 
 
+@pytest.mark.slow
 def test_saving(tmp_path):
     """The checkpoint of the paper's model, with its momentum, has 296 MB."""
     text = run_bench("saving", "--rounds", "2", "--csv", tmp_path / "b.csv")

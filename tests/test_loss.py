@@ -200,6 +200,7 @@ if world > 1:
 '''
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

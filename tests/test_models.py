@@ -58,6 +58,7 @@ def test_views_stay_with_their_clip():
         torch.testing.assert_close(w[1:2, 1:], p, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradient_of_clips_that_become_two_frames_deep():
     """In bfloat16 on CPUs torch 2.14 leaves part of this gradient unwritten.
 

@@ -302,6 +302,7 @@ def test_a_loss_that_is_not_finite_stops_all(tree, tmp_path):
     assert len(log_of(tmp_path)[-1]["files"]) == 4 and not (tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,dtype", [("bf16", "bfloat16"), ("fp16", "float16"),
                                         ("fp32", "float32")])
 def test_each_precision_trains(name, dtype, tree, tmp_path):

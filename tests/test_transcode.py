@@ -218,6 +218,7 @@ def test_a_second_run_makes_only_missing_and_old_copies(tree, tmp_path):
         transcode.run(tmp_path / "in.csv", tmp_path / "out", 32, 15)
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_broken_copy(tmp_path):
     for n in range(6):
         make_video(tmp_path / "in" / "a" / f"{n}.mp4", 12, 30, (320, 240),
