@@ -31,8 +31,7 @@ from augment import (crop_at, crop_flip, crop_flip_jitter, frame_times, sample_s
                      speed_up_audio)
 from prepare import demo, scan
 from support.batches import TrainingBatches
-from support.processes import (end_workers, gather, ignore_signals, loading_workers, rank,
-                               run_once, world_size)
+from support.processes import end_workers, gather, loading_workers, rank, run_once, world_size
 from support.reading import RATE, read
 
 TRIES = 10                              # files in a row that may fail before a run stops
@@ -61,9 +60,10 @@ def read_manifest(path, split=None):
             raise ValueError(f"{path} has no {split!r} part, it has "
                              f"{', '.join(map(repr, splits))}: give other data or another --split")
         table = [line for line in table if line["split"] == split]
-    rows = [Row(line["path"], line["label"], line["split"], float(line["duration"]),
-                float(line["video_duration"]), line["has_audio"] == "1", line["note"])
-            for line in table if not line["reason"]]
+    # A class name is kept once and not once a row, because every worker has a copy of the rows.
+    rows = [Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]),
+                float(line["duration"]), float(line["video_duration"]), line["has_audio"] == "1",
+                sys.intern(line["note"])) for line in table if not line["reason"]]
     return rows, {line["path"]: line["reason"] for line in table if line["reason"]}
 
 
@@ -281,8 +281,7 @@ def make_loader(dataset, batch_size, workers=None, epochs=1):
         return DataLoader(dataset, batch_size, sampler=share, **common)
     batches = TrainingBatches(len(dataset), batch_size, epochs, dataset.seed, rank(), world_size())
     atexit.register(end_workers)
-    return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator(),
-                      worker_init_fn=ignore_signals, **common)
+    return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator(), **common)
 
 
 def evaluation_batches(dataset, batch_size, max_failures, workers=None):

@@ -6,6 +6,7 @@
     python -m experiments.bench scaling         # 2 processes with 1 thread over 1 process with 2
     python -m experiments.bench retrieval       # ranks in pools of 1,000 to 32,000 clips
     python -m experiments.bench loader          # a sample over the bare decode of its window
+    python -m experiments.bench rows            # start-up and memory with 240,000 files
     python -m experiments.bench scan            # files per second of the scan
     python -m experiments.bench frames          # wrong frames, beside other libraries
 
@@ -126,7 +127,8 @@ def train(flags, rounds, device, profile=False):
     args = pretrain.parse(["--data", "made up", "--lr", "0.001", *flags])
     steps = Steps(rounds, profile)
     rows = MADE_UP * args.batch_per_process, {}
-    with (patch("pretrain.Run", steps.begin), patch("pretrain.find_rows", lambda *_: rows),
+    with (patch("pretrain.claim"), patch("pretrain.Run", steps.begin),
+          patch("pretrain.find_rows", lambda *_: rows),
           redirect_stdout(io.StringIO())):
         pretrain.train(args, device)
     return steps
@@ -303,8 +305,8 @@ def record(path, what, values):
 
 
 BENCHES = {"step": step, "loss": loss, "saving": saving, "scaling": scaling,
-           "retrieval": retrieval, "loader": bench_data.loader, "scan": bench_data.scan,
-           "frames": bench_data.frames}
+           "retrieval": retrieval, "loader": bench_data.loader, "rows": bench_data.rows,
+           "scan": bench_data.scan, "frames": bench_data.frames}
 
 
 def main():

@@ -1,7 +1,9 @@
-"""The benches of experiments/bench.py that read files: loader, scan, frames."""
+"""The benches of experiments/bench.py that read files: loader, rows, scan, frames."""
 
 import multiprocessing
+import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +19,9 @@ from data import AudioVisualClips, make_loader, read_clip, read_manifest
 from experiments import frames as films
 from experiments.timing import ratio, turns
 from prepare import demo, scan as manifest, transcode
+from support.processes import start
 
+ROOT = Path(__file__).parent.parent
 
 def film(path, seconds=10, size=(340, 256)):
     """Write moving texture at 30 fps and a noisy tone: H.264, a keyframe every 250 frames; AAC."""
@@ -105,13 +109,69 @@ def memory(folder):
     dataset, megabytes = AudioVisualClips(rows * 626, 4, 4, 32, 4), {}
     for n, _ in enumerate(make_loader(dataset, 20, workers=2), 1):
         if 20 * n in (1000, 10000):
-            lines = [line for child in multiprocessing.active_children() for line in
-                     Path(f"/proc/{child.pid}/smaps_rollup").read_text().splitlines()]
-            megabytes[20 * n] = sum(int(x.split()[1]) for x in lines if x.startswith("Rss")) / 1000
+            megabytes[20 * n] = sum(memory_of_workers("Rss"))
     growth = megabytes[10000] / megabytes[1000] - 1
     return (f"memory of 2 workers: {megabytes[1000]:.0f} MB after 1000 samples, "
             f"{megabytes[10000]:.0f} MB after 10000 ({100 * growth:+.1f} %)",
             "loader, 10000 samples", {"growth of memory since 1000": growth})
+
+
+def memory_of_workers(kind):
+    """MB of each loading process: "Rss", all of it | "Pss", with its share of what is shared."""
+    texts = [Path(f"/proc/{child.pid}/smaps_rollup").read_text()
+             for child in multiprocessing.active_children()]
+    return [int(line.split()[1]) / 1000 for text in texts for line in text.splitlines()
+            if line.startswith(f"{kind}:")]
+
+
+def rows(args):
+    """A manifest of 240,000 rows beside one of 1,000, for each way to start loading processes."""
+    script = "from experiments.bench_data import start_up\nif __name__ == '__main__': start_up()\n"
+    with tempfile.TemporaryDirectory() as folder:
+        make_rows(Path(folder))
+        (Path(folder) / "start_up.py").write_text(script)
+        for method in ("fork", "forkserver", "spawn"):
+            done = subprocess.run(
+                [sys.executable, "start_up.py", method], cwd=folder, check=True, text=True,
+                stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)})
+            seconds, few, many = map(float, done.stdout.split())
+            yield (f"{method}: the first batch comes {seconds:.1f} s after reading 240,000 rows "
+                   f"began; each of 2 workers has {many:.0f} MB, with 1,000 rows {few:.0f} MB",
+                   f"240,000 rows, {method}", {"s to the first batch": seconds,
+                                               "MB more of a worker": many - few})
+
+
+def make_rows(folder):
+    """Write 240000.csv and 1000.csv, whose rows are links to one film."""
+    (folder / "train" / "bell").mkdir(parents=True)
+    demo.make_clip(folder, 0, ("train", "bell", 0))
+    row = manifest.probe((folder / "train" / "bell" / "000.mp4", "", "train"))
+    paths = [folder / f"abcdefghijk_{n:06}_{n:06}.mp4" for n in range(240000)]
+    for path in paths:
+        path.symlink_to(row["path"])
+    rows = [row | {"path": str(path), "label": f"playing the instrument {n % 400}"}
+            for n, path in enumerate(paths)]
+    manifest.write(rows[:1000], folder / "1000.csv")
+    manifest.write(rows, folder / "240000.csv")
+
+
+def start_up():
+    """Print the s to the first batch with 240,000 rows, and the MB of a worker with 1,000 and with
+    240,000 rows, after 800 and 2,000 samples."""
+    multiprocessing.set_start_method(sys.argv[1])
+    start()
+    megabytes = []
+    for many, batch in ((1000, 40), (240000, 100)):
+        began = time.perf_counter()
+        listed, _ = read_manifest(f"{many}.csv")
+        batches = iter(make_loader(AudioVisualClips(listed, 4, 4, 16, 4), 20, workers=2))
+        next(batches)
+        seconds = time.perf_counter() - began
+        for _ in range(batch):
+            next(batches)
+        megabytes.append(max(memory_of_workers("Pss")))
+        del batches
+    print(seconds, *megabytes)
 
 
 def scan(args):
