@@ -32,7 +32,7 @@ from models import C, load_encoder
 from support.classification import fit_linear, report, shared_classes, subset, write_classes
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
                                say, world_size)
-from support.run import Run, add_run_flags
+from support.run import Run, add_run_flags, claim
 
 # The built-in set is seen as in pretraining, in fewer clips, so that two CPU cores take minutes.
 DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, train_clips=2, test_clips=4)
@@ -189,7 +189,7 @@ def linear_probe(encoder, clips, args, dtype):
 
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    claim(args.out)
     train_rows, train_left_out = find_rows(args.data, "train", args.out)
     test_rows, test_left_out = find_rows(args.data, "test", args.out)
     train_rows = subset(train_rows, args.fraction, args.seed)

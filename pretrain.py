@@ -26,7 +26,7 @@ from loss import all_gather, soft_info_nce
 from models import SvaCLR
 from support.processes import (at_least, autocast, choose_precision, launch, positive, rank, say,
                                say_left_out, world_size)
-from support.run import Run, add_run_flags
+from support.run import Run, add_run_flags, claim
 
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong
 # The built-in set has small frames and a small encoder, so that two CPU cores train it in minutes.
@@ -130,6 +130,7 @@ def top1(z_a, z_v):
 
 def train(args, device):
     """§3.1: read the data, build the model, train it with Eq. 3, save it."""
+    claim(args.out)
     if args.data is None:
         say("No --data: the built-in set, with settings fit for it: "
             + ", ".join(f"{name} {value}" for name, value in DEMO.items()))

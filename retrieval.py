@@ -191,7 +191,8 @@ def report(head, results, base):
         recall = [base[k][level] for k in RANKS]
         print(f"{name:9}{'chance':15}" + "".join(f"{100 * p:6.1f}{'':7}" for p in recall))
         head[f"{name}, chance"] = {f"R@{k}": p for k, p in zip(RANKS, recall)}
-    path = Path(head["checkpoint"]).with_name("retrieval.json")
+    name = "retrieval" + Path(head["checkpoint"]).stem.removeprefix("checkpoint") + ".json"
+    path = Path(head["checkpoint"]).with_name(name)
     path.write_text(json.dumps(head, indent=1))
 
 

@@ -5,11 +5,18 @@ process. So a collective operation needs no special case for one process.
 """
 
 import argparse
+import fcntl
+import functools
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
+import socket
+import struct
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -17,6 +24,9 @@ import torch.distributed as dist
 
 # torchrun's restarted workers then start with a store of their own (pytorch/pytorch#135712).
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+# A scheduler sends them before it takes the machine away or the job's time is over.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PATIENCE = timedelta(hours=12)      # for a process that scans, evaluates or saves on a slow disk
 
 
 def launch(job, args):
@@ -45,6 +55,11 @@ def start():
     The environment variables of torchrun (RANK, LOCAL_RANK, WORLD_SIZE) decide. Without them the
     group has one process. On CPUs the processes of one machine share its cores out among them.
     """
+    with signals_blocked():                     # the fork server's processes inherit that
+        if multiprocessing.get_start_method() == "forkserver":
+            # It imports for all loading processes, while this process reads the data.
+            multiprocessing.set_forkserver_preload(["torchvision", "torchaudio", "av"])
+            multiprocessing.forkserver.ensure_running()
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -59,6 +74,7 @@ def start():
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            choose_interface()
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -67,6 +83,50 @@ def start():
                 "otherwise restarted processes look for the dead ones (pytorch/pytorch#135712)",
                 sys.stderr)
     return device
+
+
+def choose_interface():
+    """Set GLOO_SOCKET_IFNAME to the interface that leads to MASTER_ADDR, if gloo would not find it.
+
+    gloo tells the other hosts the address that belongs to this host's name. Where that is 127.x,
+    they would look for this host on themselves. Prints a warning if the interface is not clear.
+    """
+    nodes = os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES"))  # torchrun, Slurm
+    if nodes == "1" or "GLOO_SOCKET_IFNAME" in os.environ or not is_loopback(socket.gethostname()):
+        return
+    master, found = os.environ["MASTER_ADDR"], interfaces()
+    if not is_loopback(master):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, 9))          # sends nothing, but asks the routing table
+            own = probe.getsockname()[0]
+        found = {name: address for name, address in found.items() if address == own}
+    if len(found) == 1:
+        os.environ["GLOO_SOCKET_IFNAME"], = found
+    elif nodes is not None or found:
+        print(f"warning: this host's name {socket.gethostname()} is a loopback address, which "
+              "other hosts cannot reach: set GLOO_SOCKET_IFNAME to the interface that leads to "
+              f"them, one of {', '.join(interfaces()) or 'none'}", file=sys.stderr, flush=True)
+
+
+def is_loopback(host):
+    """Whether this machine takes a host name for itself, at 127.x, or does not know it."""
+    try:
+        return socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        return True
+
+
+def interfaces():
+    """{interface: IPv4 address} of this machine, without loopback."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))
+            except OSError:                     # SIOCGIFADDR: it has no IPv4 address
+                continue
+            found[name] = socket.inet_ntoa(answer[20:24])
+    return {name: address for name, address in found.items() if not address.startswith("127.")}
 
 
 def rank():
@@ -79,11 +139,17 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+@functools.cache
+def patient_group():
+    """All processes, which wait for each other for 12 hours. By itself nccl waits 10 minutes."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
 def gather(value):
     """The value of each process, a list in the order of their ranks."""
     values = [value] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=patient_group())
     return values
 
 
@@ -95,9 +161,8 @@ def run_once(job):
             job()
         except ValueError as cause:
             error = [str(cause)]
-    if world_size() > 1:                # the job may take longer than the 10 minutes nccl waits
-        patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
-        dist.broadcast_object_list(error, group=patient)
+    if world_size() > 1:
+        dist.broadcast_object_list(error, group=patient_group())
     if error[0]:
         raise ValueError(error[0])
 
@@ -127,14 +192,24 @@ def loading_workers(number=None):
     return min(8, max(1, cores_per_process() - 1)) if number is None else number
 
 
-def ignore_signals(_):
-    """Workers ignore SIGTERM and SIGUSR1: the trainer still needs batches until it has saved."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def signals_blocked():
+    """Processes that are started in here, and theirs, do not see SIGTERM and SIGUSR1.
+
+    A signal to the whole process group must not end the loading processes, nor the server that
+    forks them: the trainer needs batches until it has saved. This process gets the signal later.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    multiprocessing.resource_tracker.ensure_running()       # before Python 3.13 it unblocks SIGTERM
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_workers():
-    """Kill the workers when the trainer exits, because they ignore its SIGTERM."""
+    """Kill the workers when the trainer exits, because its SIGTERM does not reach them."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()

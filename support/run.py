@@ -8,14 +8,19 @@ The script owns the training loop, and a Run is what the loop iterates over:
         run.log(loss=loss, top1=top1, lr=lr)
 
 Between two steps the Run counts, logs, checks that losses and weights are finite, saves, and stops
-after a signal. The folder args.out gets checkpoint.pt and log.jsonl.
+after a signal. The folder args.out gets checkpoint.pt and log.jsonl, and has been claimed:
+
+    claim(args.out)                             # no other run may write there
 """
 
+import errno
+import fcntl
 import io
 import json
 import math
 import os
 import signal
+import socket
 import sys
 import time
 import zlib
@@ -28,12 +33,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from models import read_state
-from support.processes import at_least, gather, rank, say, share, world_size
+from support.processes import (SIGNALS, at_least, gather, rank, run_once, say, share,
+                               signals_blocked, world_size)
 
 LOG_EVERY = 10                                  # steps
 REQUEUE = 75                                    # exit status after a signal (EX_TEMPFAIL)
 # A resumed run may change these settings.
-CHANGEABLE = {"out", "workers", "save_every", "compile", "max_failures", "test_clips"}
+CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips"}
+MARK = "requeue"                                # left in OUT by a run that a signal has ended
 STATE = ("settings", "fingerprint", "position", "step", "world_size", "replaced", "skipped",
          "log_bytes", "model", "optimizer", "scaler")
 
@@ -50,10 +57,51 @@ def add_run_flags(parser):
                      "(default: the cores per process but one, at most 8; our choice)")
     run.add_argument("--max-failures", type=share, default=0.05,
                      help="share of clips that may fail to be read; training replaces them, a test "
-                     "leaves them out, and more stop the run (0.05; our choice)")
+                     "leaves them out, and clearly more stop the run (0.05; our choice)")
     run.add_argument("--save-every", type=at_least(0, float), default=10,
                      help="minutes between checkpoints (10; our choice)")
+    run.add_argument("--keep-every", type=at_least(1), metavar="E",
+                     help="keep the checkpoint of every E-th epoch, as checkpoint-<epoch>.pt "
+                     "(none; our choice)")
     return run
+
+
+locks = {}                                      # path of a lock: its open file
+
+
+def claim(out):
+    """Make the folder of a run, keep other runs out of it, and remove the mark of the last run.
+
+    Process 0 locks OUT/lock, which names its host and its number. The lock goes with the process,
+    so what a killed run has left does no harm. Raises ValueError on all processes if another run
+    has the lock, or if the folder cannot be written.
+    """
+    def lock():
+        path = Path(out).resolve() / "lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / MARK).unlink(missing_ok=True)
+            file = locks.get(path) or open(path, "a+")
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written ({error.strerror}): mend that, or "
+                             "give another --out") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                owner = file.read().strip() or "another process"
+                raise ValueError(f"--out {out} is in use by {owner}: wait until it has ended, or "
+                                 f"give another --out (if that machine is gone, delete {path})"
+                                 ) from None
+            say(f"warning: {path} cannot be locked ({error.strerror}): see to it yourself that no "
+                "other run has the same --out", sys.stderr)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        locks[path] = file                      # open for as long as the process lives
+
+    run_once(lock)
 
 
 class Run:
@@ -65,8 +113,8 @@ class Run:
         model, optimizer, scaler: saved in the checkpoint and continued from it.
         metadata: a dict for the first line of the log, beside the settings.
     Iterating yields (epoch, batch): the fractional epoch, and the tensors of the batch on the
-    model's device. After SIGTERM or SIGUSR1 to any process all processes save and exit with status
-    75. Raises ValueError if the checkpoint belongs to other settings or data, or if too many clips
+    model's device. After SIGTERM or SIGUSR1 to any process all processes save, leave the mark
+    OUT/requeue, and exit with status 75. Raises ValueError if the checkpoint belongs to other settings or data, or if too many clips
     fail; FloatingPointError if the loss or a weight is not finite; OSError if a file cannot be
     written.
     """
@@ -76,12 +124,12 @@ class Run:
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.path = Path(args.out) / "checkpoint.pt"
         self.log_path = self.path.with_name("log.jsonl")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.sampler = loader.batch_sampler
         self.N = self.sampler.batch_size * world_size()         # clips in the global batch
         self.fingerprint = fingerprint(loader.dataset.rows)
         self.epoch = self.used = self.step = 0                  # used: clips of this epoch
         self.saved_step = self.replaced = self.skipped = 0
+        self.drawn = self.failed = 0            # clips since this start, for --max-failures
         resumed_from = self.resume() if self.path.exists() else None
         if len(set(gather((self.epoch, self.used, self.step, self.fingerprint)))) > 1:
             raise ValueError("the processes see different checkpoints or data: "
@@ -107,10 +155,11 @@ class Run:
         self.model.train()
         self.start_window()
         self.saved_at = time.monotonic()
-        batches = iter(self.loader)
         self.bar = tqdm(total=self.last_step, initial=self.step, desc="training", unit="step",
                         disable=rank() > 0)
         with catch_signals() as received, self.bar:
+            with signals_blocked():
+                batches = iter(self.loader)     # starts the loading processes
             while self.step < self.last_step:
                 batch = [x.to(device, non_blocking=True) for x in self.next_batch(batches)]
                 # While a step is computed, the processes agree whether any of them had a signal.
@@ -152,8 +201,9 @@ class Run:
 
     def between_steps(self, should_stop):
         """Check and log every LOG_EVERY steps, save when it is time, and exit after a signal."""
-        last = self.step == self.last_step
-        due, time_to_save = self.step % LOG_EVERY == 0 or last, False
+        last, keep = self.step == self.last_step, self.ends_kept_epoch()
+        due = self.step % LOG_EVERY == 0 or last or keep
+        time_to_save = too_many_failed = False
         if due or should_stop:
             losses = torch.stack([entry["loss"] for entry in self.window])
             reports = gather({"losses": losses.tolist(), "measures": self.measures(),
@@ -161,16 +211,35 @@ class Run:
                               "minutes": (time.monotonic() - self.saved_at) / 60})
             time_to_save = reports[0]["minutes"] >= self.args.save_every
             self.check(reports)
+            too_many_failed = self.count_failures(reports)
             if due:
                 self.report(reports)
             self.start_window()
-        if time_to_save or should_stop or last:
-            self.save()
+        if time_to_save or should_stop or last or keep or too_many_failed:
+            self.save(keep, should_stop)
         self.bar.update()
         if should_stop:
             say(f"stopped by a signal, saved at step {self.step} of {self.last_step}: the same "
                 "command continues from that step")
             sys.exit(REQUEUE)
+        if too_many_failed:
+            raise ValueError(f"{self.failed} of the {self.drawn} clips drawn since the start could "
+                             f"not be read, clearly more than --max-failures "
+                             f"{self.args.max_failures} of them: see the causes above, check the "
+                             f"disk and the manifest; {self.surviving()}")
+
+    def ends_kept_epoch(self):
+        """Whether an epoch has ended whose checkpoint is to be kept."""
+        ends = self.used + self.N > len(self.loader.dataset)
+        return ends and self.args.keep_every and (self.epoch + 1) % self.args.keep_every == 0
+
+    def count_failures(self, reports):
+        """Count the clips that were drawn and replaced. Returns whether too many were replaced."""
+        failed = sum(report["replaced"] for report in reports)
+        self.replaced += failed
+        self.failed += failed
+        self.drawn += len(self.window) * self.N + failed
+        return clearly_more(self.failed, self.drawn, self.args.max_failures)
 
     def measures(self):
         """The measures since the last line: the mean of tensors, the last of numbers."""
@@ -183,8 +252,7 @@ class Run:
         return measures
 
     def check(self, reports):
-        """Stop all processes if a loss or a weight is not finite, or if too many clips failed."""
-        self.replaced += sum(report["replaced"] for report in reports)
+        """Stop all processes if a loss or a weight is not finite."""
         advice = f"{self.surviving()}; try a lower --lr and another --out"
         for n, losses in enumerate(zip(*(report["losses"] for report in reports))):
             if all(map(math.isfinite, losses)):
@@ -201,10 +269,6 @@ class Run:
         if not all(report["finite"] for report in reports):
             raise FloatingPointError(f"weights that are not finite after step {self.step}, "
                                      f"learning rate {self.window[-1]['lr']:.4g}: {advice}")
-        if self.replaced > self.args.max_failures * self.step * self.N:
-            raise ValueError(f"{self.replaced} of {self.step * self.N} clips had to be replaced, "
-                             f"more than --max-failures {self.args.max_failures} of them: see the "
-                             "causes above, check the disk and the manifest")
 
     def report(self, reports):
         """Write a line of the log."""
@@ -228,8 +292,11 @@ class Run:
         """Forget the steps that have been logged."""
         self.window, self.waited, self.newly_replaced, self.since = [], 0.0, 0, time.monotonic()
 
-    def save(self):
-        """Write the checkpoint. The other processes wait until it is on the disk."""
+    def save(self, keep=False, requeue=False):
+        """Write the checkpoint. The other processes wait until it is on the disk.
+
+        keep: keep it under the number of its epoch too. requeue: leave the mark for a scheduler.
+        """
         last = self.step == self.last_step
         if rank() == 0:
             log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
@@ -237,14 +304,23 @@ class Run:
             values = (vars(self.args), self.fingerprint, position, self.step, world_size(),
                       self.replaced, self.skipped, log_bytes, self.model.state_dict(),
                       self.optimizer.state_dict(), self.scaler.state_dict())
-            self.write(dict(zip(STATE, values, strict=True)), self.path.name)
+            state = dict(zip(STATE, values, strict=True))
+            self.write(state, self.path.name)
+            self.saved_step = self.step
+            if keep:
+                self.write(state, f"checkpoint-{self.epoch + 1}.pt")
+            if requeue:
+                self.path.with_name(MARK).touch()
         gather(None)
         self.saved_at, self.saved_step = time.monotonic(), self.step
 
     def write(self, state, name):
         """Write a state to the folder of the run, for torch.load. Only process 0 does."""
         if rank() == 0:
-            write_atomic(serialise(state), self.path.with_name(name))
+            try:
+                write_atomic(serialise(state), self.path.with_name(name))
+            except OSError as error:
+                raise OSError(f"{error}; {self.surviving()}") from error
 
     def resume(self):
         """Load the checkpoint. Returns the number of processes that wrote it.
@@ -283,23 +359,34 @@ class Run:
                 log.write(json.dumps(record) + "\n")
         except OSError as error:
             raise OSError(f"cannot write {self.log_path} ({error.strerror}): make room, then the "
-                          "same command continues") from error
+                          f"same command continues; {self.surviving()}") from error
 
 
 @contextmanager
 def catch_signals():
-    """Yield a list that receives the numbers of SIGTERM and SIGUSR1.
-
-    A scheduler sends them before it takes the machine away or the job's time is over.
-    """
+    """Yield a list that receives the numbers of a scheduler's signals."""
     received = []
     handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
-                for number in (signal.SIGTERM, signal.SIGUSR1)}
+                for number in SIGNALS}
     try:
         yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def clearly_more(failed, drawn, limit):
+    """Whether more than the share `limit` of all clips fail, to judge by those drawn so far.
+
+    If a clip fails with probability `limit`, then P(`failed` or more of `drawn`) is at most
+    exp(-drawn KL(failed / drawn || limit)), the Chernoff bound of the binomial distribution. The
+    answer is yes if this is below 0.02.
+    """
+    q = failed / drawn
+    if q <= limit or limit == 0:
+        return q > limit
+    divergence = q * math.log(q / limit) + (q < 1 and (1 - q) * math.log((1 - q) / (1 - limit)))
+    return math.exp(-drawn * divergence) < 0.02
 
 
 def draw_seed(*numbers):
@@ -342,8 +429,8 @@ def write_atomic(content, path):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}): make room, then the same command "
-                      "continues from the last checkpoint") from error
+        raise OSError(f"cannot write {path} ({error.strerror}): make room, then give the same "
+                      "command again") from error
 
 
 def truncate_log(path, length):

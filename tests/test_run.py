@@ -3,38 +3,53 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, log_of, run, run_here
 
+import finetune
 import pretrain
+import retrieval
 from data import Row, make_loader
 from prepare import scan
 from support import processes
-from support.run import Run, fingerprint, truncate_log, write_atomic
+from support.run import Run, claim, clearly_more, fingerprint, truncate_log, write_atomic
+
+METHODS = ["fork", "forkserver", "spawn"]       # forkserver is the default from Python 3.14 on
 
 # A short run that saves at each line of the log, in float32, so that it repeats to the bit.
 SHORT = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "4", "--warmup", "1",
          "--workers", "1", "--precision", "fp32", "--save-every", "0"]
 
 
-def start(out, *flags, torchrun=()):
-    """Start pretrain.py with the settings of SHORT, under torchrun if its flags are given."""
+def start(out, *flags, torchrun=(), method="fork"):
+    """Start pretrain.py with the settings of SHORT, under torchrun if its flags are given.
+
+    method: how its loading processes are started.
+    """
     launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
     output = open(out.with_suffix(".txt"), "a")
+    site = out.with_name(f"site_{method}")
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text("import multiprocessing\n"
+                                           f"multiprocessing.set_start_method({method!r})\n")
     return subprocess.Popen([sys.executable, *launcher, "pretrain.py", "--out", str(out), *SHORT,
                              *map(str, flags)], cwd=ROOT, stdout=output, stderr=output,
                             start_new_session=True,
-                            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+                            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                                              "PYTHONPATH": str(site)})
 
 
 def text_of(out):
@@ -85,19 +100,41 @@ def assert_same_result(one, other):
 
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
-    """Kill -9 comes twice, after checkpoints and within steps; then the run goes to its end."""
-    flags = ["--data", tree, "--epochs", 40, "--batch-per-process", 4]
+    """Kill -9 comes after checkpoints and within steps, once for each way to start the loading
+    processes; then the run goes to its end. The lock that each leaves is no hindrance."""
+    flags = ["--data", tree, "--epochs", 20, "--batch-per-process", 4]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(whole, *flags).wait() == 0, text_of(whole)
-    for least in (20, 40):
-        process = start(cut, *flags)
+    for least, method in zip((10, 20, 30), METHODS):
+        process = start(cut, *flags, method=method)
         wait_for(lambda: max(steps(cut), default=0) >= least, process, cut)
-        time.sleep(0.2 * (least == 40))
+        time.sleep(0.2 * (least == 30))
         process.kill()
         assert process.wait() == -signal.SIGKILL
     assert start(cut, *flags).wait() == 0, text_of(cut)
-    assert text_of(cut).count(f"continuing {cut / 'checkpoint.pt'} at step ") == 2
+    assert text_of(cut).count(f"continuing {cut / 'checkpoint.pt'} at step ") == 3
     assert_same_result(whole, cut)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method,number", [("fork", "SIGUSR1"), ("forkserver", "SIGTERM"),
+                                           ("spawn", "SIGUSR1")])
+def test_a_signal_to_the_group_saves_and_leaves_the_mark(method, number, tree, tmp_path, capsys):
+    """The loading processes and the server that forks them get the signal too. While the run
+    lives, no other run has its --out. The next start removes the mark."""
+    out, data = tmp_path / "out", ["--data", tree, "--batch-per-process", 2]
+    process = start(out, *data, "--epochs", 400, "--save-every", 60, method=method)
+    wait_for(lambda: steps(out), process, out)
+    assert run_here(pretrain, *data, "--out", out, *SHORT) == 1
+    owner = f"in use by process {process.pid} on {socket.gethostname()}: wait until it has ended"
+    assert owner in capsys.readouterr().err
+    os.killpg(process.pid, getattr(signal, number))
+    assert process.wait(60) == 75
+    assert "Traceback" not in text_of(out) and (out / "requeue").exists()
+    step = state_of(out)["step"]
+    assert f"stopped by a signal, saved at step {step} of " in text_of(out)
+    assert run_here(pretrain, *data, "--out", out, *SHORT) == 1     # other --epochs
+    assert "epochs was 400 and is 100" in capsys.readouterr().err and not (out / "requeue").exists()
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -116,7 +153,9 @@ class Numbers(torch.utils.data.Dataset):
 def numbers_run(out, model, scaling=False):
     """A Run of 20 steps over Numbers, with a gradient scaler if `scaling`, and its optimiser."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    args = Namespace(epochs=4, save_every=0.0, max_failures=0.05, seed=0, out=str(out))
+    args = Namespace(epochs=4, save_every=0.0, keep_every=None, max_failures=0.05, seed=0,
+                     out=str(out))
+    claim(out)
     loader = make_loader(Numbers(), 2, workers=0, epochs=4)
     scaler = torch.amp.GradScaler("cpu", enabled=scaling)
     return Run(args, loader, model, optimizer, scaler, {}), optimizer
@@ -313,13 +352,126 @@ def test_each_precision_trains(name, dtype, tree, tmp_path):
     assert (line["skipped"] > 0) == (name == "fp16")    # the first scale is too great
 
 
+@pytest.mark.parametrize("share,stopped", [(0.03, 0), (0.1, 1000)])
+def test_runs_stop_if_clearly_more_clips_fail_than_allowed(share, stopped):
+    """Of 1,000 runs none stops at 3 % with a limit of 5 %, and at 10 % all stop within 1,000 clips.
+
+    As in a run, 80 clips are read between two looks, and each that fails is replaced.
+    """
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(1000):
+        failed = drawn = 0
+        while drawn < (1000 if stopped else 20_000) - 80:
+            new = rng.negative_binomial(80, 1 - share)
+            failed, drawn = failed + new, drawn + 80 + new
+            if clearly_more(failed, drawn, 0.05):
+                found += 1
+                break
+    assert found == stopped
+
+
+def test_the_bound_on_failures():
+    """It is never below the binomial tail, and the ends of its range have an answer."""
+    for limit, drawn in ((0.05, 40), (0.3, 25)):
+        terms = torch.distributions.Binomial(drawn, torch.tensor(limit, dtype=torch.float64))
+        tail = terms.log_prob(torch.arange(drawn + 1.)).exp().flip(0).cumsum(0).flip(0)
+        for failed in range(drawn + 1):
+            if clearly_more(failed, drawn, limit):
+                assert tail[failed] < 0.02
+        assert clearly_more(drawn, drawn, limit) and not clearly_more(0, drawn, limit)
+    assert clearly_more(1, 1000, 0.0) and not clearly_more(0, 1000, 0.0)
+    assert not clearly_more(1, 8, 0.05)                     # one of the first clips is no reason
+
+
+def test_too_many_failures_save_first(tmp_path):
+    """Half of the clips fail. The count is that of clips drawn, and begins anew with each start."""
+    for begun in (0, 10):
+        trainer, _ = numbers_run(tmp_path, torch.nn.Linear(1, 1))
+        assert trainer.step == begun
+        with pytest.raises(ValueError) as stop:
+            for _ in trainer:
+                trainer.newly_replaced += 2                 # each of two clips was replaced once
+                trainer.log(loss=torch.tensor(1.0), lr=0.01)
+        step = begun + 10
+        assert str(stop.value).startswith("20 of the 40 clips drawn since the start could not be ")
+        assert f"the checkpoint of step {step} is kept" in str(stop.value)
+        state = state_of(tmp_path)
+        assert state["step"] == step and state["replaced"] == 2 * step
+
+
+@pytest.mark.slow
+def test_kept_checkpoints_can_be_used(tree, tmp_path, capsys):
+    """They hold the weights of their epoch, and keeping them does not change the training."""
+    flags = ["--data", tree, *SMALL, "--batch-per-process", 3]
+    plain, kept = tmp_path / "plain", tmp_path / "kept"
+    assert run_here(pretrain, *flags, "--out", plain) == 0
+    assert run_here(pretrain, *flags, "--out", kept, "--keep-every", 2) == 0
+    assert sorted(path.name for path in kept.glob("checkpoint*")) == [
+        "checkpoint-2.pt", "checkpoint-4.pt", "checkpoint.pt"]
+    assert [line["step"] for line in log_of(kept)[1:]] == [6, 10, 12]
+    second = torch.load(kept / "checkpoint-2.pt", weights_only=True)
+    assert second["step"] == 6 and same(state_of(plain)["model"], state_of(kept)["model"])
+    assert not same(second["model"], state_of(kept)["model"])
+    shutil.copy(kept / "checkpoint-2.pt", kept / "checkpoint.pt")       # and train on from there
+    assert run_here(pretrain, *flags, "--out", kept, "--keep-every", 1) == 0
+    assert same(state_of(plain)["model"], state_of(kept)["model"])
+    assert (kept / "checkpoint-3.pt").exists()
+    checkpoint = kept / "checkpoint-2.pt"
+    assert run_here(retrieval, "--checkpoint", checkpoint, "--clips", 1) == 0
+    assert json.loads((kept / "retrieval-2.json").read_text())["checkpoint"] == str(checkpoint)
+    assert run_here(finetune, "--data", tree, "--checkpoint", checkpoint, "--arch", "r2plus1d_10",
+                    "--linear", "--frames", 4, "--fps", 8, "--size", 16, "--train-clips", 1,
+                    "--test-clips", 1, "--workers", 1, "--out", tmp_path / "linear") == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 200 MB, where there is room for one checkpoint of 146 MB and not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user cannot mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_small_disk_that_is_full(tree, small_disk, capsys):
+    """The second checkpoint does not fit. One sentence says so, and the first one can be used."""
+    flags = ["--data", tree, "--out", small_disk / "run", *SHORT, "--epochs", 10,
+             "--batch-per-process", 4]
+    assert run_here(pretrain, *flags) == 1
+    error, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "checkpoint.pt (No space left on device): make room, then give the same comm" in error
+    assert "the checkpoint of step 10 is kept" in error
+    assert state_of(small_disk / "run")["step"] == 10 and not list(small_disk.rglob("*.part"))
+    subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
+    assert run_here(pretrain, *flags) == 0
+    assert state_of(small_disk / "run")["step"] == 20
+
+
+def test_a_folder_that_cannot_be_written(tree, capsys):
+    """Also if root runs the tests: without root's rights for the time being."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)
+        assert run_here(pretrain, "--data", tree, "--out", folder / "run", *SMALL) == 1
+    finally:
+        os.seteuid(user)
+        folder.rmdir()
+    assert capsys.readouterr().err == (f"error: --out {folder / 'run'} cannot be written "
+                                       "(Permission denied): mend that, or give another --out\n")
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tree, tmp_path, capsys):
     write_atomic(b"good", tmp_path / "a.pt")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))    # as if the disk were full there
     try:
         with pytest.raises(OSError, match=r"cannot write .*a.pt \(File too large\): make room, "
-                                          "then the same command"):
+                                          "then give the same command again"):
             write_atomic(bytes(2_000_000), tmp_path / "a.pt")
         status = run_here(pretrain, "--data", tree, "--out", tmp_path / "run", *SMALL)
     finally:
@@ -332,6 +484,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tree, tmp_path, capsys):
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert status == 1 and len(errors) == 1
     assert "checkpoint.pt" in errors[0] and "make room" in errors[0]
+    assert "there is no checkpoint yet" in errors[0]
     assert not list(tmp_path.rglob("*.part"))
 
 
