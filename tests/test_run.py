@@ -107,7 +107,8 @@ def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
     assert start(whole, *flags).wait() == 0, text_of(whole)
     for least, method in zip((10, 20, 30), METHODS):
         process = start(cut, *flags, method=method)
-        wait_for(lambda: max(steps(cut), default=0) >= least, process, cut)
+        wait_for(lambda: max(steps(cut), default=0) >= least and (cut / "checkpoint.pt").exists(),
+                 process, cut)
         time.sleep(0.2 * (least == 30))
         process.kill()
         assert process.wait() == -signal.SIGKILL

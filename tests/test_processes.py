@@ -1,0 +1,284 @@
+"""support/processes.py: several processes, hosts and schedulers, as a cluster has them."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, log_of
+
+from support import processes
+from support.run import REQUEUE
+
+# A run of a few seconds per process, whose batches do not depend on the number of processes.
+TINY = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "4", "--warmup", "1",
+        "--workers", "0", "--precision", "fp32"]
+
+
+def write_script(path, body):
+    """Write a script that finds the project, and return its path."""
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(body))
+    return path
+
+
+# ---- hosts whose own name is a loopback address
+
+@pytest.mark.parametrize("names,found,expected,warns", [
+    ({"me": "127.0.1.1", "node0": "10.0.0.1"}, {"eth0": "10.0.0.2", "ib0": "10.9.0.2"}, "eth0", 0),
+    ({"me": "10.0.0.2", "node0": "10.0.0.1"}, {"eth0": "10.0.0.2"}, None, 0),
+    ({"me": "127.0.1.1", "node0": "127.0.1.1"}, {"eth0": "10.0.0.2"}, "eth0", 0),
+    ({"node0": "10.0.0.1"}, {"eth0": "10.0.0.2"}, "eth0", 0),           # it does not know its name
+    ({"me": "127.0.1.1", "node0": "127.0.1.1"}, {"eth0": "10.0.0.2", "ib0": "10.9.0.2"}, None, 1)])
+def test_the_interface_of_the_route_is_taken(names, found, expected, warns, monkeypatch, capsys):
+    """me is this host, and its route to node0 leaves from 10.0.0.2."""
+    def address(host):
+        if host not in names:
+            raise OSError("unknown host")
+        return names[host]
+
+    class Probe(processes.socket.socket):
+        def connect(self, host):
+            assert host[0] == "node0"
+
+        def getsockname(self):
+            return "10.0.0.2", 9
+
+    monkeypatch.setattr(processes.socket, "gethostname", lambda: "me")
+    monkeypatch.setattr(processes.socket, "gethostbyname", address)
+    monkeypatch.setattr(processes.socket, "socket", Probe)
+    monkeypatch.setattr(processes, "interfaces", lambda: found)
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    processes.choose_interface()
+    assert os.environ.pop("GLOO_SOCKET_IFNAME", None) == expected
+    warning = "set GLOO_SOCKET_IFNAME to the interface that leads to them, one of eth0, ib0"
+    assert (warning in capsys.readouterr().err) == bool(warns)
+    for name, value in (("GROUP_WORLD_SIZE", "1"), ("GLOO_SOCKET_IFNAME", "mine")):
+        monkeypatch.setenv(name, value)         # one node, or the user's choice: nothing is changed
+        processes.choose_interface()
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == (value if value == "mine" else None)
+
+
+def test_interfaces_have_addresses():
+    found = processes.interfaces()
+    assert "lo" not in found
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+\.\d+", address) for address in found.values())
+
+
+@pytest.fixture
+def two_hosts():
+    """The names of two network namespaces, joined by a cable: 10.77.0.1 and 10.77.0.2."""
+    def ip(*words, check=True):
+        return subprocess.run(["ip", *words], check=check, capture_output=True).returncode
+
+    names = [f"host{os.getpid()}a", f"host{os.getpid()}b"]
+    if os.geteuid() or not shutil.which("ip") or ip("netns", "add", names[0], check=False):
+        pytest.skip("this user cannot make network namespaces")
+    ip("netns", "add", names[1])
+    ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "eth0", "netns", names[1])
+    for n, name in enumerate(names, 1):
+        ip("-n", name, "address", "add", f"10.77.0.{n}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            ip("-n", name, "link", "set", device, "up")
+    yield names
+    for name in names:
+        ip("netns", "delete", name)
+
+
+@pytest.mark.slow
+def test_two_hosts_that_call_themselves_localhost(two_hosts, tmp_path):
+    script = write_script(tmp_path / "meet.py", """
+        from support.processes import gather, rank, start
+        start()
+        print(gather(rank()), flush=True)
+        """)
+    hosts = [subprocess.Popen(
+        ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c",
+         f"hostname localhost && exec {sys.executable} {script}"], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=os.environ | {"RANK": str(n), "WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1",
+                          "MASTER_PORT": "29511", "SLURM_NNODES": "2"})
+        for n, name in enumerate(two_hosts)]
+    try:
+        texts = [host.communicate(timeout=90)[0] for host in hosts]
+    finally:
+        for host in hosts:
+            host.kill()
+    assert all("[0, 1]" in text for text in texts), texts
+
+
+# ---- patience
+
+@pytest.mark.slow
+def test_the_others_wait_for_a_process_with_a_slow_disk(tmp_path):
+    """Here the group gives up after 3 s, in place of nccl's 10 minutes, and one disk takes 8 s."""
+    script = write_script(tmp_path / "slow.py", """
+        import os, time
+        from datetime import timedelta
+        import torch, torch.distributed as dist
+        from data import evaluation_batches
+        from support.processes import rank, run_once, start
+
+        class Clips(torch.utils.data.Dataset):
+            clips_per_file = 1
+            def __len__(self):
+                return 4
+            def __getitem__(self, n):
+                time.sleep(4 * (n % 2))             # process 1 reads the clips 1 and 3
+                return torch.ones(1), n, (n, None)
+
+        dist.init_process_group("gloo", timeout=timedelta(seconds=3))
+        start()
+        found = torch.zeros(4)
+        for _, _, index in evaluation_batches(Clips(), 1, 0, workers=0):
+            found[index] = 1
+        dist.all_reduce(found)
+        run_once(lambda: time.sleep(6))
+        print(found.tolist(), flush=True)
+        """)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("[1.0, 1.0, 1.0, 1.0]") == 2, done.stderr[-3000:]
+
+
+# ---- Slurm
+
+SRUN = f"""#!{sys.executable}
+# In place of srun --kill-on-bad-exit=1: two tasks. The first that fails takes the other with it.
+# Task 1 takes 5 s longer to exit, as if it had a GPU to give back.
+import os, signal, subprocess, sys, time
+command = sys.argv[sys.argv.index("bash"):]
+tasks = [subprocess.Popen(command, start_new_session=True, env=os.environ | {{
+    "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n), "SLURM_NTASKS": "2",
+    "PYTHONPATH": "slow_exit" if n else ""}}) for n in range(2)]
+signal.signal(signal.SIGUSR1, lambda *_: [os.killpg(task.pid, signal.SIGUSR1) for task in tasks])
+while all(task.poll() is None for task in tasks):
+    time.sleep(0.001)
+if any(task.poll() for task in tasks):
+    for task in tasks:
+        if task.poll() is None:
+            os.killpg(task.pid, signal.SIGKILL)
+states = [task.wait() for task in tasks]
+sys.exit(max(128 - state if state < 0 else state for state in states))
+"""
+SCONTROL = """#!/bin/sh
+case $1 in
+show) echo localhost;;
+requeue) echo $2 >> requeued;;
+esac
+"""
+
+
+@pytest.mark.slow
+def test_the_slurm_script_continues_itself(tree, tmp_path):
+    """The script of docs/running.md, with stand-ins for srun and scontrol. The first process to
+    exit has srun kill the other one, so that the status is not the one of a saved run."""
+    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```",
+                       (ROOT / "docs/running.md").read_text(), re.DOTALL)[1]
+    out, flags = tmp_path / "out", [*TINY, "--batch-per-process", "2"]
+    script = script.replace("runs/k400", str(out)).replace(
+        "--data kinetics.csv", f"--data {tree} {' '.join(flags)} --epochs $EPOCHS")
+    script = script.replace("python pretrain.py", f"{sys.executable} {ROOT / 'pretrain.py'}")
+    (tmp_path / "job.sh").write_text(script)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "slow_exit").mkdir()
+    (tmp_path / "slow_exit" / "sitecustomize.py").write_text(
+        "import atexit, time\natexit.register(time.sleep, 5)\n")
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "EPOCHS": "14",
+        "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1", "LOCAL_WORLD_SIZE": "2"}
+    job = subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().split("\n")) < 3:
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.05)
+    subprocess.run(["pkill", "-USR1", "-P", str(job.pid), "-f", "srun"], check=True)
+    text = job.communicate(timeout=60)[0]
+    assert "saved at step " in text
+    assert job.returncode > REQUEUE, text                   # one of the two was killed
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    again = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert f"at step {step} of 28" in again.stdout and again.returncode == 0
+    assert (tmp_path / "requeued").read_text() == "7\n" and not (out / "requeue").exists()
+
+
+# ---- eight processes
+
+EIGHT = """
+    import os, signal, socket, sys
+    import pretrain, retrieval
+    from torch import nn
+    from support.processes import launch
+
+    def job():
+        if script == "pretrain":                # BatchNorm stays in evaluation mode
+            nn.modules.batchnorm._BatchNorm.train = lambda net, _: nn.Module.train(net, False)
+            launch(pretrain.train, pretrain.parse(flags))
+        else:
+            launch(retrieval.evaluate, retrieval.parse(flags))
+
+    if __name__ == "__main__":
+        script, number, *flags = sys.argv[1:]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": str(port),
+                       "MASTER_ADDR": "localhost", "GROUP_WORLD_SIZE": "1"}
+        children = []
+        for n in range(int(number)):            # so all imports are done once
+            children.append(os.fork())
+            if children[-1] == 0:
+                os.environ |= {"RANK": str(n), "LOCAL_RANK": str(n)}
+                job()
+                sys.exit(0)
+        print("processes", *children, flush=True)
+        sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+    """
+
+
+@pytest.mark.slow
+def test_eight_processes(tree, tmp_path):
+    """Pre-training of two epochs loses a process, ends, and is continued; retrieval follows. The
+    losses are those of one process with the same global batch."""
+    script = write_script(tmp_path / "eight.py", EIGHT)
+    eight, one = tmp_path / "eight", tmp_path / "one"
+
+    def start(name, number, *flags):
+        return subprocess.Popen([sys.executable, *map(str, (script, name, number, *flags))],
+                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+
+    def text_of(run):
+        text, _ = run.communicate(timeout=200)
+        assert run.returncode == 0, text
+        return text
+
+    flags = ["--data", tree, "--split", "test", "--epochs", 2, *TINY, "--keep-every", 1]
+    whole = [*flags, "--batch-per-process", 1, "--out", eight]
+    run = start("pretrain", 8, *whole)
+    while not (eight / "checkpoint-1.pt").exists():
+        assert run.poll() is None, run.communicate()[0]
+        time.sleep(0.02)
+    os.kill(int(run.stdout.readline().split()[-1]), signal.SIGKILL)
+    run.communicate(timeout=100)                            # the other seven do not hang
+    assert run.returncode == 1
+    assert "checkpoint.pt at step 3 of 6" in text_of(start("pretrain", 8, *whole))
+    text_of(start("pretrain", 1, *flags, "--batch-per-process", 8, "--out", one))
+    losses, expected = ([line["loss"] for line in log_of(out)[1:]] for out in (eight, one))
+    assert losses == pytest.approx(expected, rel=1e-4) and len(losses) == 2
+    text_of(start("retrieval", 8, "--checkpoint", eight / "checkpoint.pt", "--clips", 1))
+    assert json.loads((eight / "retrieval.json").read_text())["pool"] == 24
