@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400       # 8 GPUs
 
 Defaults are the paper's. A help text names the section, or GDT, the code base that decides where
-the paper is silent. The same command continues an interrupted run. SIGTERM and SIGUSR1 save and end
-it with status 75. OUT gets checkpoint.pt, log.jsonl (the settings, then a line every 10 steps),
-manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with torchvision's names.
+the paper is silent. The same command continues an interrupted run. SIGTERM and SIGUSR1 save, leave
+the mark OUT/requeue, and end it with status 75. OUT gets checkpoint.pt, log.jsonl (the settings,
+then a line every 10 steps), manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with
+torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.

@@ -114,9 +114,9 @@ class Run:
         metadata: a dict for the first line of the log, beside the settings.
     Iterating yields (epoch, batch): the fractional epoch, and the tensors of the batch on the
     model's device. After SIGTERM or SIGUSR1 to any process all processes save, leave the mark
-    OUT/requeue, and exit with status 75. Raises ValueError if the checkpoint belongs to other settings or data, or if too many clips
-    fail; FloatingPointError if the loss or a weight is not finite; OSError if a file cannot be
-    written.
+    OUT/requeue, and exit with status 75. Raises ValueError if the checkpoint belongs to other
+    settings or data, or if too many clips fail; FloatingPointError if the loss or a weight is not
+    finite; OSError if a file cannot be written.
     """
 
     def __init__(self, args, loader, model, optimizer, scaler, metadata):

@@ -30,6 +30,7 @@ from experiments import frames                  # noqa: E402
 from experiments.frames import barcode          # noqa: E402
 from prepare import scan                        # noqa: E402
 from support import processes                   # noqa: E402
+from support.run import locks                   # noqa: E402
 
 # A run of seconds in float32, which repeats to the bit.
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
@@ -57,6 +58,8 @@ def run_here(script, *args):
         processes.launch(getattr(script, job), script.parse([str(arg) for arg in args]))
     except SystemExit as stop:
         return stop.code
+    finally:
+        locks.clear()                           # as the end of a process of its own would
     return 0
 
 
