@@ -3,6 +3,7 @@
 In a film the picture tells its number, and the sound tells its pitch.
 """
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,8 +44,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts many processes, or takes over ten seconds")
 
 
-def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT):
-    """Run a script as one process, or under torchrun as several. Returns the completed process."""
+def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT, fresh=False):
+    """Run a script, under torchrun if `processes` are several. Returns the completed process.
+
+    One process is this one, which saves its imports, unless it is to be a fresh one.
+    """
+    if processes == 1 and not fresh:
+        text, errors = io.StringIO(), io.StringIO()
+        with redirect_stdout(text), redirect_stderr(errors):
+            status = run_here(sys.modules[script.removesuffix(".py")], *args)
+        assert not check or status == 0, errors.getvalue()
+        return subprocess.CompletedProcess(args, status, text.getvalue(), errors.getvalue())
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *torchrun * (processes > 1), str(script), *map(str, args)]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)

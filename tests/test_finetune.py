@@ -204,7 +204,8 @@ def test_commands_of_the_docs_on_a_small_ucf101(ucf, tmp_path):
         check_results(tmp_path / line.split()[-1], done.stdout)
     kept = json.loads((tmp_path / "runs" / "ucf101" / "results.json").read_text())
     # All folds have been trained, so one process only evaluates them.
-    again = run(*lines[0].split()[3:], *SMALL, script=ROOT / "finetune.py", cwd=tmp_path)
+    again = run(*lines[0].split()[3:], *SMALL, script=ROOT / "finetune.py", cwd=tmp_path,
+                fresh=True)
     assert again.stdout.count("has been trained to its last step") == 3
     assert json.loads((tmp_path / "runs" / "ucf101" / "results.json").read_text()) == kept
 

@@ -94,7 +94,7 @@ def test_precision_by_capability(monkeypatch):
 def trained(tree, tmp_path_factory):
     """One process, 10 clips: 2 steps an epoch, 4 epochs."""
     out = tmp_path_factory.mktemp("runs") / "one"
-    return out, run("--data", tree, "--out", out, *SMALL)
+    return out, run("--data", tree, "--out", out, *SMALL, fresh=True)
 
 
 def test_start_prints_the_effective_numbers(trained):

@@ -27,13 +27,14 @@ def test_first_line_on_the_built_in_set(tmp_path):
     """`python pretrain.py && python retrieval.py` with one epoch of smaller pictures."""
     line, = [line for line in command_lines(README) if "pretrain.py && python retrieval.py" in line]
     assert line.startswith("python3 -m venv") and "pip install -r requirements.txt" in line
-    done = run("--out", tmp_path / "svaclr", "--epochs", "1", "--size", "16")
+    done = run("--out", tmp_path / "svaclr", "--epochs", "1", "--size", "16", fresh=True)
     assert "No --data: the built-in set" in done.stdout
     assert "576 clips (0 left out)" in done.stdout
     files = sorted((tmp_path / "demo").rglob("*.mp4"))
     assert len(files) == 800 and sum(path.stat().st_size for path in files) < 25e6
     checkpoint = tmp_path / "svaclr" / "checkpoint.pt"
-    table = run("--checkpoint", checkpoint, "--clips", "2", script="retrieval.py").stdout
+    table = run("--checkpoint", checkpoint, "--clips", "2", script="retrieval.py",
+                fresh=True).stdout
     assert "224 clips of 8 classes" in table
     assert re.search(r"instance chance +0.4 +2.2 +4.5 +8.9", table)
     way = r"(?:instance|class) +(?:audio -> video|video -> audio)(?: +[\d.]+ \+- [\d.]+){4}"

@@ -102,7 +102,7 @@ def assert_same_result(one, other):
 def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
     """Kill -9 comes after checkpoints and within steps, once for each way to start the loading
     processes; then the run goes to its end. The lock that each leaves is no hindrance."""
-    flags = ["--data", tree, "--epochs", 20, "--batch-per-process", 4]
+    flags = ["--data", tree, "--epochs", 17, "--batch-per-process", 4]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert start(whole, *flags).wait() == 0, text_of(whole)
     for least, method in zip((10, 20, 30), METHODS):
@@ -118,8 +118,7 @@ def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method,number", [("fork", "SIGUSR1"), ("forkserver", "SIGTERM"),
-                                           ("spawn", "SIGUSR1")])
+@pytest.mark.parametrize("method,number", [("forkserver", "SIGTERM"), ("spawn", "SIGUSR1")])
 def test_a_signal_to_the_group_saves_and_leaves_the_mark(method, number, tree, tmp_path, capsys):
     """The loading processes and the server that forks them get the signal too. While the run
     lives, no other run has its --out. The next start removes the mark."""
@@ -299,7 +298,7 @@ def test_a_signal_saves_and_two_nodes_continue(tree, tmp_path):
     process = start(out, *flags)
     wait_for(lambda: steps(out), process, out)
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 75
+    assert process.wait(60) == 75 and (out / "requeue").exists()
     assert "stopped by a signal, saved at step " in text_of(out)
     (epoch, used), step = state_of(out)["position"], state_of(out)["step"]
     assert (step, used) == (5 * epoch + used // 2, used) and step >= 10
@@ -346,7 +345,7 @@ def test_a_loss_that_is_not_finite_stops_all(tree, tmp_path):
 @pytest.mark.parametrize("name,dtype", [("bf16", "bfloat16"), ("fp16", "float16"),
                                         ("fp32", "float32")])
 def test_each_precision_trains(name, dtype, tree, tmp_path):
-    assert run_here(pretrain, "--data", tree, "--out", tmp_path, *SMALL, "--epochs", "2",
+    assert run_here(pretrain, "--data", tree, "--out", tmp_path, *SMALL, "--epochs", "1",
                     "--precision", name) == 0
     head, line = log_of(tmp_path)
     assert head["precision"] == dtype and 0 < line["loss"] < 20
@@ -403,15 +402,15 @@ def test_too_many_failures_save_first(tmp_path):
 @pytest.mark.slow
 def test_kept_checkpoints_can_be_used(tree, tmp_path, capsys):
     """They hold the weights of their epoch, and keeping them does not change the training."""
-    flags = ["--data", tree, *SMALL, "--batch-per-process", 3]
+    flags = ["--data", tree, *SMALL, "--batch-per-process", 5]
     plain, kept = tmp_path / "plain", tmp_path / "kept"
     assert run_here(pretrain, *flags, "--out", plain) == 0
     assert run_here(pretrain, *flags, "--out", kept, "--keep-every", 2) == 0
     assert sorted(path.name for path in kept.glob("checkpoint*")) == [
         "checkpoint-2.pt", "checkpoint-4.pt", "checkpoint.pt"]
-    assert [line["step"] for line in log_of(kept)[1:]] == [6, 10, 12]
+    assert [line["step"] for line in log_of(kept)[1:]] == [4, 8]
     second = torch.load(kept / "checkpoint-2.pt", weights_only=True)
-    assert second["step"] == 6 and same(state_of(plain)["model"], state_of(kept)["model"])
+    assert second["step"] == 4 and same(state_of(plain)["model"], state_of(kept)["model"])
     assert not same(second["model"], state_of(kept)["model"])
     shutil.copy(kept / "checkpoint-2.pt", kept / "checkpoint.pt")       # and train on from there
     assert run_here(pretrain, *flags, "--out", kept, "--keep-every", 1) == 0
@@ -439,7 +438,7 @@ def small_disk(tmp_path):
 
 def test_a_small_disk_that_is_full(tree, small_disk, capsys):
     """The second checkpoint does not fit. One sentence says so, and the first one can be used."""
-    flags = ["--data", tree, "--out", small_disk / "run", *SHORT, "--epochs", 10,
+    flags = ["--data", tree, "--out", small_disk / "run", *SHORT, "--epochs", 6,
              "--batch-per-process", 4]
     assert run_here(pretrain, *flags) == 1
     error, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -448,7 +447,7 @@ def test_a_small_disk_that_is_full(tree, small_disk, capsys):
     assert state_of(small_disk / "run")["step"] == 10 and not list(small_disk.rglob("*.part"))
     subprocess.run(["mount", "-o", "remount,size=400m", str(small_disk)], check=True)
     assert run_here(pretrain, *flags) == 0
-    assert state_of(small_disk / "run")["step"] == 20
+    assert state_of(small_disk / "run")["step"] == 12
 
 
 def test_a_folder_that_cannot_be_written(tree, capsys):
