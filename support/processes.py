@@ -102,10 +102,10 @@ def choose_interface():
         found = {name: address for name, address in found.items() if address == own}
     if len(found) == 1:
         os.environ["GLOO_SOCKET_IFNAME"], = found
-    elif nodes is not None or found:
+    elif interfaces():
         print(f"warning: this host's name {socket.gethostname()} is a loopback address, which "
               "other hosts cannot reach: set GLOO_SOCKET_IFNAME to the interface that leads to "
-              f"them, one of {', '.join(interfaces()) or 'none'}", file=sys.stderr, flush=True)
+              f"them, one of {', '.join(interfaces())}", file=sys.stderr, flush=True)
 
 
 def is_loopback(host):
@@ -200,7 +200,8 @@ def signals_blocked():
     forks them: the trainer needs batches until it has saved. This process gets the signal later.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    multiprocessing.resource_tracker.ensure_running()       # before Python 3.13 it unblocks SIGTERM
+    multiprocessing.resource_tracker.ensure_running()
+    # In some versions of Python the start of the resource tracker has unblocked SIGTERM.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -80,7 +80,6 @@ def claim(out):
         path = Path(out).resolve() / "lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            (path.parent / MARK).unlink(missing_ok=True)
             file = locks.get(path) or open(path, "a+")
         except OSError as error:
             raise ValueError(f"--out {out} cannot be written ({error.strerror}): mend that, or "
@@ -100,6 +99,7 @@ def claim(out):
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         locks[path] = file                      # open for as long as the process lives
+        path.with_name(MARK).unlink(missing_ok=True)
 
     run_once(lock)
 
@@ -108,7 +108,8 @@ class Run:
     """Training from the first step, or from the last checkpoint, to the last step.
 
     Args:
-        args: the settings, a Namespace. Read are out, seed, epochs, save_every and max_failures.
+        args: the settings, a Namespace. Read are out, seed, epochs, save_every, keep_every and
+            max_failures.
         loader: a DataLoader of data.make_loader with epochs.
         model, optimizer, scaler: saved in the checkpoint and continued from it.
         metadata: a dict for the first line of the log, beside the settings.
