@@ -90,7 +90,8 @@ def crop_flip_jitter(frames, size, seed):
 def normalize_frames(frames):
     """Normalise uint8 (..., T, H, W, 3) to float32 (..., 3, T, H, W): mean 0.45, std 0.225 (GDT).
 
-    The channels stay innermost in memory, which convolutions call channels-last: no copy is made.
+    The channels stay innermost in memory, which convolutions call channels-last, so that nothing
+    is rearranged.
     """
     x = torch.movedim(frames, -1, -4)                                   # (..., 3, T, H, W)
     return x.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)

@@ -3,7 +3,7 @@
     loss = soft_info_nce(y_a, y_v, z_a, z_v)      # y: encoder outputs, z: unit-length projections
 
 This file needs torch alone. Symbols: B clips on this process, W processes, N = W B clips in the
-global batch; K views per modality (view 0 at speed 1, view 1 sped up); C encoder width, D
+global batch; K views per modality (view 0 at speed 1, view 1 at a drawn speed); C encoder width, D
 projection width. Views keep an axis of their own, so that no index arithmetic decides which row
 belongs to which clip:
 

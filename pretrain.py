@@ -88,10 +88,10 @@ def parse(argv=None):
         args.warmup = args.epochs / 10
     if args.warmup > args.epochs:
         p.error(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
-    if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none"
-                                       or args.max_speed == 1):
-        p.error(f"--mapping {args.mapping} has nothing to learn from: it needs --affinity clip, "
-                "view or batch, --max-speed above 1, and no --detach-affinity")
+    if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none" or
+                                       args.max_speed == 1 and args.affinity != "batch"):
+        p.error(f"--mapping {args.mapping} has nothing to learn from: it needs --affinity batch, "
+                "or clip or view with --max-speed above 1, and no --detach-affinity")
     return args
 
 
@@ -103,7 +103,7 @@ def learning_rate(epoch, warmup, epochs, peak):
     first, last = peak / 10, peak * 0.10 / 0.64
     if epoch < warmup:
         return first + (peak - first) * epoch / warmup
-    progress = (epoch - warmup) / max(1, epochs - warmup)
+    progress = (epoch - warmup) / (epochs - warmup) if epochs > warmup else 1
     return last + (peak - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -157,7 +157,7 @@ def train(args, device):
         f"{K * (N - 1)} negatives per query, {steps} steps an epoch, {args.epochs * steps} steps "
         "in all")
     say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
-        f"(the paper's for a batch of 512, times {N}/512)")
+        f"({args.lr:g} for a batch of 512, times {N}/512)")
 
     run = Run(args, loader, model, optimizer, scaler, {
         "processes": world_size(), "precision": str(dtype)[6:], "torch": torch.__version__,

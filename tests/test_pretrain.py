@@ -31,6 +31,7 @@ def test_learning_rate():
     rates = [lr(step) for step in range(0, 45101, 50)]
     assert rates == sorted(rates[:91]) + sorted(rates[91:], reverse=True)
     assert learning_rate(0, 0, 3, 1.0) == 1.0
+    assert learning_rate(3, 2.5, 3, 1.0) == learning_rate(3, 0, 3, 1.0) == pytest.approx(0.1 / 0.64)
 
 
 def test_defaults_are_the_papers():
@@ -69,6 +70,7 @@ def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkey
     (["--max-failures", "1"], "--max-failures: '1' is not a share of 0 or more and less than 1"),
     (["--warmup", "9", "--epochs", "3"], "--warmup 9.0 is longer than --epochs 3"),
     (["--mapping", "mlp", "--affinity", "none"], "--mapping mlp has nothing to learn from"),
+    (["--mapping", "linear", "--max-speed", "1"], "--mapping linear has nothing to learn from"),
     (["--mapping", "linear", "--detach-affinity"], "--mapping linear has nothing to learn from")])
 def test_bad_flags(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
