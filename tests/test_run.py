@@ -117,17 +117,29 @@ def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
     assert_same_result(whole, cut)
 
 
+def helpers_of(process):
+    """The numbers of the other processes of its group: loading processes, and their server."""
+    group = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in group.stdout.split() if int(number) != process.pid]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method,number", [("forkserver", "SIGTERM"), ("spawn", "SIGUSR1")])
 def test_a_signal_to_the_group_saves_and_leaves_the_mark(method, number, tree, tmp_path, capsys):
-    """The loading processes and the server that forks them get the signal too. While the run
-    lives, no other run has its --out. The next start removes the mark."""
+    """The loading processes and the server that forks them get the signal first, and do not mind.
+    While the run lives, no other run has its --out. The next start removes the mark."""
     out, data = tmp_path / "out", ["--data", tree, "--batch-per-process", 2]
     process = start(out, *data, "--epochs", 400, "--save-every", 60, method=method)
     wait_for(lambda: steps(out), process, out)
     assert run_here(pretrain, *data, "--out", out, *SHORT) == 1
     owner = f"in use by process {process.pid} on {socket.gethostname()}: wait until it has ended"
     assert owner in capsys.readouterr().err
+    helpers = helpers_of(process)
+    assert len(helpers) >= 2
+    for helper in helpers:
+        os.kill(helper, getattr(signal, number))
+    last = max(steps(out))
+    wait_for(lambda: max(steps(out)) > last, process, out)
     os.killpg(process.pid, getattr(signal, number))
     assert process.wait(60) == 75
     assert "Traceback" not in text_of(out) and (out / "requeue").exists()
