@@ -200,7 +200,7 @@ def test_commands_of_the_docs_on_a_small_ucf101(ucf, tmp_path):
     for line, processes in ((lines[0], 2), (lines[1], 1)):
         assert line.startswith("torchrun --nproc_per_node=8 finetune.py ")
         done = run(*line.split()[3:], *SMALL, processes=processes, script=ROOT / "finetune.py",
-                   cwd=tmp_path)
+                   cwd=tmp_path, fresh=True)
         check_results(tmp_path / line.split()[-1], done.stdout)
     kept = json.loads((tmp_path / "runs" / "ucf101" / "results.json").read_text())
     # All folds have been trained, so one process only evaluates them.
