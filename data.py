@@ -31,7 +31,8 @@ from augment import (crop_at, crop_flip, crop_flip_jitter, frame_times, sample_s
                      speed_up_audio)
 from prepare import demo, scan
 from support.batches import TrainingBatches
-from support.processes import end_workers, gather, loading_workers, rank, run_once, world_size
+from support.processes import (end_with_trainer, end_workers, gather, loading_workers, rank,
+                               run_once, world_size)
 from support.reading import RATE, read
 
 TRIES = 10                              # files in a row that may fail before a run stops
@@ -275,7 +276,7 @@ def make_loader(dataset, batch_size, workers=None, epochs=1):
     processes, None for support.processes.loading_workers.
     """
     common = dict(num_workers=loading_workers(workers), collate_fn=collate,
-                  pin_memory=torch.cuda.is_available())
+                  worker_init_fn=end_with_trainer, pin_memory=torch.cuda.is_available())
     if dataset.clips_per_file is not None:
         share = range(rank(), len(dataset), world_size())
         return DataLoader(dataset, batch_size, sampler=share, **common)

@@ -15,6 +15,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -207,6 +208,16 @@ def signals_blocked():
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_trainer(_):
+    """Let a worker end if the trainer dies. Under a fork server torch watches the server instead,
+    and that lives as long as its workers."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end_workers():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, log_of
+from conftest import ROOT, log_of
 
 from support import processes
 from support.run import REQUEUE
@@ -81,7 +81,8 @@ def two_hosts():
         return subprocess.run(["ip", *words], check=check, capture_output=True).returncode
 
     names = [f"host{os.getpid()}a", f"host{os.getpid()}b"]
-    if os.geteuid() or not shutil.which("ip") or ip("netns", "add", names[0], check=False):
+    tools = shutil.which("ip") and shutil.which("unshare")
+    if os.geteuid() or not tools or ip("netns", "add", names[0], check=False):
         pytest.skip("this user cannot make network namespaces")
     ip("netns", "add", names[1])
     ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "eth0", "netns", names[1])
@@ -122,11 +123,11 @@ def test_two_hosts_that_call_themselves_localhost(two_hosts, tmp_path):
 def test_the_others_wait_for_a_process_with_a_slow_disk(tmp_path):
     """Here the group gives up after 2 s, in place of nccl's 10 minutes, and one disk takes 5 s."""
     script = write_script(tmp_path / "slow.py", """
-        import os, time
+        import time
         from datetime import timedelta
         import torch, torch.distributed as dist
         from data import evaluation_batches
-        from support.processes import rank, run_once, start
+        from support.processes import run_once, start
 
         class Clips(torch.utils.data.Dataset):
             clips_per_file = 1
@@ -204,7 +205,8 @@ def test_the_slurm_script_continues_itself(tree, tmp_path):
     while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().split("\n")) < 3:
         assert job.poll() is None, job.communicate()[0]
         time.sleep(0.05)
-    subprocess.run(["pkill", "-USR1", "-P", str(job.pid), "-f", "srun"], check=True)
+    srun, = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(srun), signal.SIGUSR1)
     text = job.communicate(timeout=60)[0]
     assert "saved at step " in text
     assert job.returncode > REQUEUE, text                   # one of the two was killed

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def assert_same_result(one, other):
     assert events(one) == events(other)
 
 
+def helpers_of(process):
+    """The numbers of the other processes of its group: loading processes, and their server."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):                 # it has ended
+            state, _, group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(group) == process.pid and state != "Z":
+                found.append(int(path.parent.name))
+    return [number for number in found if number != process.pid]
+
+
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
     """Kill -9 comes after checkpoints and within steps, once for each way to start the loading
@@ -110,17 +122,16 @@ def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
         wait_for(lambda: max(steps(cut), default=0) >= least and (cut / "checkpoint.pt").exists(),
                  process, cut)
         time.sleep(0.2 * (least == 30))
+        assert helpers_of(process)
         process.kill()
         assert process.wait() == -signal.SIGKILL
+        killed = time.monotonic()
+        while helpers_of(process):
+            assert time.monotonic() - killed < 30, "a killed run leaves processes behind"
+            time.sleep(0.1)
     assert start(cut, *flags).wait() == 0, text_of(cut)
     assert text_of(cut).count(f"continuing {cut / 'checkpoint.pt'} at step ") == 3
     assert_same_result(whole, cut)
-
-
-def helpers_of(process):
-    """The numbers of the other processes of its group: loading processes, and their server."""
-    group = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True)
-    return [int(number) for number in group.stdout.split() if int(number) != process.pid]
 
 
 @pytest.mark.slow
