@@ -17,6 +17,7 @@ L samples, M mel bands, F spectrogram frames, C encoder width, D projection widt
 import argparse
 import math
 from collections import Counter
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -129,6 +130,19 @@ def top1(z_a, z_v):
     return (s.argmax(1) == own).float().mean()
 
 
+def say_settings(args, clips, left_out, loader, why):
+    """Print the effective numbers of a run: processes, batch, negatives, steps, learning rate."""
+    W, B, K = world_size(), args.batch_per_process, 1 if args.max_speed == 1 else 2
+    N, steps = W * B, loader.batch_sampler.steps_per_epoch
+    say(f"{why}, {torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
+    say(f"{len(clips)} clips ({len(left_out)} left out), global batch {N}, {K} view(s): "
+        f"{K * (N - 1)} negatives per query, {steps} steps an epoch, {args.epochs * steps} steps "
+        "in all")
+    peak = args.lr * N / PAPER_BATCH
+    say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
+        f"({args.lr:g} for a batch of 512, times {N}/512)")
+
+
 def train(args, device):
     """§3.1: read the data, build the model, train it with Eq. 3, save it."""
     claim(args.out)
@@ -140,8 +154,8 @@ def train(args, device):
     left_out |= clips.left_out
     say_left_out(left_out)
     loader = make_loader(clips, args.batch_per_process, args.workers, args.epochs)
-    N, steps = args.batch_per_process * world_size(), loader.batch_sampler.steps_per_epoch
-    if steps == 0:
+    N = args.batch_per_process * world_size()
+    if loader.batch_sampler.steps_per_epoch == 0:
         raise ValueError(f"{len(clips)} usable clips ({len(left_out)} left out) do not fill one "
                          f"global batch of {N}: give a smaller --batch-per-process or more data")
 
@@ -149,32 +163,30 @@ def train(args, device):
     model, optimizer, scaler = build(args, device, dtype)
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world_size() > 1 else net
-    log_mel, peak = LogMel().to(device), args.lr * N / PAPER_BATCH
-    K = 1 if args.max_speed == 1 else 2
-    say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "
-        f"{torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
-    say(f"{len(clips)} clips ({len(left_out)} left out), global batch {N}, {K} view(s): "
-        f"{K * (N - 1)} negatives per query, {steps} steps an epoch, {args.epochs * steps} steps "
-        "in all")
-    say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
-        f"({args.lr:g} for a batch of 512, times {N}/512)")
+    log_mel = LogMel().to(device)
+    say_settings(args, clips, left_out, loader,
+                 f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason})")
 
-    run = Run(args, loader, model, optimizer, scaler, {
-        "processes": world_size(), "precision": str(dtype)[6:], "torch": torch.__version__,
-        "clips": len(clips), "left_out": Counter(left_out.values())})
-    for epoch, (frames, waves) in run:              # (B, K, T, H, W, 3) uint8, (B, K, L)
-        lr = learning_rate(epoch, args.warmup, args.epochs, peak)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    def embed(frames, waves):                       # (B, K, T, H, W, 3) uint8, (B, K, L)
         audio = log_mel(waves)                      # (B, K, 1, M, F)
         video = normalize_frames(frames)            # (B, K, 3, T, H, W)
         with autocast(device, dtype):
-            y_a, y_v, z_a, z_v = net(audio, video)  # (B, K, C) x 2, (B, K, D) x 2
-        loss = soft_info_nce(                       # Eq. 3
-            y_a, y_v, z_a, z_v, eta=args.eta, affinity=args.affinity,
-            affinity_temperature=args.affinity_temperature, symmetric=not args.one_way,
-            normalize=not args.raw_affinity, detach=args.detach_affinity)
+            return net(audio, video)                # y_a, y_v (B, K, C), z_a, z_v (B, K, D)
+
+    objective = partial(                            # Eq. 3
+        soft_info_nce, eta=args.eta, affinity=args.affinity,
+        affinity_temperature=args.affinity_temperature, symmetric=not args.one_way,
+        normalize=not args.raw_affinity, detach=args.detach_affinity)
+    run = Run(args, loader, model, optimizer, scaler, {
+        "processes": world_size(), "precision": str(dtype)[6:], "torch": torch.__version__,
+        "clips": len(clips), "left_out": Counter(left_out.values())})
+    for epoch, (frames, waves) in run:
+        lr = learning_rate(epoch, args.warmup, args.epochs, args.lr * N / PAPER_BATCH)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
+        y_a, y_v, z_a, z_v = embed(frames, waves)
+        loss = objective(y_a, y_v, z_a, z_v)        # Eq. 3
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
