@@ -18,14 +18,14 @@ from torchvision.transforms import v2
 MEAN, STD = 0.45, 0.225                                 # of pixels in [0, 1] (paper silent; GDT)
 
 
-def sample_speeds(max_speed, generator=None):
+def sample_speeds(max_speed, generator=None, same=False):
     """Draw tau_v and tau_a, the speeds of the video views and of the audio views of a clip (§2.1).
 
     Both are lists of two integers. View 0 has speed 1. View 1 draws from T = {1, ..., max_speed},
-    uniformly (paper silent) and independently for video and audio.
+    uniformly (paper silent) and independently for video and audio, or once for both (`same`).
     """
     tau_v, tau_a = torch.randint(1, max_speed + 1, (2,), generator=generator).tolist()
-    return [1, tau_v], [1, tau_a]
+    return [1, tau_v], [1, tau_v if same else tau_a]
 
 
 def frame_times(frames, fps, speed):

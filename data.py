@@ -132,6 +132,7 @@ class AudioVisualClips(Dataset):
         max_speed: S of §2.1. A file too short for S draws from the speeds that fit it.
         seed: every draw (place, speeds, scale, crop, flip) depends on (seed, epoch, index) alone.
         clips_per_file: None to train | n to evaluate on n evenly spaced clips with a centre crop.
+    The attribute same_speed is false unless it is set: True draws one speed for video and sound.
     Items:
         To train, of a key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32, and
         (path, failures), see draw_or_replace.
@@ -139,7 +140,7 @@ class AudioVisualClips(Dataset):
         None, None, and (index, "path: cause") if the file fails.
     """
 
-    crops = 1
+    crops, same_speed = 1, False
 
     def __init__(self, rows, frames=30, fps=30, size=128, max_speed=4, seed=0, clips_per_file=None):
         self.frames, self.fps, self.size = frames, fps, size
@@ -166,7 +167,8 @@ class AudioVisualClips(Dataset):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
         fits = max(1, int(row.duration / self.seconds + 1e-3))
         K = 1 if self.max_speed == 1 else 2             # one view without co-augmentation
-        tau_v, tau_a = (tau[:K] for tau in sample_speeds(min(self.max_speed, fits), generator))
+        S = min(self.max_speed, fits)
+        tau_v, tau_a = (tau[:K] for tau in sample_speeds(S, generator, self.same_speed))
         room = row.duration - max(tau_v + tau_a) * self.seconds
         t0 = max(0, room) * float(torch.rand((), generator=generator))
         short_side = int(self.size * (8 + 2 * float(torch.rand((), generator=generator))) / 7)

@@ -17,6 +17,7 @@ L samples, M mel bands, F spectrogram frames, C encoder width, D projection widt
 import argparse
 import math
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -47,6 +48,9 @@ def parse(argv=None):
     clip = p.add_argument_group("clips")
     clip.add_argument("--max-speed", type=at_least(1), default=4,
                       help="S of T = {1..S}; 1: no co-augmentation (4: Table 1)")
+    clip.add_argument("--same-speed", action="store_true", default=None,
+                      help="one drawn speed for video and sound alike (default: independent ones, "
+                      "§2.1; SpeedAug, the paper's first version, speaks of one)")
     clip.add_argument("--frames", type=at_least(1), default=30, help="T (30; paper silent, GDT)")
     clip.add_argument("--fps", type=at_least(1), default=30,
                       help="frames per second at speed 1 (30; paper silent, GDT)")
@@ -76,6 +80,9 @@ def parse(argv=None):
                        help="epochs of linear warm-up (a tenth of --epochs; 10 of 100: §3.1)")
     optim.add_argument("--batch-per-process", type=at_least(1), default=8,
                        help="clips per process (8: §3.1)")
+    optim.add_argument("--chunk", type=at_least(1), metavar="C",
+                       help="embed a process's clips C at a time: the memory of C clips, the "
+                       "gradient of all (default: all at once, as in the paper)")
     optim.add_argument("--lr", type=positive, default=0.64,
                        help="peak learning rate at a global batch of 512 (0.64: §3.1). Start and "
                        "end keep the paper's 0.064 : 0.64 : 0.10; all scale with the global batch")
@@ -89,6 +96,9 @@ def parse(argv=None):
         args.warmup = args.epochs / 10
     if args.warmup > args.epochs:
         p.error(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
+    if args.chunk and args.batch_per_process % args.chunk:
+        p.error(f"--chunk {args.chunk} does not divide the {args.batch_per_process} clips of a "
+                "process (--batch-per-process): give a divisor of them")
     if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none" or
                                        args.max_speed == 1 and args.affinity != "batch"):
         p.error(f"--mapping {args.mapping} has nothing to learn from: it needs --affinity batch, "
@@ -130,14 +140,37 @@ def top1(z_a, z_v):
     return (s.argmax(1) == own).float().mean()
 
 
+def step_in_chunks(embed, objective, net, scaler, batch, n):
+    """Eq. 3 and its gradient over the whole batch, with the memory of one of n chunks of it.
+
+    dL/dtheta is the sum over the chunks of dL/d(y, z) d(y, z)/dtheta, and the first factor needs y
+    and z alone. So each chunk is embedded twice, by embed(*chunk) -> y_a, y_v, z_a, z_v (gradient
+    caching, arXiv 2101.06983). Chunk k has clips k, k + n, ..., as the k-th of n processes would.
+    Returns the loss, z_a and z_v (B, K, D).
+    """
+    chunks = [[x[k::n] for x in batch] for k in range(n)]               # n times (B / n, ...)
+    with torch.no_grad():
+        statistics = [x.clone() for x in net.buffers()]     # BatchNorm's, which move once a chunk
+        y_z = [torch.cat(x) for x in zip(*(embed(*chunk) for chunk in chunks))]     # 4 (B, K, ...)
+        for x, before in zip(net.buffers(), statistics):
+            x.copy_(before)
+    loss = objective(*(x.requires_grad_() for x in y_z))
+    gradients = torch.autograd.grad(scaler.scale(loss), y_z, materialize_grads=True)
+    for k, chunk in enumerate(chunks):
+        last = k == n - 1 or world_size() == 1
+        with nullcontext() if last else net.no_sync():      # the processes sum up with the last
+            torch.autograd.backward(embed(*chunk), [g.chunk(n)[k] for g in gradients])
+    return loss, *y_z[2:]
+
+
 def say_settings(args, clips, left_out, loader, why):
     """Print the effective numbers of a run: processes, batch, negatives, steps, learning rate."""
     W, B, K = world_size(), args.batch_per_process, 1 if args.max_speed == 1 else 2
     N, steps = W * B, loader.batch_sampler.steps_per_epoch
     say(f"{why}, {torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
-    say(f"{len(clips)} clips ({len(left_out)} left out), global batch {N}, {K} view(s): "
-        f"{K * (N - 1)} negatives per query, {steps} steps an epoch, {args.epochs * steps} steps "
-        "in all")
+    say(f"{len(clips)} clips ({len(left_out)} left out), global batch {N} = {W} process(es) x {B} "
+        f"clips{f' in chunks of {args.chunk}' if args.chunk else ''}, {K} view(s): {K * (N - 1)} "
+        f"negatives per query, {steps} steps an epoch, {args.epochs * steps} steps in all")
     peak = args.lr * N / PAPER_BATCH
     say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
         f"({args.lr:g} for a batch of 512, times {N}/512)")
@@ -151,6 +184,7 @@ def train(args, device):
             + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
     rows, left_out = find_rows(args.data, args.split, args.out)
     clips = AudioVisualClips(rows, args.frames, args.fps, args.size, args.max_speed, args.seed)
+    clips.same_speed = args.same_speed
     left_out |= clips.left_out
     say_left_out(left_out)
     loader = make_loader(clips, args.batch_per_process, args.workers, args.epochs)
@@ -185,9 +219,13 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        y_a, y_v, z_a, z_v = embed(frames, waves)
-        loss = objective(y_a, y_v, z_a, z_v)        # Eq. 3
-        scaler.scale(loss).backward()
+        if args.chunk:
+            n = len(frames) // args.chunk
+            loss, z_a, z_v = step_in_chunks(embed, objective, net, scaler, (frames, waves), n)
+        else:
+            y_a, y_v, z_a, z_v = embed(frames, waves)
+            loss = objective(y_a, y_v, z_a, z_v)    # Eq. 3
+            scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         run.log(loss=loss, top1=top1(z_a, z_v), lr=lr)

@@ -3,18 +3,25 @@
 import argparse
 import ast
 import math
+import os
+import subprocess
+import sys
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
 from conftest import ROOT, SMALL, log_of, make_video, run, run_here
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import finetune
 import pretrain
 import retrieval
 from data import Row
 from loss import soft_info_nce
-from models import video_encoder
+from models import SvaCLR, video_encoder
 from prepare import scan
 from pretrain import learning_rate, parse
 from support.processes import choose_precision
@@ -68,6 +75,9 @@ def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkey
     (["--frames", "1.5"], "--frames: '1.5' is not a whole number of 1 or more"),
     (["--eta", "0"], "--eta: '0' is not a number above 0"),
     (["--max-failures", "1"], "--max-failures: '1' is not a share of 0 or more and less than 1"),
+    (["--chunk", "0"], "--chunk: '0' is not a whole number of 1 or more"),
+    (["--data", "x", "--chunk", "16"], "--chunk 16 does not divide the 8 clips of a process"),
+    (["--chunk", "5"], "--chunk 5 does not divide the 32 clips of a process"),
     (["--warmup", "9", "--epochs", "3"], "--warmup 9.0 is longer than --epochs 3"),
     (["--mapping", "mlp", "--affinity", "none"], "--mapping mlp has nothing to learn from"),
     (["--mapping", "linear", "--max-speed", "1"], "--mapping linear has nothing to learn from"),
@@ -102,7 +112,8 @@ def trained(tree, tmp_path_factory):
 def test_start_prints_the_effective_numbers(trained):
     text = trained[1].stdout
     for part in ("1 process(es) on cpu, float32 (as asked)",
-                 "10 clips (0 left out), global batch 4", "6 negatives per query",
+                 "10 clips (0 left out), global batch 4 = 1 process(es) x 4 clips, 2 view(s)",
+                 "6 negatives per query",
                  "2 steps an epoch, 8 steps in all",
                  "learning rate 0.0005 -> 0.005 -> 0.0007813", "times 4/512"):
         assert part in text, part
@@ -250,3 +261,144 @@ def test_top1():
     swapped = z[[1, 0, 2, 3, 4, 5]]
     assert abs(pretrain.top1(z, swapped) - 4 / 6) < 1e-6
     assert pretrain.top1(z, z.flip(1)) < 1                  # view 0 alone counts
+
+
+class Vectors(torch.nn.Module):
+    """A model of the form of SvaCLR for clips that are vectors. It computes in float64 too."""
+
+    def __init__(self):
+        super().__init__()
+        layers = lambda a, b: torch.nn.Sequential(torch.nn.Linear(a, b), torch.nn.BatchNorm1d(b))
+        self.f, self.g, self.h, self.l = layers(7, 6), layers(5, 6), layers(6, 4), layers(6, 6)
+
+    def forward(self, audio, video):
+        y_a, y_v = self.g(audio.flatten(0, 1)).relu(), self.f(video.flatten(0, 1)).relu()
+        z_a, z_v = (torch.nn.functional.normalize(self.h(y), dim=1) for y in (y_a, y_v))
+        return [x.unflatten(0, audio.shape[:2]) for x in (self.l(y_a), self.l(y_v), z_a, z_v)]
+
+
+# The limits of the relative error. Float32 rounds differently in products of another shape.
+MODELS = {"float64": lambda: Vectors().double(), "float32": Vectors,
+          "SvaCLR": lambda: SvaCLR("r2plus1d_10", "mlp")}
+LIMITS = {"float64": 1e-10, "float32": 1e-6, "SvaCLR": 1e-5}
+AFFINITIES = ("none", "clip", "view", "batch")
+CASES = [*product(("float64", "float32"), AFFINITIES), ("SvaCLR", "clip")]
+NO_SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+def sixteen_clips(kind, affinity="clip"):
+    """The model, and the same (audio, video) on all processes."""
+    torch.manual_seed(0)
+    shapes = ((1, 40, 11), (3, 2, 16, 16)) if kind == "SvaCLR" else ((5,), (7,))
+    model = MODELS[kind]()
+    if affinity == "none":
+        model.l = torch.nn.Identity()           # as parse demands: all weights have a gradient
+    dtype = next(model.parameters()).dtype
+    return model, [torch.randn(16, 2, *shape, dtype=dtype) for shape in shapes]
+
+
+def gradient(kind, affinity, n):
+    """The gradient of 16 clips that the processes share out, in n chunks each, or whole (n = 1).
+
+    Returns also how often the processes summed up gradients.
+    """
+    model, batch = sixteen_clips(kind, affinity)
+    W, sums = dist.get_world_size(), []
+    net = torch.nn.parallel.DistributedDataParallel(model) if W > 1 else model
+    if W > 1:
+        net.register_comm_hook(None, lambda group, bucket: (sums.append(1),
+                                                            allreduce_hook(group, bucket))[1])
+    batch = [x[dist.get_rank()::W] for x in batch]
+    objective = partial(soft_info_nce, affinity=affinity)
+    if n == 1:
+        objective(*net(*batch)).backward()
+    else:
+        pretrain.step_in_chunks(net, objective, net, NO_SCALER, batch, n)
+    return torch.cat([x.grad.flatten() for x in model.parameters()]), len(sums)
+
+
+def gradients(out):
+    """What each of four processes does: {(processes, chunks, kind, affinity): gradient}."""
+    torch.set_num_threads(1)
+    rank, found = int(os.environ["RANK"]), {}
+    for W in (4, 2, 1):
+        if rank < W:
+            dist.init_process_group("gloo", init_method=f"file://{out}/{W}", rank=rank,
+                                    world_size=W)
+            for n, (kind, affinity) in product({1: (2, 4), 2: (1, 2), 4: (1,)}[W], CASES):
+                found[W, n, kind, affinity] = gradient(kind, affinity, n)
+            dist.barrier()
+            dist.destroy_process_group()
+    if rank == 0:
+        torch.save(found, f"{out}/found.pt")
+
+
+@pytest.mark.slow
+def test_chunks_have_the_gradient_of_as_many_processes(tmp_path):
+    """Chunks of one process, of two, and no chunks: BatchNorm sees the same clips together."""
+    code = f"import test_pretrain; test_pretrain.gradients({str(tmp_path)!r})"
+    (tmp_path / "worker.py").write_text(code)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node=4", tmp_path / "worker.py"], check=True,
+                   env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    for kind, affinity in CASES:
+        for chunked, whole in (((1, 2), (2, 1)), ((1, 4), (4, 1)), ((2, 2), (4, 1))):
+            (a, sums), (b, sums_whole) = (found[*x, kind, affinity] for x in (chunked, whole))
+            error = ((a - b).norm() / b.norm()).item()
+            print(f"{kind}, {affinity}, {chunked} against {whole}: {error:.1e}")
+            assert error <= LIMITS[kind], (kind, affinity, chunked)
+            assert chunked[0] == 1 or sums == sums_whole        # with the last chunk alone
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+def test_chunks_have_the_gradient_of_the_batch(affinity):
+    """Where BatchNorm does not tie the clips of a batch together. A scaler scales gradients."""
+    model, batch = sixteen_clips("float64", affinity)
+    model.eval()
+    objective = partial(soft_info_nce, affinity=affinity)
+    outputs = model(*batch)
+    loss = objective(*outputs)
+    loss.backward()
+    whole = [x.grad for x in model.parameters()]
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    again, z_a, z_v = pretrain.step_in_chunks(model, objective, model, scaler, batch, 4)
+    torch.testing.assert_close(again, loss)
+    order = [i for k in range(4) for i in range(k, 16, 4)]
+    torch.testing.assert_close(z_a, outputs[2][order])
+    torch.testing.assert_close(z_v, outputs[3][order])
+    for x, expected in zip(model.parameters(), whole):
+        torch.testing.assert_close(x.grad / 1024, expected, atol=1e-12, rtol=1e-10)
+
+
+def test_statistics_move_once_a_chunk():
+    model, batch = sixteen_clips("float64")
+    norm = torch.nn.BatchNorm1d(6).double()
+    for k in range(4):
+        norm(model.f[0](batch[1][k::4].flatten(0, 1)))
+    pretrain.step_in_chunks(model, soft_info_nce, model, NO_SCALER, batch, 4)
+    torch.testing.assert_close(model.f[1].running_mean, norm.running_mean)
+    torch.testing.assert_close(model.f[1].running_var, norm.running_var)
+    assert model.f[1].num_batches_tracked == 4
+
+
+@pytest.mark.slow
+def test_a_run_in_chunks_is_a_run_of_processes(tmp_path):
+    """The commands, for one step: two chunks of five clips, and two processes of five clips."""
+    for n in range(10):
+        make_video(tmp_path / f"data/a/{n}.mp4", 2.0, 10, tone=300 + 50 * n)
+    flags = ["--data", tmp_path / "data", *SMALL, "--epochs", "1", "--warmup", "0"]
+    run(*flags, "--batch-per-process", "5", "--out", tmp_path / "two", processes=2)
+    done = run(*flags, "--batch-per-process", "10", "--chunk", "5", "--out", tmp_path / "chunks")
+    assert ("global batch 10 = 1 process(es) x 10 clips in chunks of 5, 2 view(s): 18 negatives "
+            "per query" in done.stdout)
+    two, chunks = (log_of(tmp_path / name)[-1] for name in ("two", "chunks"))
+    assert two["step"] == chunks["step"] == 1
+    assert abs(two["loss"] - chunks["loss"]) < 1e-4 and abs(two["top1"] - chunks["top1"]) < 1e-6
+    two, chunks = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["optimizer"]
+                   for name in ("two", "chunks"))
+    two, chunks = (torch.cat([x["momentum_buffer"].flatten() for x in state["state"].values()])
+                   for state in (two, chunks))
+    # After one step it is the gradient. Convolutions round differently on one thread and on two.
+    assert (two - chunks).norm() / two.norm() < 0.01
