@@ -24,6 +24,8 @@ def test_speeds_are_uniform_and_independent():
     assert set(drawn) == {(v, a) for v in range(1, 5) for a in range(1, 5)}
     assert all(abs(n - 500) < 5 * math.sqrt(500) for n in drawn.values())
     assert sample_speeds(1) == ([1, 1], [1, 1])
+    both = [sample_speeds(4, g, same=True) for _ in range(100)]
+    assert all(tau_v == tau_a for tau_v, tau_a in both) and {v[1] for v, _ in both} == {1, 2, 3, 4}
 
 
 def test_a_fast_view_takes_every_sth_time():

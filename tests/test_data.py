@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_video, peak_hz, read_barcode
 
+import data
 from augment import crop_at
 from data import (ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows,
                   make_loader, read_clip, read_manifest)
@@ -206,6 +207,24 @@ def test_speeds_that_do_not_fit_are_not_drawn(tmp_path):
     clips = AudioVisualClips(rows, frames=8, fps=16, size=24, max_speed=4)
     heard = {round(peak_hz(clips[e, 0][1][1]) / 400) for e in range(20)}
     assert heard == {1, 2}
+
+
+def test_one_speed_for_video_and_sound_alike(clips, monkeypatch):
+    drawn = []
+
+    def read(path, t0, tau_v, tau_a, *_):
+        drawn.append((tau_v[1], tau_a[1]))
+        return torch.zeros(2, 4, 30, 30, 3, dtype=torch.uint8), torch.zeros(2, 12000)
+
+    monkeypatch.setattr(data, "read_clip", read)
+    same = AudioVisualClips(clips.rows, 4, 8, 24, max_speed=4)
+    same.same_speed = True
+    for epoch in range(30):
+        same[epoch, 0]
+    assert set(drawn) == {(s, s) for s in (1, 2, 3, 4)}
+    for epoch in range(30):
+        clips[epoch, 0]
+    assert any(tau_v != tau_a for tau_v, tau_a in drawn[30:])
 
 
 def test_left_out_and_replaced(tmp_path):

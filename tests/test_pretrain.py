@@ -254,6 +254,16 @@ def test_flags_of_the_objective_reach_it(flags, keywords, tmp_path, monkeypatch)
                                    atol=1e-5, rtol=1e-4)
 
 
+def test_same_speed_reaches_the_clips(tree, tmp_path, monkeypatch):
+    def stop(clips, *_):
+        raise ValueError(f"same_speed is {bool(clips.same_speed)}")
+
+    monkeypatch.setattr(pretrain, "make_loader", stop)
+    for flags, value in (([], False), (["--same-speed"], True)):
+        done = run("--data", tree, "--out", tmp_path, *SMALL, *flags, check=False)
+        assert f"same_speed is {value}" in done.stderr
+
+
 def test_top1():
     g = torch.Generator().manual_seed(0)
     z = torch.nn.functional.normalize(torch.randn(6, 2, 9, generator=g), dim=2)

@@ -368,11 +368,13 @@ def test_a_loss_that_is_not_finite_stops_all(tree, tmp_path):
 @pytest.mark.parametrize("name,dtype", [("bf16", "bfloat16"), ("fp16", "float16"),
                                         ("fp32", "float32")])
 def test_each_precision_trains(name, dtype, tree, tmp_path):
-    assert run_here(pretrain, "--data", tree, "--out", tmp_path, *SMALL, "--epochs", "1",
-                    "--precision", name) == 0
-    head, line = log_of(tmp_path)
-    assert head["precision"] == dtype and 0 < line["loss"] < 20
-    assert (line["skipped"] > 0) == (name == "fp16")    # the first scale is too great
+    for chunk in ([], ["--chunk", "2"]):
+        out = tmp_path / f"out{len(chunk)}"
+        assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--epochs", "1",
+                        "--precision", name, *chunk) == 0
+        head, line = log_of(out)
+        assert head["precision"] == dtype and 0 < line["loss"] < 20
+        assert (line["skipped"] > 0) == (name == "fp16")    # the first scale is too great
 
 
 @pytest.mark.parametrize("share,stopped", [(0.03, 0), (0.1, 1000)])
