@@ -37,8 +37,8 @@ DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_per_process=32, 
             warmup=1.0)
 
 
-def parse(argv=None):
-    """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
+def flags():
+    """The parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     data = p.add_argument_group("data")
     data.add_argument("--data", help="folder ROOT/[train|val|test/]class/*.mp4, or manifest.csv "
@@ -80,25 +80,30 @@ def parse(argv=None):
                        help="epochs of linear warm-up (a tenth of --epochs; 10 of 100: §3.1)")
     optim.add_argument("--batch-per-process", type=at_least(1), default=8,
                        help="clips per process (8: §3.1)")
-    optim.add_argument("--chunk", type=at_least(1), metavar="C",
-                       help="embed a process's clips C at a time: the memory of C clips, the "
-                       "gradient of all (default: all at once, as in the paper)")
+    optim.add_argument("--chunk", type=at_least(1),
+                       help="clips embedded at a time: the memory of so many, the gradient of all "
+                       "clips of a process (default: all at once; paper silent)")
     optim.add_argument("--lr", type=positive, default=0.64,
                        help="peak learning rate at a global batch of 512 (0.64: §3.1). Start and "
                        "end keep the paper's 0.064 : 0.64 : 0.10; all scale with the global batch")
     optim.add_argument("--weight-decay", type=at_least(0, float), default=1e-5,
                        help="(1e-5; paper silent, GDT)")
     add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
+    return p
+
+
+def parse(argv=None):
+    """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
+    p = flags()
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
-    if args.warmup is None:
-        args.warmup = args.epochs / 10
+    args.warmup = args.epochs / 10 if args.warmup is None else args.warmup
     if args.warmup > args.epochs:
         p.error(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
     if args.chunk and args.batch_per_process % args.chunk:
-        p.error(f"--chunk {args.chunk} does not divide the {args.batch_per_process} clips of a "
-                "process (--batch-per-process): give a divisor of them")
+        p.error(f"--chunk {args.chunk} does not divide --batch-per-process "
+                f"{args.batch_per_process}: give a divisor of it")
     if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none" or
                                        args.max_speed == 1 and args.affinity != "batch"):
         p.error(f"--mapping {args.mapping} has nothing to learn from: it needs --affinity batch, "
@@ -157,21 +162,20 @@ def step_in_chunks(embed, objective, net, scaler, batch, n):
     loss = objective(*(x.requires_grad_() for x in y_z))
     gradients = torch.autograd.grad(scaler.scale(loss), y_z, materialize_grads=True)
     for k, chunk in enumerate(chunks):
-        last = k == n - 1 or world_size() == 1
-        with nullcontext() if last else net.no_sync():      # the processes sum up with the last
+        # With the last chunk the processes sum up their gradients.
+        with net.no_sync() if world_size() > 1 and k < n - 1 else nullcontext():
             torch.autograd.backward(embed(*chunk), [g.chunk(n)[k] for g in gradients])
     return loss, *y_z[2:]
 
 
-def say_settings(args, clips, left_out, loader, why):
-    """Print the effective numbers of a run: processes, batch, negatives, steps, learning rate."""
+def say_settings(args, clips, left_out, steps):
+    """Print the effective numbers of a run: batch, negatives, steps and learning rate."""
     W, B, K = world_size(), args.batch_per_process, 1 if args.max_speed == 1 else 2
-    N, steps = W * B, loader.batch_sampler.steps_per_epoch
-    say(f"{why}, {torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
-    say(f"{len(clips)} clips ({len(left_out)} left out), global batch {N} = {W} process(es) x {B} "
-        f"clips{f' in chunks of {args.chunk}' if args.chunk else ''}, {K} view(s): {K * (N - 1)} "
-        f"negatives per query, {steps} steps an epoch, {args.epochs * steps} steps in all")
-    peak = args.lr * N / PAPER_BATCH
+    N, peak = W * B, args.lr * W * B / PAPER_BATCH
+    chunks = f" in chunks of {args.chunk}" if args.chunk else ""
+    say(f"{clips} clips ({left_out} left out), global batch {N} = {W} process(es) x {B} clips"
+        f"{chunks}, {K} view(s): {K * (N - 1)} negatives per query, {steps} steps an epoch, "
+        f"{args.epochs * steps} steps in all")
     say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
         f"({args.lr:g} for a batch of 512, times {N}/512)")
 
@@ -198,8 +202,9 @@ def train(args, device):
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world_size() > 1 else net
     log_mel = LogMel().to(device)
-    say_settings(args, clips, left_out, loader,
-                 f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason})")
+    say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "
+        f"{torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
+    say_settings(args, len(clips), len(left_out), loader.batch_sampler.steps_per_epoch)
 
     def embed(frames, waves):                       # (B, K, T, H, W, 3) uint8, (B, K, L)
         audio = log_mel(waves)                      # (B, K, 1, M, F)

@@ -1,6 +1,7 @@
 """Speed against what the hardware allows. Ratios come first: both sides are timed in turn.
 
     python -m experiments.bench step            # a training step over the bare encoders
+    python -m experiments.bench step --batch-size 64 --chunk 8      # and in chunks of 8 clips
     python -m experiments.bench loss            # Eq. 3 at global batches of 512 to 32,768
     python -m experiments.bench saving          # how long a checkpoint holds training up
     python -m experiments.bench scaling         # 2 processes with 1 thread over 1 process with 2
@@ -39,7 +40,7 @@ import pretrain
 from augment import LogMel, normalize_frames
 from data import AudioVisualClips, Row, make_loader
 from experiments import bench_data
-from experiments.timing import ratio, turns, wait_for
+from experiments.timing import forget_peak, peak_memory, ratio, turns, wait_for
 from loss import soft_info_nce
 from prepare import demo
 from retrieval import ranks
@@ -54,13 +55,14 @@ class Steps:
     """What pretrain.train iterates over in place of a Run: a made-up batch, again and again.
 
     So the loop of pretrain.py itself is timed, from the moment at which a Run would hand it a
-    batch. Between two steps the bare encoders f and g run, forward and backward. `ours` and `bare`
-    are lists of s, `flops` is the number of operations of the bare encoders, `peak` the memory of
-    a step in bytes (GPU), and `kernels` are what the profiler saw in a step.
+    batch. Between two steps the bare encoders f and g run, forward and backward, on `chunk` clips
+    at a time (None: on all). `ours` and `bare` are lists of s, `flops` is the number of operations
+    of the bare encoders, `peak` the memory of a step in bytes, and `kernels` are what the profiler
+    saw in a step.
     """
 
-    def __init__(self, rounds, profile):
-        self.rounds, self.profile = rounds, profile
+    def __init__(self, rounds, chunk, profile):
+        self.rounds, self.chunk, self.profile = rounds, chunk, profile
         self.ours, self.bare, self.peak, self.kernels = [], [], 0, []
 
     def begin(self, args, loader, model, optimizer, scaler, metadata):
@@ -81,8 +83,9 @@ class Steps:
         frames = torch.randint(0, 256, (B, 2, T, size, size, 3), dtype=torch.uint8)
         waves = torch.randn(B, 2, RATE) * 0.1                           # 1 s of sound
         batch = [x.pin_memory() if device.type == "cuda" else x for x in (frames, waves)]
-        video = normalize_frames(frames.to(device)).flatten(0, 1)               # (B K, 3, T, H, W)
-        audio = LogMel().to(device)(waves.to(device)).flatten(0, 1)             # (B K, 1, M, F)
+        c = self.chunk or B                                                     # clips at a time
+        video = normalize_frames(frames[:c].to(device)).flatten(0, 1)           # (c K, 3, T, H, W)
+        audio = LogMel().to(device)(waves[:c].to(device)).flatten(0, 1)         # (c K, 1, M, F)
         encoders = self.model.f, self.model.g
         if args.compile:
             encoders = [torch.compile(encoder) for encoder in encoders]
@@ -92,7 +95,9 @@ class Steps:
             yield 0, [x.to(device, non_blocking=True) for x in batch]
             wait_for(device)
             times.append(time.perf_counter())
-            self.encode(encoders, video, audio)
+            self.model.zero_grad(set_to_none=True)
+            for _ in range(B // c):
+                self.encode(encoders, video, audio)
             wait_for(device)
             times.append(time.perf_counter())
             if n:
@@ -102,11 +107,9 @@ class Steps:
             self.encode((self.model.f, self.model.g), video[:2], audio[:2])
         self.flops = counter.get_total_flops() * B
         del video, audio
-        if device.type == "cuda":
-            torch.cuda.empty_cache()        # the search for the fastest convolutions took the rest
-            torch.cuda.reset_peak_memory_stats()
-            yield 0, [x.to(device, non_blocking=True) for x in batch]
-            self.peak = torch.cuda.max_memory_allocated()
+        forget_peak(device)
+        yield 0, [x.to(device, non_blocking=True) for x in batch]
+        self.peak = peak_memory(device)
         if self.profile:
             with torch.profiler.profile() as profiler:
                 yield 0, [x.to(device, non_blocking=True) for x in batch]
@@ -115,17 +118,19 @@ class Steps:
 
     def encode(self, encoders, *inputs):
         """The bare encoders, forward and backward."""
-        self.model.zero_grad(set_to_none=True)
         with autocast(self.device, self.dtype):
             outputs = [encoder(x) for encoder, x in zip(encoders, inputs)]      # (B K, C) x 2
         sum(y.float().mean() for y in outputs).backward()
 
 
-def train(flags, rounds, device, profile=False):
-    """Run pretrain.train with these flags on made-up data. Returns its Steps."""
+def train(flags, rounds, device, chunk=None, profile=False):
+    """Run pretrain.train with these flags on made-up data. Returns its Steps.
+
+    chunk: how many clips the bare encoders take at a time, None for the whole batch.
+    """
     # At this learning rate the weights stay finite on noise.
     args = pretrain.parse(["--data", "made up", "--lr", "0.001", *flags])
-    steps = Steps(rounds, profile)
+    steps = Steps(rounds, chunk, profile)
     rows = MADE_UP * args.batch_per_process, {}
     with (patch("pretrain.claim"), patch("pretrain.Run", steps.begin),
           patch("pretrain.find_rows", lambda *_: rows),
@@ -136,19 +141,46 @@ def train(flags, rounds, device, profile=False):
 
 def step(args):
     device = start()
+    common = ["--arch", args.arch, "--frames", str(args.frames), "--size", str(args.size),
+              *["--compile"] * args.compile]
     for B in args.batch_size:
         if args.compile:
             torch.compiler.reset()          # otherwise the second B would compile for any B
-        flags = ["--arch", args.arch, "--frames", str(args.frames), "--size", str(args.size),
-                 "--batch-per-process", str(B), *["--compile"] * args.compile]
-        try:
-            yield of_step(train(flags, args.rounds, device, args.profile))
-        except RuntimeError as error:       # cuDNN and cuBLAS name a full memory in other words
-            full = re.search("unable to find an engine|ALLOC_FAILED", str(error))
-            if not full and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            yield f"B {B} does not fit the memory: {str(error).splitlines()[0]}", "", {}
+        # With --chunk: a batch of one chunk, the batch in chunks, and the batch as a whole.
+        kinds = [(args.chunk, None), (B, args.chunk)] * bool(args.chunk) + [(B, None)]
+        done = []
+        for clips, chunk in kinds:
+            flags = ["--batch-per-process", str(clips), *["--chunk", str(chunk)] * bool(chunk)]
+            try:
+                done.append(train(common + flags, args.rounds, device, args.chunk, args.profile))
+            except RuntimeError as error:   # cuDNN and cuBLAS name a full memory in other words
+                full = re.search("unable to find an engine|ALLOC_FAILED", str(error))
+                if not full and not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                yield f"B {clips} does not fit the memory: {str(error).splitlines()[0]}", "", {}
+                break
+            yield of_step(done[-1])
+        if len(done) > 1:
+            yield of_chunks(*done)
+        if len(done) < len(kinds):
             break
+
+
+def of_chunks(one, chunked, whole=None):
+    """Compare a batch in chunks with a batch of one chunk and, if that fits, with itself whole."""
+    args = chunked.args
+    memory = chunked.peak / one.peak
+    lines = [f"in chunks: peak memory {memory:.2f} times that of a batch of one chunk"]
+    values = {"peak memory / of one chunk": memory}
+    if whole:
+        # Each step is divided by the bare encoders of its own round, which take chunks in both.
+        over, base = (statistics.median(a / b for a, b in zip(x.ours, x.bare))
+                      for x in (chunked, whole))
+        values |= {"time / whole": over / base, "peak memory / whole": chunked.peak / whole.peak}
+        lines.append(f"over the whole batch at once: time {over / base:.2f} times, peak memory "
+                     f"{chunked.peak / whole.peak:.2f} times")
+    what = f"step {args.arch} B{args.batch_per_process} in chunks of {args.chunk}"
+    return "\n".join(lines), what, values
 
 
 def of_step(steps):
@@ -163,18 +195,18 @@ def of_step(steps):
     values = {"step / bare": over, "clips per s": B / seconds,
               "share of matmul rate": rate / limit}
     what = (f"step {args.arch} B{B} T{args.frames} {args.size}px {dtype}"
-            f"{' compiled' * args.compile}")
+            f"{f' chunks of {args.chunk}' if args.chunk else ''}{' compiled' * args.compile}")
     lines = [f"{what} ({steps.why}), K 2, {torch.get_num_threads()} thread(s)",
              f"step / bare encoders: {text}",
              f"step {seconds:.3f} s, {values['clips per s']:.1f} clips/s; bare "
              f"{min(steps.bare):.3f} s; {rate / 1e12:.2f} TFLOP/s, {100 * rate / limit:.0f} % of "
-             f"the {limit / 1e12:.2f} of a {dtype} matmul"]
-    if steps.peak:
+             f"the {limit / 1e12:.2f} of a {dtype} matmul; peak memory {steps.peak / 1e9:.1f} GB"]
+    values["peak memory, GB"] = steps.peak / 1e9
+    if device.type == "cuda":
         hours = 231e5 / 8 / values["clips per s"] / 3600
-        values["peak memory, GB"] = steps.peak / 1e9
         values["hours on 8 for 231k clips, 100 epochs"] = hours
-        lines.append(f"{steps.peak / 1e9:.1f} GB; the paper's 231k clips x 100 epochs on 8 of "
-                     f"these at this rate, without anything else: {hours:.1f} h")
+        lines.append("the paper's 231k clips x 100 epochs on 8 of these at this rate, without "
+                     f"anything else: {hours:.1f} h")
     return "\n".join(lines + kernels(steps.kernels, device)), what, values
 
 
@@ -319,6 +351,8 @@ def main():
     p.add_argument("--arch", default="r2plus1d_10", help="step: video encoder (r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32],
                    help="step: clips, one or more sizes, the smallest first (32)")
+    p.add_argument("--chunk", type=int, help="step: beside it the same batch in chunks of so many "
+                   "clips, and a batch of one chunk (none)")
     p.add_argument("--frames", type=int, default=4, help="step: T (4)")
     p.add_argument("--size", type=int, default=32, help="step: H = W in pixels (32)")
     p.add_argument("--compile", action="store_true", help="step: torch.compile (off)")

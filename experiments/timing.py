@@ -1,7 +1,12 @@
-"""Timing of functions in turn, so that a machine that slows down slows all of them down."""
+"""Timing of functions in turn, so that a machine that slows down slows all of them down.
 
+And the peak of the memory.
+"""
+
+import re
 import statistics
 import time
+from pathlib import Path
 
 import torch
 
@@ -10,6 +15,23 @@ def wait_for(device):
     """Wait until the device has done its work. On a CPU it has."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def forget_peak(device):
+    """Forget the peak of the memory up to now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()        # the search for the fastest convolutions took the rest
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """The peak since then in bytes: of torch's memory on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def turns(functions, rounds, device=torch.device("cpu")):

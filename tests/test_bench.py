@@ -4,6 +4,7 @@ import csv
 import re
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import ROOT
 
 import pretrain
 from experiments import bench
+from experiments.timing import forget_peak, peak_memory
 
 
 def run_bench(*args):
@@ -46,9 +48,35 @@ def test_the_step_is_that_of_pretraining(monkeypatch):
              "--batch-per-process", "2"]
     steps = bench.train(flags, 3, torch.device("cpu"))
     assert len(steps.ours) == len(steps.bare) == 3
-    assert len(set(losses)) == len(losses) == 4         # with the round that is not counted
+    # One round is not counted, and one measures the memory.
+    assert len(set(losses)) == len(losses) == 5
     fresh, _, _ = pretrain.build(steps.args, torch.device("cpu"), torch.float32)
     assert not fresh.h_v[0].weight.equal(steps.model.h_v[0].weight)
+
+
+def test_a_batch_in_chunks():
+    """Beside the batch in chunks stand a batch of one chunk, and the batch as a whole."""
+    args = Namespace(arch="r2plus1d_10", frames=4, size=16, batch_size=[8], chunk=2, rounds=2,
+                     compile=False, profile=False)
+    texts, whats, values = zip(*bench.step(args))
+    assert [re.search("B.*px", what)[0] for what in whats[:3]] == [
+        f"B{clips} T4 16px" for clips in (2, 8, 8)]
+    assert "chunks of 2" in whats[1] and "chunks" not in whats[0] + whats[2]
+    assert 0.5 < values[3]["time / whole"] < 10
+    assert values[3]["peak memory / of one chunk"] == pytest.approx(
+        values[1]["peak memory, GB"] / values[0]["peak memory, GB"])
+    assert "in chunks: peak memory" in texts[3] and "over the whole batch at once" in texts[3]
+
+
+def test_peak_memory():
+    """It sees an array of 400 MB, also if that is gone."""
+    cpu = torch.device("cpu")
+    forget_peak(cpu)
+    before = peak_memory(cpu)
+    torch.ones(10 ** 8)
+    assert 3.9e8 < peak_memory(cpu) - before < 4.6e8
+    forget_peak(cpu)
+    assert peak_memory(cpu) - before < 1e8
 
 
 @pytest.mark.slow
