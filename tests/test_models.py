@@ -6,6 +6,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 from torch import nn
 
 import finetune
@@ -184,3 +185,21 @@ def test_foreign_checkpoints_are_no_svaclr(tmp_path):
         with pytest.raises(ValueError) as error:
             load_svaclr(tmp_path / name)
         assert str(error.value) == f"{tmp_path / name} {sentence}"
+
+
+def test_the_export_of_the_docs(brief, tmp_path, monkeypatch):
+    """f and g of a checkpoint give the same outputs after the export, for any number of clips."""
+    text = (ROOT / "docs" / "running.md").read_text().partition("## Export")[2]
+    code, = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    assert "runs/k400/checkpoint.pt" in code and "30, 128, 128" in code
+    code = code.replace("runs/k400/checkpoint.pt", str(brief)).replace("30, 128, 128", "4, 16, 16")
+    exec(code, {})
+    model, _ = load_svaclr(brief)
+    model.eval()
+    for name, net, shape in (("f", model.f, (3, 4, 16, 16)), ("g", model.g, (1, 40, 101))):
+        exported = torch.export.load(f"{name}.pt2").module()
+        for n in (1, 3):
+            x = torch.rand(n, *shape)
+            with torch.no_grad():
+                torch.testing.assert_close(exported(x), net(x))
