@@ -16,7 +16,7 @@ from prepare import demo, scan
 
 def test_rows_are_settings_of_pretraining():
     names = ("max_speed", "affinity", "affinity_temperature", "raw_affinity", "detach_affinity",
-             "mapping", "epochs")
+             "mapping", "epochs", "same_speed")
     seen = {}
     for row, flags in ablation.ROWS.items():
         args = vars(pretrain.parse(flags.split()))
