@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from augment import LogMel, normalize_frames
+from augment import GDTLogMel, LogMel, normalize_frames
 from data import AudioVisualClips, evaluation_batches, find_rows
 from models import C, load_svaclr
 from support.processes import (at_least, autocast, choose_precision, launch, rank, share,
@@ -49,7 +49,7 @@ def parse(argv=None):
 
 
 @torch.no_grad()
-def extract(model, clips, dtype, feature="z", batch_size=8, workers=None, max_failures=0.05):
+def extract(model, clips, dtype, feature="z", sound=None, workers=None, max_failures=0.05):
     """Features of all clips on every process: audio (n, D), video (n, D), and their n rows.
 
     A file's feature is the mean over its clips' unit-length features, brought to unit length again.
@@ -59,14 +59,16 @@ def extract(model, clips, dtype, feature="z", batch_size=8, workers=None, max_fa
         clips: AudioVisualClips with clips_per_file.
         dtype: of autocast.
         feature: "z", the projections | "y", the encoder outputs (l(y) if l is not the identity).
+        sound: "gdt" for a model that expects GDT's sound input | None for the log-mel.
         max_failures: share of the files that may fail to be read; ValueError if more do.
     """
     model.eval()
     device = next(model.parameters()).device
-    log_mel, D = LogMel().to(device), model.h_v[-1].out_features if feature == "z" else C
+    log_mel = (GDTLogMel() if sound == "gdt" else LogMel()).to(device)
+    D = model.h_v[-1].out_features if feature == "z" else C
     features = torch.zeros(2, len(clips), D, device=device)             # audio, video
     found = torch.zeros(len(clips), device=device)                      # 1 if the file was read
-    for frames, waves, index in evaluation_batches(clips, batch_size, max_failures, workers):
+    for frames, waves, index in evaluation_batches(clips, 8, max_failures, workers):
         audio, video = log_mel(waves.to(device)), normalize_frames(frames.to(device))
         with autocast(device, dtype):
             y_a, y_v, z_a, z_v = model(audio, video)                # (B, clips of a file, C or D)
@@ -150,11 +152,11 @@ def class_names(rows, split, left_out):
 
 def evaluate(args, device):
     """§3.3: extract the features of the part, rank both ways, report."""
-    model, _, clips, left_out = load(args)
+    model, settings, clips, left_out = load(args)
     class_names(clips.rows, args.split, left_out)       # complain before the work
     dtype, _ = choose_precision("auto", device)
     audio, video, rows = extract(model.to(device), clips, dtype, args.feature,
-                                 max_failures=args.max_failures)
+                                 getattr(settings, "sound", None), max_failures=args.max_failures)
     failed = {row.path for row in clips.rows} - {row.path for row in rows}
     names = class_names(rows, args.split, left_out | dict.fromkeys(failed, "failed"))
     labels = torch.tensor([names.index(row.label) for row in rows], device=device)
