@@ -76,12 +76,15 @@ def read_state(path, names=()):
 def load_svaclr(path):
     """Load the model in a checkpoint.pt of pretrain.py, and its settings, a Namespace of the flags.
 
-    Raises ValueError if the file is no such checkpoint.
+    Raises ValueError if the file is no such checkpoint, or if it has no projectors.
     """
     state = read_state(path, ("model", "settings"))
     settings = Namespace(**state["settings"])
     if not hasattr(settings, "mapping"):
         raise ValueError(f"{path} was not written by pretrain.py: give a checkpoint.pt of it")
+    if "h_v.0.weight" not in state["model"]:
+        raise ValueError(f"{path} holds encoders without projectors, which were not trained to be "
+                         "compared: give it to finetune.py, or give another checkpoint")
     model = SvaCLR(settings.arch, settings.mapping)
     model.load_state_dict(state["model"])
     return model, settings

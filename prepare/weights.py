@@ -1,0 +1,158 @@
+"""Published weights of other models -> a checkpoint.pt that our scripts can measure (Tables 2, 3).
+
+    python -m prepare.weights gdt gdt_K400.pth --out gdt/checkpoint.pt
+    python -m prepare.weights selavi selavi_vgg_sound_150.pth --out selavi/checkpoint.pt
+
+GDT and SeLaVi have the encoders of this project under other names: R(2+1)D-18 and a ResNet of nine
+layers. GDT's heads are our projectors, so retrieval.py and finetune.py take its checkpoint.
+SeLaVi's heads predict clusters and are dropped, so only finetune.py takes its checkpoint. Code in
+the published file is not run.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from models import SvaCLR, read_state
+from support.run import serialise, write_atomic
+
+TITLES = {"gdt": "GDT", "selavi": "SeLaVi"}
+# GDT's head is Flatten, Dropout, Linear without bias, Unsqueeze, BatchNorm1d, Flatten, ReLU,
+# Dropout, Linear. Those without weights change nothing in a test but the ReLU, which we have too.
+NAMES = {"f.": "video_network.base.", "g.": "audio_network.base.",
+         "h_v.0.": "mlp_v.block_forward.2.", "h_a.0.": "mlp_a.block_forward.2.",
+         "h_v.1.": "mlp_v.block_forward.4.", "h_a.1.": "mlp_a.block_forward.4.",
+         "h_v.3.": "mlp_v.block_forward.8.", "h_a.3.": "mlp_a.block_forward.8."}
+UNUSED = {"gdt": r"(video|audio)_network\.base\.fc\.",
+          "selavi": r"(video|audio)_network\.base\.fc\.|mlp_[va]\d*\."}
+# What a file is, told by how the name of one of its tensors begins, and what to do with it.
+LOOKS = {"f.": ("a checkpoint of this project", "our scripts take it as it is"),
+         "stem.": ("a video encoder of torchvision or of this project",
+                   "finetune.py takes it as it is"),
+         "text_network.": ("GDT for video and text, which has no audio encoder",
+                           "give its weights for video and audio"),
+         "video_pooling.": ("STiCA, which pools over time by a network", "give GDT's weights"),
+         "mlp_v0.": ("SeLaVi", "give selavi in place of gdt"),
+         "mlp_v.": ("GDT", "give gdt in place of selavi")}
+
+
+class Ignored:
+    """Stands in for an object in a published file other than a tensor. It forgets its content."""
+
+    def __setstate__(self, state):
+        pass
+
+
+def empty(*_):
+    """Stands in for a function that makes an object. Returns an empty dict."""
+    return {}
+
+
+# What GDT saves beside the tensors: its flags, and a scheduler that holds the optimiser.
+OBJECTS = [(Ignored, "argparse.Namespace"), (Ignored, "torch.optim.lr_scheduler.MultiStepLR"),
+           (Ignored, "torch.optim.sgd.SGD"), (Ignored, "builtins.dict"),
+           (empty, "collections.defaultdict")]
+
+
+def read(path):
+    """The tensors of a published file by their names, without the prefix of a parallel run.
+
+    They lie under "model" or "state_dict", or bare. Raises ValueError if the file cannot be read.
+    """
+    if not Path(path).exists():
+        raise ValueError(f"no file {path}: docs/data.md says where the published weights are")
+    with torch.serialization.safe_globals(OBJECTS):
+        state = read_state(path)
+    tensors = state.get("model", state.get("state_dict", state))
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError(f"{path} does not hold named tensors: give a file of GDT or SeLaVi")
+    return {str(name).removeprefix("module."): x for name, x in tensors.items()}
+
+
+def begins(names, start):
+    """Whether one of the names begins with `start`."""
+    return any(name.startswith(start) for name in names)
+
+
+def peers_name(name):
+    """The name that a tensor of ours has in GDT's and SeLaVi's files."""
+    part = next(part for part in NAMES if name.startswith(part))
+    return NAMES[part] + name.removeprefix(part)
+
+
+def convert(peer, path):
+    """Our tensors by their names, from a published file.
+
+    peer: "gdt" | "selavi". Raises ValueError if the file is of another model or cannot be read, or
+    if a tensor is missing, has another shape or is left over.
+    """
+    tensors, title = read(path), TITLES[peer]
+    look, advice = next((LOOKS[start] for start in LOOKS if begins(tensors, start)), (title, ""))
+    if look != title:
+        raise ValueError(f"{path} looks like {look}, not like {title}: {advice}")
+    if not begins(tensors, "video_network."):
+        raise ValueError(f"{path} is of an unknown model, its first tensors are "
+                         f"{', '.join(list(tensors)[:3]) or 'none'}: give a file of {title}")
+    bias = ("h_v.0.bias", "h_a.0.bias")                     # GDT's first linear layer has none
+    ours = {name: x for name, x in SvaCLR().state_dict().items()
+            if name not in bias and (peer == "gdt" or name.startswith(("f.", "g.")))}
+    names = {name: peers_name(name) for name in ours}
+    unused = {name for name in tensors if re.match(UNUSED[peer], name)}
+    common = [name for name in ours if names[name] in tensors]
+    faults = {"lacks": {*names.values()} - tensors.keys(),
+              "has besides": tensors.keys() - {*names.values()} - unused,
+              "has in another shape": {names[name] for name in common
+                                       if tensors[names[name]].shape != ours[name].shape}}
+    if any(faults.values()):
+        lists = [f"{what} {len(found)} tensors ({', '.join(sorted(found)[:3])}"
+                 f"{', ...' if len(found) > 3 else ''})" for what, found in faults.items() if found]
+        raise ValueError(f"{path} is not {title} with R(2+1)D-18 and ResNet-9 as published: it "
+                         f"{'; it '.join(lists)}")
+    weights = {name: tensors[names[name]] for name in ours}
+    if peer == "gdt":
+        weights |= {name: torch.zeros(len(weights["h_v.0.weight"])) for name in bias}
+    return weights
+
+
+def save(peer, path, out):
+    """Write the checkpoint of a published file. Returns the number of its tensors.
+
+    Raises ValueError, see convert, or if `out` exists or its folder cannot be made; OSError if it
+    cannot be written.
+    """
+    out = Path(out)
+    if out.exists():
+        raise ValueError(f"--out {out} exists already: give another, or delete it first")
+    weights = convert(peer, path)
+    # Clips as GDT and SeLaVi saw them. retrieval.py reads "sound".
+    settings = {"arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
+                "data": None, "sound": peer, "peer": TITLES[peer], "source": Path(path).name}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}): give another"
+                         ) from error
+    write_atomic(serialise({"settings": settings, "model": weights}), out)
+    return len(weights)
+
+
+def main():
+    """Run the command. The exit status is 1, with a sentence on stderr, if nothing is written."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("peer", choices=TITLES, help="the model whose weights the file holds")
+    parser.add_argument("file", help="the published file")
+    parser.add_argument("--out", help="the checkpoint.pt to write (default PEER/checkpoint.pt)")
+    args = parser.parse_args()
+    out = args.out or f"{args.peer}/checkpoint.pt"
+    try:
+        count = save(args.peer, args.file, out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{out}: {count} tensors of {TITLES[args.peer]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""prepare/weights.py: networks in the layout of GDT and SeLaVi, saved as they save them, come back
+with the same outputs, and other files are refused."""
+
+import argparse
+import json
+import os
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import run_here
+from test_models import Bomb
+from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import finetune
+import retrieval
+from models import load_encoder, load_svaclr
+from prepare import weights
+
+
+class Network(nn.Module):
+    """A base network whose classifier fc is saved but not applied."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, x):
+        for name, module in self.base.named_children():
+            x = x if name == "fc" else module(x)
+        return x.flatten(1)
+
+
+class Head(nn.Module):
+    """Two layers in the places that they have in GDT's files."""
+
+    def __init__(self, classes=256):
+        super().__init__()
+        self.block_forward = nn.Sequential(
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(512, 512, bias=False),
+            nn.Unflatten(1, (512, 1)), nn.BatchNorm1d(512), nn.Flatten(), nn.ReLU(),
+            nn.Dropout(0.3), nn.Linear(512, classes))
+
+    def forward(self, x):
+        return self.block_forward(x)
+
+
+class GDT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.video_network = Network(torchvision.models.video.r2plus1d_18(weights=None))
+        self.audio_network = Network(ResNet(BasicBlock, [1, 1, 1, 1]))
+        self.audio_network.base.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+        self.mlp_v, self.mlp_a = Head(), Head()
+
+    def forward(self, video, audio):
+        y_v, y_a = self.video_network(video), self.audio_network(audio)
+        return y_a, y_v, F.normalize(self.mlp_a(y_a)), F.normalize(self.mlp_v(y_v))
+
+
+@pytest.fixture(scope="module")
+def gdt():
+    """A model with random weights and random BatchNorm statistics."""
+    torch.manual_seed(0)
+    model = GDT().eval()
+    for name, x in model.state_dict().items():
+        if name.endswith("running_mean"):
+            x.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            x.uniform_(0.5, 2)
+        elif name.endswith("num_batches_tracked"):
+            x.random_(1, 1000)
+        elif x.dim() == 1:                                # a weight of BatchNorm, or a bias
+            x.uniform_(0.5, 1.5) if name.endswith("weight") else x.normal_(0, 0.1)
+    return model
+
+
+def save(tensors, path, wrapper="model", prefix="", zipped=True):
+    """Save named tensors as GDT does: with its flags, and with the objects of its scheduler."""
+    tensors = {prefix + name: x for name, x in tensors.items()}
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    after = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
+    if wrapper:
+        tensors = {wrapper: tensors, "optimizer": optimizer.state_dict(), "epoch": 201,
+                   "lr_scheduler": {"after_scheduler": after, "finished": True},
+                   "args": argparse.Namespace(lr=1e-2, aug_audio=[1, 1, 3, 6])}
+    torch.save(tensors, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def command(monkeypatch, capsys, *args):
+    """Run prepare.weights in this process. Returns (exit status, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["prepare.weights", *map(str, args)])
+    try:
+        weights.main()
+    except SystemExit as stop:
+        status, message = (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code, "")
+        return status, capsys.readouterr().out, message
+    return 0, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def converted(gdt, tmp_path_factory):
+    """GDT's checkpoint.pt of this project."""
+    folder = tmp_path_factory.mktemp("gdt")
+    weights.save("gdt", save(gdt.state_dict(), folder / "gdt_K400.pth"), folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"
+
+
+@pytest.mark.parametrize("wrapper, prefix, zipped", [
+    ("model", "", True), ("state_dict", "module.", False), (None, "module.", True)])
+def test_gdt_gives_the_same_outputs(gdt, tmp_path, monkeypatch, capsys, wrapper, prefix, zipped):
+    """The file is of the earlier format of torch.save too, which GDT's torch 1.3.1 wrote."""
+    file = save(gdt.state_dict(), tmp_path / "gdt_K400.pth", wrapper, prefix, zipped)
+    monkeypatch.chdir(tmp_path)
+    status, stdout, _ = command(monkeypatch, capsys, "gdt", file)
+    assert (status, stdout) == (0, "gdt/checkpoint.pt: 312 tensors of GDT\n")
+    assert os.listdir("gdt") == ["checkpoint.pt"]         # no temporary file is left
+    model, settings = load_svaclr("gdt/checkpoint.pt")
+    assert vars(settings) == {
+        "arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
+        "data": None, "sound": "gdt", "peer": "GDT", "source": "gdt_K400.pth"}
+    g = torch.Generator().manual_seed(1)
+    video = torch.randn(3, 3, 4, 24, 24, generator=g)     # (B, 3, T, H, W)
+    audio = torch.randn(3, 1, 40, 99, generator=g)        # (B, 1, M, F)
+    with torch.no_grad():
+        theirs = gdt(video, audio)
+        ours = model.eval()(audio[:, None], video[:, None])
+    for name, their, our in zip(("y_a", "y_v", "z_a", "z_v"), theirs, ours):
+        assert their.std(0).mean() > 1e-3, name           # the outputs depend on the input
+        torch.testing.assert_close(our[:, 0], their, rtol=1e-5, atol=1e-6, msg=name)
+    assert ours[0][:, 0].equal(theirs[0]) and ours[1][:, 0].equal(theirs[1])
+
+
+def with_settings(checkpoint, path, **settings):
+    """A copy of a checkpoint with other settings. None takes a setting out."""
+    state = torch.load(checkpoint, weights_only=True)
+    state["settings"] = {name: value for name, value in (state["settings"] | settings).items()
+                         if name == "data" or value is not None}
+    torch.save(state, path)
+    return path
+
+
+def test_retrieval_measures_gdt_with_its_sound_input(converted, tree, tmp_path, monkeypatch):
+    """At 0.5 s GDT's input has 49 spectrogram frames, and the log-mel has 51."""
+    shapes, load = set(), retrieval.load_svaclr
+
+    def watched(path):
+        model, settings = load(path)
+        model.g.register_forward_hook(lambda g, inputs, y_a: shapes.add(inputs[0].shape[1:]))
+        return model, settings
+
+    monkeypatch.setattr(retrieval, "load_svaclr", watched)
+    small = dict(frames=4, fps=8, size=16)
+    for sound, frames in (("gdt", 49), (None, 51)):       # other checkpoints have no `sound`
+        path = with_settings(converted, tmp_path / "checkpoint.pt", **small, sound=sound)
+        assert run_here(retrieval, "--checkpoint", path, "--data", tree, "--clips", "1") == 0
+        assert shapes == {(1, 40, frames)}
+        assert json.loads((tmp_path / "retrieval.json").read_text())["pool"] == 24
+        shapes.clear()
+
+
+def test_finetune_takes_gdt(converted, tree, tmp_path):
+    assert run_here(finetune, "--data", tree, "--checkpoint", converted, "--linear", "--out",
+                    tmp_path, "--frames", "2", "--fps", "4", "--size", "16", "--train-clips", "1",
+                    "--test-clips", "1") == 0
+    assert "video top-1" in (tmp_path / "results.json").read_text()
+
+
+def test_selavi_is_for_fine_tuning_alone(gdt, tree, tmp_path, monkeypatch, capsys):
+    """Its ten heads predict clusters, so they are dropped, and retrieval refuses the result."""
+    tensors = {name: x for name, x in gdt.state_dict().items() if not name.startswith("mlp")}
+    for n in range(10):
+        for modality in "va":
+            head = Head(9).state_dict()
+            tensors |= {f"mlp_{modality}{n}.{name}": x for name, x in head.items()}
+    file = save(tensors, tmp_path / "selavi_vgg_sound_150.pth", "model", "module.")
+    out = tmp_path / "checkpoint.pt"
+    status, stdout, _ = command(monkeypatch, capsys, "selavi", file, "--out", out)
+    assert (status, stdout) == (0, f"{out}: 294 tensors of SeLaVi\n")
+    last = load_encoder(out).layer4[1].conv2[0][3].weight
+    assert last.equal(gdt.video_network.base.layer4[1].conv2[0][3].weight)
+    assert run_here(retrieval, "--checkpoint", out, "--data", tree) == 1
+    assert capsys.readouterr().err == (
+        f"error: {out} holds encoders without projectors, which were not trained to be compared: "
+        "give it to finetune.py, or give another checkpoint\n")
+
+
+@pytest.mark.parametrize("peer, names, sentence", [
+    ("gdt", ["video_network.base.stem.0.weight", "mlp_v0.block_forward.2.weight"],
+     "looks like SeLaVi, not like GDT: give selavi in place of gdt"),
+    ("selavi", ["video_network.base.stem.0.weight", "mlp_v.block_forward.2.weight"],
+     "looks like GDT, not like SeLaVi: give gdt in place of selavi"),
+    ("gdt", ["video_network.base.stem.0.weight", "video_pooling.2.cls", "mlp_v.weight"],
+     "looks like STiCA, which pools over time by a network, not like GDT: give GDT's weights"),
+    ("gdt", ["video_network.base.stem.0.weight", "text_network.fc1.weight", "mlp_v.weight"],
+     "looks like GDT for video and text, which has no audio encoder, not like GDT: give its "
+     "weights for video and audio"),
+    ("gdt", ["f.stem.0.weight", "g.conv1.weight"],
+     "looks like a checkpoint of this project, not like GDT: our scripts take it as it is"),
+    ("selavi", ["stem.0.weight", "fc.weight"],
+     "looks like a video encoder of torchvision or of this project, not like SeLaVi: finetune.py "
+     "takes it as it is"),
+    ("gdt", ["conv1.weight", "bn1.weight", "bn1.bias", "fc.bias"],
+     "is of an unknown model, its first tensors are conv1.weight, bn1.weight, bn1.bias: give a "
+     "file of GDT")])
+def test_other_models_are_refused(tmp_path, monkeypatch, capsys, peer, names, sentence):
+    file = save({name: torch.zeros(1) for name in names}, tmp_path / "file.pth")
+    out = tmp_path / "new" / "checkpoint.pt"
+    found = command(monkeypatch, capsys, peer, file, "--out", out)
+    assert found == (1, "", f"error: {file} {sentence}\n")
+    assert not out.parent.exists()
+
+
+def test_tensors_that_do_not_fit(gdt, tmp_path):
+    """Of a deeper network, a head without BatchNorm, and a first layer with a bias."""
+    tensors = gdt.state_dict()
+    for name in [name for name in tensors if name.startswith("mlp_a.block_forward.4.")]:
+        del tensors[name]
+    tensors["video_network.base.layer1.2.conv1.0.0.weight"] = torch.zeros(1)
+    tensors["mlp_v.block_forward.2.bias"] = torch.zeros(512)
+    tensors["mlp_v.block_forward.8.weight"] = torch.zeros(128, 512)
+    save(tensors, tmp_path / "gdt.pth")
+    with pytest.raises(ValueError) as error:
+        weights.convert("gdt", tmp_path / "gdt.pth")
+    assert str(error.value) == (
+        f"{tmp_path / 'gdt.pth'} is not GDT with R(2+1)D-18 and ResNet-9 as published: it lacks 5 "
+        "tensors (mlp_a.block_forward.4.bias, mlp_a.block_forward.4.num_batches_tracked, "
+        "mlp_a.block_forward.4.running_mean, ...); it has besides 2 tensors "
+        "(mlp_v.block_forward.2.bias, video_network.base.layer1.2.conv1.0.0.weight); it has in "
+        "another shape 1 tensors (mlp_v.block_forward.8.weight)")
+
+
+def test_files_that_cannot_be_read_or_written(gdt, tmp_path, monkeypatch, capsys):
+    good = save({"video_network.base.stem.0.weight": torch.zeros(1)}, tmp_path / "good.pth")
+    (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:700])
+    torch.save({"model": {}, "args": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pth")
+    torch.save({"model": {"epoch": 3}}, tmp_path / "numbers.pth")
+    out = tmp_path / "new" / "checkpoint.pt"
+    unreadable = ("error: {} cannot be loaded: it is truncated, or another program wrote it, or it "
+                  "carries code, which we do not run; delete it or name another")
+    for name, sentence in (
+            ("gone.pth", "error: no file {}: docs/data.md says where the published weights are"),
+            ("cut.pth", unreadable), ("bomb.pth", unreadable),
+            ("numbers.pth", "error: {} does not hold named tensors: give a file of GDT or SeLaVi")):
+        found = command(monkeypatch, capsys, "gdt", tmp_path / name, "--out", out)
+        assert found == (1, "", sentence.format(tmp_path / name) + "\n")
+    assert not (tmp_path / "exploded").exists() and not out.parent.exists()
+    file = save(gdt.state_dict(), tmp_path / "gdt.pth")
+    for out, sentence in (
+            (good, "exists already: give another, or delete it first"),
+            (good / "checkpoint.pt", "cannot be written (File exists): give another")):
+        content = good.read_bytes()
+        found = command(monkeypatch, capsys, "gdt", file, "--out", out)
+        assert found == (1, "", f"error: --out {out} {sentence}\n")
+        assert good.read_bytes() == content
