@@ -9,6 +9,7 @@ videos or the official lists are missing, or if a line of a list has a wrong for
 """
 
 import csv
+import hashlib
 import os
 import re
 from collections import Counter
@@ -165,8 +166,11 @@ def match(paths, notes, official, expected):
 
 # ---- layouts
 
-def folder(root):
-    """ROOT/[train|val|test/]class/*: the folders give the labels and the splits (see SPLITS)."""
+def folder(root, test_share=None, seed=0):
+    """ROOT/[train|val|test/]class/*: the folders give the labels and the splits (see SPLITS).
+
+    test_share: where the folders give no splits, draw this share of the files for the test part.
+    """
     root = Path(root).resolve()
     paths, notes = find_videos(root)
     entries = []
@@ -174,7 +178,26 @@ def folder(root):
         *folders, _ = path.relative_to(root).parts
         split = SPLITS[folders.pop(0).lower()] if folders and folders[0].lower() in SPLITS else ""
         entries.append((path, Clip("/".join(folders) or root.name, split, "", path)))
-    return entries, notes
+    if test_share is None:
+        return entries, notes
+    if not 0 < test_share < 1:
+        raise ValueError(f"--test-share {test_share}: give a share above 0 and below 1, e.g. 0.2")
+    if own := sorted({clip.split for _, clip in entries} - {""}):
+        raise ValueError(f"{root} has parts of its own ({', '.join(own)}): leave out --test-share")
+    entries = [(path, clip._replace(split=draw_split(path.relative_to(root), test_share, seed)))
+               for path, clip in entries]
+    counts = Counter(clip.split for _, clip in entries)
+    return entries, [f"{counts['train']} files in train and {counts['test']} in test, drawn with "
+                     f"seed {seed}", *notes]
+
+
+def draw_split(name, test_share, seed):
+    """The part of a file, "train" or "test", drawn from a hash of the seed and the file's name.
+
+    A file keeps its part when other files come or go. name: its path below the root.
+    """
+    digest = hashlib.sha256(f"{seed} ".encode() + os.fsencode(name)).digest()
+    return "test" if int.from_bytes(digest[:8]) < test_share * 2 ** 64 else "train"
 
 
 def kinetics400(root, annotations=None):

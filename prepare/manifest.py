@@ -1,6 +1,7 @@
 """A data set on disk -> manifest.csv: what can be used, and what is left out and why (§3.1).
 
     python -m prepare.manifest folder ROOT        # ROOT/[train|val|test/]class/*.mp4, *.mkv, ...
+    python -m prepare.manifest folder ROOT --test-share 0.2      # draws a test part
     python -m prepare.manifest kinetics-sounds ROOT --annotations folder/of/csv --out ks.csv
     python -m prepare.manifest hmdb51 ROOT --annotations testTrainMulti_7030_splits --fold 1
 
@@ -39,6 +40,10 @@ def main():
                         help="the fold of ucf101 and hmdb51 (default 1)")
     parser.add_argument("--classes", type=int, choices=(32, 31),
                         help="the number of classes of kinetics-sounds (default 32)")
+    parser.add_argument("--test-share", type=float, metavar="SHARE",
+                        help="draw this share of the files for the test part, in the layout folder "
+                        "without parts (default none)")
+    parser.add_argument("--seed", type=int, help="another seed draws another test part (default 0)")
     parser.add_argument("--out", default="manifest.csv",
                         help="the csv to write (default manifest.csv)")
     parser.add_argument("--workers", type=int, default=2,
@@ -46,6 +51,10 @@ def main():
     parser.add_argument("--verify", action="store_true",
                         help="decode every file to its end: slow, finds all damage")
     args = vars(parser.parse_args())
+    if args["test_share"] is not None and args["layout"] != "folder":
+        parser.error(f"--test-share is for the layout folder: {args['layout']} has official parts")
+    if args["seed"] is not None and args["test_share"] is None:
+        parser.error("--seed draws a test part: give --test-share too, e.g. --test-share 0.2")
     try:
         rows, notes = survey(**{name: value for name, value in args.items() if value is not None})
     except (ValueError, OSError) as error:

@@ -39,13 +39,14 @@ def survey(layout, root, workers=2, out=None, verify=False, **options):
 
     layout: a key of LAYOUTS. root: the folder of the copy. workers: the number of processes. out:
     the manifest to write; an earlier one saves the work for unchanged files. verify: decode every
-    file to its end. options: annotations, fold and classes, as far as the layout takes them.
+    file to its end. options: annotations, fold, classes, test_share and seed, as far as the layout
+    takes them.
     Returns (rows, notes): a row {column: value} for each video file in the order of the paths, and
     sentences for the summary. Raises ValueError if the layout takes no such option, if the layout
     finds no files or lists (see prepare.layouts), or if `out` is not a manifest.
     """
     for name in options.keys() - signature(LAYOUTS[layout]).parameters:
-        raise ValueError(f"layout {layout} takes no --{name}")
+        raise ValueError(f"layout {layout} takes no --{name.replace('_', '-')}")
     entries, notes = LAYOUTS[layout](root, **options)
     files = [(path, clip.label, clip.split, clip.reason) for path, clip in entries]
     rows = probe_all(files, workers, verify, out)

@@ -2,6 +2,7 @@
 command prepare/manifest.py on them."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -9,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, by_name, write_text
+import pretrain
+import retrieval
+from conftest import ROOT, SMALL, by_name, log_of, run_here, write_text
 from data import read_manifest
 from prepare import layouts, scan
 
 K400 = "label,youtube_id,time_start,time_end,split\n"
+DRAWN = [3, 9, 11, 13, 17, 18, 19]      # of a/0.mp4 to a/19.mp4, with a share of 0.2 and seed 0
 
 
 # ---- layouts
@@ -247,6 +251,90 @@ def test_folders_of_splits(put, tmp_path, name, split):
         "1.mp4": (label, split), "2.mp4": (f"bowling/{name}", "")}
     rows = scan.scan(tmp_path / "r", layout="kinetics-sounds")
     assert by_name(rows, "label", "split") == dict.fromkeys(("1.mp4", "2.mp4"), ("bowling", split))
+
+
+# ---- a test part that is drawn
+
+def test_a_drawn_part_has_its_share_and_depends_on_the_seed():
+    """Two seeds draw independently: their test parts share share^2 of the files."""
+    names, n = [f"class{k % 7}/{k}.mp4" for k in range(4000)], 4000
+    for share in (0.05, 0.2, 0.5):
+        first, second = ({name for name in names if layouts.draw_split(name, share, seed) == "test"}
+                         for seed in (0, 1))
+        for part, p in ((first, share), (second, share), (first & second, share ** 2)):
+            assert abs(len(part) - p * n) < 4 * (n * p * (1 - p)) ** 0.5, (share, p)
+    drawn = [k for k in range(20) if layouts.draw_split(Path(f"a/{k}.mp4"), 0.2, 0) == "test"]
+    assert drawn == DRAWN                                 # the same with every version
+
+
+def test_a_file_keeps_its_part(put, tmp_path, files_read):
+    """When other files come or go, when the folder moves, and in a manifest that is renewed."""
+    names, out = [f"{label}/{n}.mp4" for label in "ab" for n in range(12)], tmp_path / "m.csv"
+    for name in names:
+        put(f"r/{name}")
+
+    def parts(root, **options):
+        rows = scan.scan(tmp_path / root, test_share=0.4, **options)
+        return {str(Path(row["path"]).relative_to(tmp_path / root)): row["split"] for row in rows}
+
+    first = parts("r", out=out)
+    assert set(first) == set(names) and set(first.values()) == {"train", "test"}
+    for name in names[::3]:
+        (tmp_path / "r" / name).unlink()
+    for name in ("a/new.mp4", "0/0.mp4", "c/12.mp4"):
+        put(f"r/{name}")
+    files_read.clear()
+    again = parts("r", out=out)
+    assert sorted(files_read) == ["0.mp4", "12.mp4", "new.mp4"]
+    kept = first.keys() & again.keys()
+    assert len(kept) == 16 and all(again[name] == first[name] for name in kept)
+    (tmp_path / "r").rename(tmp_path / "moved")
+    assert parts("moved") == again
+    assert parts("moved", seed=1) != again
+
+
+def test_test_share_command(put, tmp_path):
+    for n in range(10):
+        put(f"r/a/{n}.mp4")
+    put("own/train/a/1.mp4")
+    put("own/a/2.mp4")
+    out = tmp_path / "m.csv"
+    flags = ("--test-share", "0.2", "--out", out)
+    status, stdout, _ = command("folder", tmp_path / "r", *flags)
+    drawn = [n for n in DRAWN if n < 10]
+    assert (status, stdout) == (0, f"{out}: 10 files, 10 usable; {10 - len(drawn)} files in train "
+                                   f"and {len(drawn)} in test, drawn with seed 0\n")
+    assert [row.path for row in read_manifest(out, "test")[0]] == [
+        str(tmp_path / f"r/a/{n}.mp4") for n in drawn]
+    for args, code, message in (
+            (("folder", tmp_path / "own", *flags), 1,
+             f"error: {tmp_path / 'own'} has parts of its own (train): leave out --test-share"),
+            (("folder", tmp_path / "r", "--test-share", "20"), 1,
+             "error: --test-share 20.0: give a share above 0 and below 1, e.g. 0.2"),
+            (("ucf101", tmp_path / "r", *flags), 2,
+             "error: --test-share is for the layout folder: ucf101 has official parts"),
+            (("folder", tmp_path / "r", "--seed", "1"), 2,
+             "error: --seed draws a test part: give --test-share too, e.g. --test-share 0.2")):
+        status, stdout, stderr = command(*args)
+        assert (status, stdout) == (code, "") and last_line(stderr).endswith(message), stderr
+    with pytest.raises(ValueError, match="layout ucf101 takes no --test-share"):
+        scan.scan(tmp_path / "r", layout="ucf101", test_share=0.2)
+
+
+def test_a_drawn_part_is_trained_and_retrieved(tree, tmp_path):
+    for path in tree.glob("*/*/*.mp4"):
+        split, label, name = path.relative_to(tree).parts
+        link = tmp_path / "flat" / label / f"{split}{name}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+    data, out = tmp_path / "m.csv", tmp_path / "run"
+    rows = scan.scan(tmp_path / "flat", test_share=0.65, out=data)
+    tested = sum(row["split"] == "test" for row in rows)
+    assert len(rows) == 34 and 20 <= tested <= 30
+    assert run_here(pretrain, "--data", data, "--out", out, *SMALL, "--epochs", "1") == 0
+    assert run_here(retrieval, "--data", data, "--checkpoint", out / "checkpoint.pt") == 0
+    assert log_of(out)[0]["clips"] == 34 - tested
+    assert json.loads((out / "retrieval.json").read_text())["pool"] == tested
 
 
 # ---- names of files
