@@ -53,10 +53,19 @@ def role(i, q, j, r):
     return "positive" if r == q else "left out"
 
 
+def load_with_lambda(args):
+    """The model, settings and clips of `load`. Raises ValueError if another model has no lambda."""
+    model, settings, clips, _ = load(args)
+    if not hasattr(settings, "affinity_temperature"):
+        raise ValueError(f"{args.checkpoint} holds weights of {settings.peer}, which has no lambda "
+                         "to draw: give a checkpoint.pt of pretrain.py")
+    return model, settings, clips
+
+
 @torch.no_grad()
 def method(args):
     """One clip -> its views -> the batch's similarities -> L and lambda -> the loss."""
-    model, settings, clips, _ = load(args)
+    model, settings, clips = load_with_lambda(args)
     model.eval()
     T, fps, size = settings.frames, settings.fps, settings.size
     rows = {row.label: row for row in clips.rows if row.duration >= max(TAU_V + TAU_A) * T / fps}
@@ -212,7 +221,7 @@ def bare(axes):
 
 @torch.no_grad()
 def affinity(args):
-    model, settings, clips, _ = load(args)
+    model, settings, clips = load_with_lambda(args)
     seconds, log_mel, shown, lams = settings.frames / settings.fps, LogMel(), {}, []
     model.eval()
     rows = [row for row in clips.rows

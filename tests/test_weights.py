@@ -17,6 +17,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import finetune
 import retrieval
+from experiments import figures
 from models import load_encoder, load_svaclr
 from prepare import weights
 
@@ -158,12 +159,19 @@ def test_retrieval_measures_gdt_with_its_sound_input(converted, tree, tmp_path, 
 
     monkeypatch.setattr(retrieval, "load_svaclr", watched)
     small = dict(frames=4, fps=8, size=16)
-    for sound, frames in (("gdt", 49), (None, 51)):       # other checkpoints have no `sound`
+    for sound, frames in ((None, 51), ("gdt", 49)):       # other checkpoints have no `sound`
         path = with_settings(converted, tmp_path / "checkpoint.pt", **small, sound=sound)
         assert run_here(retrieval, "--checkpoint", path, "--data", tree, "--clips", "1") == 0
         assert shapes == {(1, 40, frames)}
         assert json.loads((tmp_path / "retrieval.json").read_text())["pool"] == 24
         shapes.clear()
+    flags = ["--checkpoint", str(path), "--data", str(tree), "--out", str(tmp_path / "n.png")]
+    figures.main(["neighbours", *flags, "--clips", "1", "--show", "1"])
+    assert shapes == {(1, 40, 49)}
+    with pytest.raises(SystemExit) as error:
+        figures.main(["method", *flags])
+    assert error.value.code == (f"error: {path} holds weights of GDT, which has no lambda to draw: "
+                                "give a checkpoint.pt of pretrain.py")
 
 
 def test_finetune_takes_gdt(converted, tree, tmp_path):
