@@ -53,6 +53,7 @@ def empty(*_):
 
 # What GDT saves beside the tensors: its flags, and a scheduler that holds the optimiser.
 OBJECTS = [(Ignored, "argparse.Namespace"), (Ignored, "torch.optim.lr_scheduler.MultiStepLR"),
+           (Ignored, "torch.optim.lr_scheduler.CosineAnnealingLR"),
            (Ignored, "torch.optim.sgd.SGD"), (Ignored, "builtins.dict"),
            (empty, "collections.defaultdict")]
 

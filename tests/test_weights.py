@@ -86,7 +86,9 @@ def save(tensors, path, wrapper="model", prefix="", zipped=True):
     optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    after = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3])
+    schedulers = torch.optim.lr_scheduler
+    after = (schedulers.MultiStepLR(optimizer, [3]) if wrapper == "model"
+             else schedulers.CosineAnnealingLR(optimizer, 100))
     if wrapper:
         tensors = {wrapper: tensors, "optimizer": optimizer.state_dict(), "epoch": 201,
                    "lr_scheduler": {"after_scheduler": after, "finished": True},
