@@ -117,6 +117,11 @@ class LogMel(torch.nn.Module):
             return ((x - self.mean) / self.std).unsqueeze(-3)           # (..., 1, M, F)
 
 
+def sound_input(name=None):
+    """The spectrograms that a model expects: "gdt" for weights of GDT | None for our own."""
+    return GDTLogMel() if name == "gdt" else LogMel()
+
+
 class GDTLogMel(torch.nn.Module):
     """GDT's sound input, which its weights expect: (..., L) -> (..., 1, 40, F), in float32.
 

@@ -11,7 +11,7 @@ A view at speed s covers s times the source in the same number of frames and sam
     view 0          |x x x x x x x|
     view 1, s = 3   |x     x     x     x     x     x     x     |
 
-Symbols: B clips, K views, T frames, H, W pixels, L samples. The parent process opens no file.
+Symbols: B clips, K views, T frames, H, W pixels, L samples. To train, the parent opens no file.
 """
 
 import atexit
@@ -95,6 +95,12 @@ def find_rows(data, split, out):
     return read_manifest(manifest, split)
 
 
+def probe(path):
+    """Probe one file: its Row, and why its pictures cannot be used ("" if they can)."""
+    line = scan.probe((path, "", ""))
+    return Row(*map(line.get, Row._fields)), line["reason"]
+
+
 def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=160):
     """Read all views of one clip, which covers [t0, t0 + max(tau) * frames / fps) of the file.
 
@@ -132,7 +138,7 @@ class AudioVisualClips(Dataset):
         max_speed: S of §2.1. A file too short for S draws from the speeds that fit it.
         seed: every draw (place, speeds, scale, crop, flip) depends on (seed, epoch, index) alone.
         clips_per_file: None to train | n to evaluate on n evenly spaced clips with a centre crop.
-    The attribute same_speed is false unless it is set: True draws one speed for video and sound.
+    Its attribute same_speed, False at first, draws one speed for video and sound if it is True.
     Items:
         To train, of a key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32, and
         (path, failures), see draw_or_replace.
@@ -167,8 +173,8 @@ class AudioVisualClips(Dataset):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
         fits = max(1, int(row.duration / self.seconds + 1e-3))
         K = 1 if self.max_speed == 1 else 2             # one view without co-augmentation
-        S = min(self.max_speed, fits)
-        tau_v, tau_a = (tau[:K] for tau in sample_speeds(S, generator, self.same_speed))
+        speeds = sample_speeds(min(self.max_speed, fits), generator, self.same_speed)
+        tau_v, tau_a = (tau[:K] for tau in speeds)
         room = row.duration - max(tau_v + tau_a) * self.seconds
         t0 = max(0, room) * float(torch.rand((), generator=generator))
         short_side = int(self.size * (8 + 2 * float(torch.rand((), generator=generator))) / 7)

@@ -76,10 +76,11 @@ def read_state(path, names=()):
 def load_svaclr(path):
     """Load the model in a checkpoint.pt of pretrain.py, and its settings, a Namespace of the flags.
 
+    settings.sound names the input of g, see augment.sound_input.
     Raises ValueError if the file is no such checkpoint, or if it has no projectors.
     """
     state = read_state(path, ("model", "settings"))
-    settings = Namespace(**state["settings"])
+    settings = Namespace(**{"sound": None} | state["settings"])
     if not hasattr(settings, "mapping"):
         raise ValueError(f"{path} was not written by pretrain.py: give a checkpoint.pt of it")
     if "h_v.0.weight" not in state["model"]:

@@ -3,6 +3,7 @@
     python retrieval.py                                 # the built-in set, after python pretrain.py
     python retrieval.py --data kinetics --checkpoint runs/k400/checkpoint.pt
     torchrun --nproc_per_node=8 retrieval.py --data kinetics --checkpoint runs/k400/checkpoint.pt
+    python retrieval.py --query song.mp3 film.mp4       # files of your own (docs/running.md)
 
 The sound of each test clip queries the videos of all test clips, and its video queries all sounds,
 at speed 1. Two rules stand side by side, each with its standard error and its chance.
@@ -10,34 +11,31 @@ Instance-level: the clip's own other half is among the top k. Class-level: a cli
 class is among the top k. (Table 3 lies at the class-level chance for 34 classes.) The script prints
 the table and writes retrieval.json beside the checkpoint.
 
-Symbols: n clips in the pool, D feature width, B clips of a batch.
+Symbols: n clips in the pool, D feature width, B files of a batch, T frames, L samples.
 """
 
 import argparse
-import json
-from collections import Counter
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
-from augment import GDTLogMel, LogMel, normalize_frames
-from data import AudioVisualClips, evaluation_batches, find_rows
-from models import C, load_svaclr
-from support.processes import (at_least, autocast, choose_precision, launch, rank, share,
-                               world_size)
-
-RANKS = (1, 5, 10, 20)
+from augment import normalize_frames, sound_input
+from data import ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows, probe
+from models import C, load_encoder, load_svaclr
+from support import pools
+from support.pools import RANKS
+from support.processes import at_least, autocast, choose_precision, launch, share
 
 
 def parse(argv=None):
     """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--checkpoint", default="runs/svaclr/checkpoint.pt",
-                   help="checkpoint.pt of pretrain.py (runs/svaclr/checkpoint.pt)")
+                   help="checkpoint.pt of pretrain.py (runs/svaclr/checkpoint.pt); for --pair "
+                   "video-video also video_encoder.pt, torchvision's file, torchvision or none")
     p.add_argument("--data", help="folder or manifest.csv (default: the training data's)")
-    p.add_argument("--split", default="test", help="part to search (test)")
+    p.add_argument("--split", default="test", help="part to search, or all (test)")
     p.add_argument("--clips", type=at_least(1), default=10,
                    help="clips of a file, averaged (10; paper silent, GDT)")
     p.add_argument("--feature", default="z", choices=["z", "y"],
@@ -45,42 +43,49 @@ def parse(argv=None):
     p.add_argument("--max-failures", type=share, default=0.05,
                    help="share of videos that may fail to be read and are then left out; more stop "
                    "the script (0.05; our choice)")
-    return p.parse_args(argv)
+    pools.add_flags(p)
+    args = p.parse_args(argv)
+    pools.check_flags(p, args)
+    return args
 
 
 @torch.no_grad()
+def embed(model, log_mel, dtype, feature, frames, waves):
+    """Features of files at speed 1: frames (B, n, T, H, W, 3), waves (B, n, L) -> (2, B, D).
+
+    [0] is of the sound and [1] of the pictures. A file's feature is the mean over its n clips'
+    unit-length features, brought to unit length again. feature: see `extract`.
+    """
+    device = next(model.parameters()).device
+    audio, video = log_mel(waves.to(device)), normalize_frames(frames.to(device))
+    with autocast(device, dtype):
+        y_a, y_v, z_a, z_v = model(audio, video)                        # (B, n, C or D)
+    both = {"y": (y_a, y_v), "z": (z_a, z_v)}
+    return torch.cat([pools.average(torch.stack(both[kind])) for kind in feature], 2)
+
+
 def extract(model, clips, dtype, feature="z", sound=None, workers=None, max_failures=0.05):
     """Features of all clips on every process: audio (n, D), video (n, D), and their n rows.
 
-    A file's feature is the mean over its clips' unit-length features, brought to unit length again.
     Features are kept by index, so no clip counts twice with any number of processes.
 
     Args:
         clips: AudioVisualClips with clips_per_file.
         dtype: of autocast.
-        feature: "z", the projections | "y", the encoder outputs (l(y) if l is not the identity).
-        sound: "gdt" for a model that expects GDT's sound input | None for the log-mel.
+        feature: "z", the projections | "y", the encoder outputs (l(y) if l is not the identity) |
+            "yz", first y and then z, each of unit length: D is the sum of their widths.
+        sound: the input of g, see augment.sound_input.
         max_failures: share of the files that may fail to be read; ValueError if more do.
     """
     model.eval()
     device = next(model.parameters()).device
-    log_mel = (GDTLogMel() if sound == "gdt" else LogMel()).to(device)
-    D = model.h_v[-1].out_features if feature == "z" else C
-    features = torch.zeros(2, len(clips), D, device=device)             # audio, video
-    found = torch.zeros(len(clips), device=device)                      # 1 if the file was read
-    for frames, waves, index in evaluation_batches(clips, 8, max_failures, workers):
-        audio, video = log_mel(waves.to(device)), normalize_frames(frames.to(device))
-        with autocast(device, dtype):
-            y_a, y_v, z_a, z_v = model(audio, video)                # (B, clips of a file, C or D)
-        both = torch.stack([z_a, z_v] if feature == "z" else [y_a, y_v]).float()
-        features[:, index] = F.normalize(F.normalize(both, dim=3).mean(2), dim=2)     # (2, B, D)
-        found[index] = 1
-    dist.all_reduce(features)           # one process has filled each index, the others have zeros
-    dist.all_reduce(found)
-    if not torch.isfinite(features).all():
-        raise ValueError("features are not finite: the checkpoint's training has diverged")
-    found = found.nonzero().flatten().tolist()
-    return features[0, found], features[1, found], [clips.rows[n] for n in found]
+    log_mel, widths = sound_input(sound).to(device), {"y": C, "z": model.h_v[-1].out_features}
+    batches = evaluation_batches(clips, 8, max_failures, workers)
+    encoded = ((embed(model, log_mel, dtype, feature, frames, waves), index)
+               for frames, waves, index in batches)
+    D = sum(widths[kind] for kind in feature)
+    (audio, video), found = pools.keep_by_index(encoded, (2, len(clips), D), device)
+    return audio, video, [clips.rows[n] for n in found]
 
 
 def ranks(query, gallery, labels, first=0, last=None, chunk=256):
@@ -115,87 +120,142 @@ def shares(before, ks=RANKS):
 
 
 def chance(labels, ks=RANKS):
-    """Recall of random features: {k: (instance-level, class-level)}.
+    """Recall of random features: {k: (instance-level, class-level)}. labels: (n,) int64."""
+    by_class = class_chance(labels, labels, ks)
+    return {k: (k / len(labels), by_class[k]) for k in ks}
 
-    Class-level it is 1 - C(n-m, k) / C(n, k) for a query whose class has m clips, averaged.
+
+def class_chance(labels, gallery_labels, ks=RANKS):
+    """Class-level recall of random features: {k: share}.
+
+    It is 1 - C(n-m, k) / C(n, k) for a query whose class has m of the n clips, averaged.
     """
-    n, m = len(labels), torch.bincount(labels)[labels].double()         # m (n,)
+    n = len(gallery_labels)
+    m = torch.bincount(gallery_labels, minlength=int(labels.max()) + 1)[labels].double()
     draws = torch.arange(max(ks), device=m.device)                      # neighbours drawn before
-    miss = ((n - m[:, None] - draws).clamp(min=0) / (n - draws)).cumprod(1)     # (n, max k)
-    return {k: (k / n, 1 - miss[:, k - 1].mean().item()) for k in ks}
+    miss = ((n - m[:, None] - draws).clamp(min=0) / (n - draws)).cumprod(1)     # (queries, max k)
+    return {k: 1 - miss[:, k - 1].mean().item() for k in ks}
+
+
+def find_part(args, split, trained_on):
+    """The usable rows of a part, or of "all", and {path: reason} of the other files.
+
+    The data are --data, else the manifest beside the checkpoint, else trained_on.
+    """
+    folder = pools.beside(args.checkpoint, "manifest.csv").parent
+    manifest = folder / "manifest.csv"                                  # of the training data
+    data = args.data or (manifest if manifest.exists() else trained_on)
+    rows, left_out = find_rows(data, None if split == "all" else split, folder / "retrieval")
+    pools.check_parts(rows, split, data)
+    return rows, left_out
 
 
 def load(args):
     """The model and settings of --checkpoint, the clips of --data, and {path: reason left out}."""
     model, settings = load_svaclr(args.checkpoint)
-    folder = Path(args.checkpoint).parent
-    manifest = folder / "manifest.csv"                                  # of the training data
-    data = args.data or (manifest if manifest.exists() else settings.data)
-    rows, left_out = find_rows(data, args.split, folder / "retrieval")
+    rows, left_out = find_part(args, args.split, settings.data)
     clips = AudioVisualClips(rows, settings.frames, settings.fps, settings.size,
                              clips_per_file=args.clips)
     return model, settings, clips, left_out | clips.left_out
 
 
-def class_names(rows, split, left_out):
-    """The sorted classes of the rows. Raises ValueError if there are too few clips or classes."""
-    names = sorted({row.label for row in rows})
-    if len(rows) < max(RANKS):
-        causes = ", ".join(f"{n} {why}" for why, n in Counter(left_out.values()).most_common(3))
-        raise ValueError(f"{len(rows)} usable clips in the {split!r} part, but R@{max(RANKS)} "
-                         f"needs {max(RANKS)} or more; left out: {causes or 'none'}")
-    if len(names) < 2:
-        raise ValueError(f"all clips are of one class, {names[0]!r}: class-level retrieval needs "
-                         "two, see the label column")
-    return names
-
-
 def evaluate(args, device):
     """§3.3: extract the features of the part, rank both ways, report."""
+    if args.query or args.pair == "video-video":
+        return search(args, device) if args.query else compare_videos(args, device)
     model, settings, clips, left_out = load(args)
-    class_names(clips.rows, args.split, left_out)       # complain before the work
+    pools.check_size(clips.rows, args.split, left_out)                # complain before the work
     dtype, _ = choose_precision("auto", device)
-    audio, video, rows = extract(model.to(device), clips, dtype, args.feature,
-                                 getattr(settings, "sound", None), max_failures=args.max_failures)
-    failed = {row.path for row in clips.rows} - {row.path for row in rows}
-    names = class_names(rows, args.split, left_out | dict.fromkeys(failed, "failed"))
-    labels = torch.tensor([names.index(row.label) for row in rows], device=device)
-
-    n, results = len(rows), {}
-    first, last = n * rank() // world_size(), n * (rank() + 1) // world_size()
+    features = extract(model.to(device), clips, dtype, "yz", settings.sound,
+                       max_failures=args.max_failures)
+    pool = pools.make_pool(args, model, settings, *features)
+    failed = {row.path for row in clips.rows} - set(pool.paths)
+    pools.check_size(pool.paths, args.split, left_out | dict.fromkeys(failed, "failed"))
+    audio, video = (pool.features[f"{args.feature}_{kind}"] for kind in ("audio", "video"))
+    labels, results = pools.number(pool.labels).to(device), {}
     for way, q, g in (("audio -> video", audio, video), ("video -> audio", video, audio)):
-        before = labels.new_zeros(2, n)         # each process ranks its share of the queries
-        before[0, first:last], before[1, first:last] = ranks(q, g, labels, first, last)
-        dist.all_reduce(before)
-        results[way] = shares(before)
-    if rank() == 0:
-        head = {"checkpoint": str(args.checkpoint), "data": args.data, "split": args.split,
-                "clips_per_file": args.clips, "feature": args.feature, "pool": n,
-                "classes": len(names), "left_out": len(left_out), "videos": len(clips),
-                "failed": len(clips) - n}
-        report(head, results, chance(labels))
+        results[way] = shares(pools.on_shares(
+            lambda first, last: ranks(q, g, labels, first, last), len(labels), device))
+    pools.report_pool(args, pool, results, chance(labels), len(left_out), len(clips))
 
 
-def report(head, results, base):
-    """Print the table, and write it to retrieval.json beside the checkpoint."""
-    n, failures = head["pool"], f"; {head['failed']} of {head['videos']} videos failed"
-    print(f"{head['checkpoint']}, {n} clips of {head['classes']} classes ({head['left_out']} left "
-          f"out{failures * (head['failed'] > 0)}), {head['clips_per_file']} clips per file, "
-          f"feature {head['feature']}, R@k in % +- standard error")
-    print(f"{'':24}" + "".join(f"{f'R@{k}':>13}" for k in RANKS))
-    for level, name in enumerate(("instance", "class")):
-        for way, found in results.items():
-            recall = [found[k][level] for k in RANKS]
-            error = [(p * (1 - p) / n) ** 0.5 for p in recall]
-            print(f"{name:9}{way:15}"
-                  + "".join(f"{100 * p:6.1f} +- {100 * e:3.1f}" for p, e in zip(recall, error)))
-            head[f"{name}, {way}"] = {f"R@{k}": [p, e] for k, p, e in zip(RANKS, recall, error)}
-        recall = [base[k][level] for k in RANKS]
-        print(f"{name:9}{'chance':15}" + "".join(f"{100 * p:6.1f}{'':7}" for p in recall))
-        head[f"{name}, chance"] = {f"R@{k}": p for k, p in zip(RANKS, recall)}
-    name = "retrieval" + Path(head["checkpoint"]).stem.removeprefix("checkpoint") + ".json"
-    path = Path(head["checkpoint"]).with_name(name)
-    path.write_text(json.dumps(head, indent=1))
+def read_query(path, settings, n):
+    """Read n clips of a file, spaced as in evaluation: frames (1, n, T, H, W, 3), waves (1, n, L).
+
+    A modality that the file lacks is zero, and named in the third result, {modality: cause}. A file
+    shorter than a clip ends in its last frame and in silence. ValueError if both are missing.
+    """
+    T, fps, size = settings.frames, settings.fps, settings.size
+    row, no_video = probe(path)
+    if no_video:
+        waves = pools.sound_clips(path, no_video, n, T / fps)         # (n, L)
+        black = torch.zeros(1, n, T, size, size, 3, dtype=torch.uint8)
+        return black, waves[None], {"video": no_video}
+    clips = ActionClips([row], [row.label], T, fps, size, views=(n, 1))
+    frames, waves, (_, cause) = evenly_spaced(clips, 0, row.duration, sound=row.has_audio)
+    if cause:
+        raise ValueError(f"--query {cause}")
+    if row.has_audio:
+        return frames[None], waves[None], {}
+    silence = waves.new_zeros(1, n, waves.shape[1])
+    return frames[None], silence, {"audio": row.note or "no audio stream"}
+
+
+@torch.no_grad()
+def search(args, device):
+    """--query: the sound of a file finds videos of the pool, and its pictures find sounds."""
+    if args.pool:
+        model, settings = load_svaclr(args.checkpoint)
+        pool = pools.read_pool(args, model, device)
+    else:
+        model, settings, clips, left_out = load(args)
+        pools.check_size(clips.rows, args.split, left_out, 1)
+    model, log_mel = model.to(device).eval(), sound_input(settings.sound).to(device)
+    dtype, _ = choose_precision("auto", device)
+    queries, n = [], pool.settings["clips_per_file"] if args.pool else args.clips
+    for path in args.query:                                             # complain before the work
+        frames, waves, missing = read_query(path, settings, n)
+        features = pools.named(*embed(model, log_mel, dtype, "yz", frames, waves))    # (1, D)
+        shown = {"audio": log_mel(waves.to(device))[0, n // 2, 0].cpu(),
+                 "video": frames[0, n // 2, settings.frames // 2]}
+        queries += pools.ask(path, features, shown, missing)
+    if not args.pool:
+        features = extract(model, clips, dtype, "yz", settings.sound,
+                       max_failures=args.max_failures)
+        pool = pools.make_pool(args, model, settings, *features)
+    pools.answer(args, queries, pool)
+
+
+@torch.no_grad()
+def compare_videos(args, device):
+    """--pair video-video: videos of --split query those of --gallery by y_v, the output of f."""
+    arch, clip, trained_on = pools.video_settings(args)
+    torch.manual_seed(0)                                # random weights are alike on all processes
+    f = load_encoder(args.checkpoint, arch).to(device).eval()
+    dtype, _ = choose_precision("auto", device)
+
+    def encode(frames):
+        with autocast(device, dtype):
+            y_v = f(normalize_frames(frames.to(device)).flatten(0, 1))  # (B n, C)
+        return pools.average(y_v.unflatten(0, frames.shape[:2])[None])            # (1, B, C)
+
+    found = [find_part(args, part, trained_on) for part in (args.split, args.gallery)]
+    pools.check_videos(args, found)
+    parts = []
+    for rows, _ in found:
+        clips = ActionClips(rows, sorted({row.label for row in rows}), **clip)
+        batches = evaluation_batches(clips, 8, args.max_failures)
+        encoded = ((encode(frames), index) for frames, _, index in batches)
+        (y_v,), read = pools.keep_by_index(encoded, (1, len(rows), C), device)    # (n, C)
+        parts.append((y_v, [rows[n].label for n in read]))
+    (q, of_q), (g, of_g) = parts                                        # (n, C), (m, C), labels
+    pools.check_size(of_g, args.gallery, found[1][1])
+    labels = pools.number(of_q + of_g).to(device)                       # (n + m,)
+    labels, gallery_labels = labels[:len(q)], labels[len(q):]
+    results = pools.on_shares(lambda first, last: pools.video_ranks(
+        q[first:last], g, labels[first:last], gallery_labels), len(q), device)
+    pools.report_videos(args, clip, results, class_chance(labels, gallery_labels), (of_q, of_g),
+                        found)
 
 
 if __name__ == "__main__":

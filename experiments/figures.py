@@ -300,8 +300,7 @@ def neighbours(args):
     model, settings, clips, _ = load(args)
     device = start()
     dtype, _ = choose_precision("auto", device)
-    z_a, z_v, rows = extract(model.to(device), clips, dtype,
-                             sound=getattr(settings, "sound", None))
+    z_a, z_v, rows = extract(model.to(device), clips, dtype, sound=settings.sound)
     nearest = (z_a @ z_v.T).topk(min(5, len(rows))).indices.tolist()            # (n, 5)
     queries = spread(args.show, len(rows))
 

@@ -56,7 +56,8 @@ def test_defaults_are_the_papers():
 
 @pytest.mark.parametrize("script", [pretrain, finetune, retrieval])
 def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkeypatch):
-    source = (ROOT / f"{script.__name__}.py").read_text() + (ROOT / "support/run.py").read_text()
+    files = f"{script.__name__}.py", "support/run.py", "support/pools.py"
+    source = "".join((ROOT / name).read_text() for name in files)
     read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
             and ast.unparse(node.value) in ("args", "self.args")}
     parsers, original = [], argparse.ArgumentParser.parse_args
