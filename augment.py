@@ -119,7 +119,7 @@ class LogMel(torch.nn.Module):
 
 def sound_input(name=None):
     """The spectrograms that a model expects: "gdt" for weights of GDT | None for our own."""
-    return GDTLogMel() if name == "gdt" else LogMel()
+    return {None: LogMel, "gdt": GDTLogMel}[name]()
 
 
 class GDTLogMel(torch.nn.Module):

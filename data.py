@@ -59,7 +59,7 @@ def read_manifest(path, split=None):
     if split is not None and splits != [""]:
         if split not in splits:
             raise ValueError(f"{path} has no {split!r} part, it has "
-                             f"{', '.join(map(repr, splits))}: give other data or another --split")
+                             f"{', '.join(map(repr, splits))}: give other data or another part")
         table = [line for line in table if line["split"] == split]
     # A class name is kept once and not once a row, because every worker has a copy of the rows.
     rows = [Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]),

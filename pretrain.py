@@ -48,6 +48,7 @@ def flags():
     clip = p.add_argument_group("clips")
     clip.add_argument("--max-speed", type=at_least(1), default=4,
                       help="S of T = {1..S}; 1: no co-augmentation (4: Table 1)")
+    # Without the flag it is None, as in checkpoints that are older than the flag.
     clip.add_argument("--same-speed", action="store_true", default=None,
                       help="one drawn speed for video and sound alike (default: independent ones, "
                       "§2.1; SpeedAug, the paper's first version, speaks of one)")
@@ -80,9 +81,9 @@ def flags():
                        help="epochs of linear warm-up (a tenth of --epochs; 10 of 100: §3.1)")
     optim.add_argument("--batch-per-process", type=at_least(1), default=8,
                        help="clips per process (8: §3.1)")
-    optim.add_argument("--chunk", type=at_least(1),
-                       help="clips embedded at a time: the memory of so many, the gradient of all "
-                       "clips of a process (default: all at once; paper silent)")
+    optim.add_argument("--chunk", type=at_least(2),
+                       help="clips embedded at a time: the memory and the BatchNorm of so many, "
+                       "the negatives of all (default: all of a process; paper silent)")
     optim.add_argument("--lr", type=positive, default=0.64,
                        help="peak learning rate at a global batch of 512 (0.64: §3.1). Start and "
                        "end keep the paper's 0.064 : 0.64 : 0.10; all scale with the global batch")
@@ -104,6 +105,10 @@ def parse(argv=None):
     if args.chunk and args.batch_per_process % args.chunk:
         p.error(f"--chunk {args.chunk} does not divide --batch-per-process "
                 f"{args.batch_per_process}: give a divisor of it")
+    if args.chunk == args.batch_per_process:
+        args.chunk = None                       # one chunk would be embedded twice for nothing
+    if args.same_speed and args.max_speed == 1:
+        p.error("--same-speed has no speed to draw: it needs --max-speed above 1")
     if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none" or
                                        args.max_speed == 1 and args.affinity != "batch"):
         p.error(f"--mapping {args.mapping} has nothing to learn from: it needs --affinity batch, "
@@ -151,7 +156,7 @@ def step_in_chunks(embed, objective, net, scaler, batch, n):
     dL/dtheta is the sum over the chunks of dL/d(y, z) d(y, z)/dtheta, and the first factor needs y
     and z alone. So each chunk is embedded twice, by embed(*chunk) -> y_a, y_v, z_a, z_v (gradient
     caching, arXiv 2101.06983). Chunk k has clips k, k + n, ..., as the k-th of n processes would.
-    Returns the loss, z_a and z_v (B, K, D).
+    Returns the loss, and z_a and z_v (B, K, D), chunk after chunk.
     """
     chunks = [[x[k::n] for x in batch] for k in range(n)]               # n times (B / n, ...)
     with torch.no_grad():

@@ -15,10 +15,8 @@ Symbols: n clips in the pool, D feature width, B files of a batch, T frames, L s
 """
 
 import argparse
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from augment import normalize_frames, sound_input
 from data import ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows, probe
@@ -137,23 +135,19 @@ def class_chance(labels, gallery_labels, ks=RANKS):
     return {k: 1 - miss[:, k - 1].mean().item() for k in ks}
 
 
-def find_part(args, split, trained_on):
-    """The usable rows of a part, or of "all", and {path: reason} of the other files.
-
-    The data are --data, else the manifest beside the checkpoint, else trained_on.
-    """
-    folder = pools.beside(args.checkpoint, "manifest.csv").parent
-    manifest = folder / "manifest.csv"                                  # of the training data
-    data = args.data or (manifest if manifest.exists() else trained_on)
-    rows, left_out = find_rows(data, None if split == "all" else split, folder / "retrieval")
-    pools.check_parts(rows, split, data)
+def find_part(args, split):
+    """The usable rows of a part of --data, or of "all", and {path: reason} of the other files."""
+    rows, left_out = find_rows(args.data, None if split == "all" else split,
+                               pools.beside(args.checkpoint, "retrieval"))
+    pools.check_parts(rows, split, args.data)
     return rows, left_out
 
 
 def load(args):
     """The model and settings of --checkpoint, the clips of --data, and {path: reason left out}."""
     model, settings = load_svaclr(args.checkpoint)
-    rows, left_out = find_part(args, args.split, settings.data)
+    args.data = args.data or pools.data_of(args.checkpoint, settings.data)
+    rows, left_out = find_part(args, args.split)
     clips = AudioVisualClips(rows, settings.frames, settings.fps, settings.size,
                              clips_per_file=args.clips)
     return model, settings, clips, left_out | clips.left_out
@@ -221,7 +215,7 @@ def search(args, device):
         queries += pools.ask(path, features, shown, missing)
     if not args.pool:
         features = extract(model, clips, dtype, "yz", settings.sound,
-                       max_failures=args.max_failures)
+                           max_failures=args.max_failures)
         pool = pools.make_pool(args, model, settings, *features)
     pools.answer(args, queries, pool)
 
@@ -229,7 +223,7 @@ def search(args, device):
 @torch.no_grad()
 def compare_videos(args, device):
     """--pair video-video: videos of --split query those of --gallery by y_v, the output of f."""
-    arch, clip, trained_on = pools.video_settings(args)
+    arch, clip = pools.video_settings(args)
     torch.manual_seed(0)                                # random weights are alike on all processes
     f = load_encoder(args.checkpoint, arch).to(device).eval()
     dtype, _ = choose_precision("auto", device)
@@ -239,7 +233,7 @@ def compare_videos(args, device):
             y_v = f(normalize_frames(frames.to(device)).flatten(0, 1))  # (B n, C)
         return pools.average(y_v.unflatten(0, frames.shape[:2])[None])            # (1, B, C)
 
-    found = [find_part(args, part, trained_on) for part in (args.split, args.gallery)]
+    found = [find_part(args, part) for part in (args.split, args.gallery)]
     pools.check_videos(args, found)
     parts = []
     for rows, _ in found:
@@ -249,7 +243,8 @@ def compare_videos(args, device):
         (y_v,), read = pools.keep_by_index(encoded, (1, len(rows), C), device)    # (n, C)
         parts.append((y_v, [rows[n].label for n in read]))
     (q, of_q), (g, of_g) = parts                                        # (n, C), (m, C), labels
-    pools.check_size(of_g, args.gallery, found[1][1])
+    failed = dict.fromkeys(range(len(found[1][0]) - len(g)), "failed")
+    pools.check_size(of_g, args.gallery, found[1][1] | failed)
     labels = pools.number(of_q + of_g).to(device)                       # (n + m,)
     labels, gallery_labels = labels[:len(q)], labels[len(q):]
     results = pools.on_shares(lambda first, last: pools.video_ranks(

@@ -192,12 +192,14 @@ def of_step(steps):
     matmul, = turns([lambda: a @ b], steps.rounds, device)
     seconds, (over, text) = min(steps.ours), ratio(steps.ours, steps.bare)
     rate, limit = steps.flops / seconds, 2 * size ** 3 / min(matmul)            # FLOP/s
-    values = {"step / bare": over, "clips per s": B / seconds,
+    # Beside --chunk the bare encoders take chunks, also where the step does not.
+    name = "step / bare" + " in chunks" * bool(steps.chunk)
+    values = {name: over, "clips per s": B / seconds,
               "share of matmul rate": rate / limit}
     what = (f"step {args.arch} B{B} T{args.frames} {args.size}px {dtype}"
             f"{f' chunks of {args.chunk}' if args.chunk else ''}{' compiled' * args.compile}")
     lines = [f"{what} ({steps.why}), K 2, {torch.get_num_threads()} thread(s)",
-             f"step / bare encoders: {text}",
+             f"step / bare encoders{' in chunks' * bool(steps.chunk)}: {text}",
              f"step {seconds:.3f} s, {values['clips per s']:.1f} clips/s; bare "
              f"{min(steps.bare):.3f} s; {rate / 1e12:.2f} TFLOP/s, {100 * rate / limit:.0f} % of "
              f"the {limit / 1e12:.2f} of a {dtype} matmul; peak memory {steps.peak / 1e9:.1f} GB"]

@@ -5,8 +5,8 @@
 
 GDT and SeLaVi have the encoders of this project under other names: R(2+1)D-18 and a ResNet of nine
 layers. GDT's heads are our projectors, so retrieval.py and finetune.py take its checkpoint.
-SeLaVi's heads predict clusters and are dropped, so only finetune.py takes its checkpoint. Code in
-the published file is not run.
+SeLaVi's heads predict clusters and are dropped, so its checkpoint is for finetune.py and for
+retrieval.py --pair video-video. Code in the published file is not run.
 """
 
 import argparse
@@ -128,9 +128,11 @@ def save(peer, path, out):
     if out.exists():
         raise ValueError(f"--out {out} exists already: give another, or delete it first")
     weights = convert(peer, path)
-    # Clips as GDT and SeLaVi saw them. retrieval.py reads "sound".
+    # Clips as GDT and SeLaVi saw them. "sound": see augment.sound_input. SeLaVi's g
+    # is not used.
     settings = {"arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
-                "data": None, "sound": peer, "peer": TITLES[peer], "source": Path(path).name}
+                "data": "", "sound": "gdt" if peer == "gdt" else None, "peer": TITLES[peer],
+                "source": Path(path).name}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,6 +11,7 @@ import json
 import zipfile
 import zlib
 from collections import Counter, namedtuple
+from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -75,9 +76,14 @@ def check_flags(parser, args):
     if args.pool:
         refuse("data split clips max_failures save",
                "is not read with --pool, which has its own: leave it out")
-    for name, path in (("save", args.save), ("figure", args.figure)):
+    for name, path, ends in (("save", args.save, [".npz"]),
+                             ("figure", args.figure, [".png", ".pdf", ".svg"])):
+        if path and Path(path).suffix not in ends:
+            parser.error(f"--{name} {path}: give a name that ends in {' or '.join(ends)}")
         if path and not Path(path).absolute().parent.is_dir():
             parser.error(f"--{name} {path}: there is no folder {Path(path).parent}, make it first")
+    if args.figure and not find_spec("matplotlib"):
+        parser.error("--figure needs matplotlib: pip install matplotlib")
     if args.pair == "audio-video":
         refuse("gallery arch frames fps size", "is for --pair video-video: give both or none")
         return
@@ -87,8 +93,22 @@ def check_flags(parser, args):
                      "give two different parts")
 
 
+def data_of(checkpoint, trained_on):
+    """The data of a checkpoint: the manifest beside it, else those that it was trained on.
+
+    trained_on: None is the built-in set, "" is unknown. Raises ValueError if it is unknown.
+    """
+    manifest = beside(checkpoint, "manifest.csv")
+    if manifest.exists():
+        return str(manifest)
+    if trained_on == "":
+        raise ValueError(f"--checkpoint {checkpoint} does not say what data it is to be measured "
+                         "on: give --data")
+    return trained_on
+
+
 def video_settings(args):
-    """What --pair video-video needs: arch, the arguments of ActionClips, and the training data.
+    """What --pair video-video needs: arch, and the arguments of ActionClips. Also fills --data.
 
     The flags decide, then the settings in a checkpoint.pt, then the defaults of finetune.py.
     """
@@ -97,7 +117,8 @@ def video_settings(args):
     clip = {"frames": args.frames or known.get("frames", 32),
             "fps": args.fps or known.get("fps", 30),
             "size": args.size or known.get("size", 128), "views": (args.clips, 1)}
-    return args.arch or known.get("arch", "r2plus1d_18"), clip, known.get("data")
+    args.data = args.data or data_of(args.checkpoint, known.get("data", ""))
+    return args.arch or known.get("arch", "r2plus1d_18"), clip
 
 
 # ---- features and ranks
@@ -233,16 +254,20 @@ def sound_clips(path, no_video, n, seconds):
     Raises ValueError if it has no sound either.
     """
     try:
-        wave = torch.from_numpy(read_sound(path))
+        wave, damaged = read_sound(path)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         cause = getattr(error, "strerror", None) or error
         raise ValueError(f"--query {path} has no pictures ({no_video}) and no sound ({cause}): "
                          "give a sound or video file") from error
     L = round(RATE * seconds)
-    wave = F.pad(wave, (0, max(0, L - len(wave))))
+    wave = F.pad(torch.from_numpy(wave), (0, max(0, L - len(wave))))
     room = len(wave) - L
-    return torch.stack([wave[round(t):round(t) + L]
-                        for t in (np.linspace(0, room, n) if n > 1 else [room / 2])])
+    starts = [round(t) for t in (np.linspace(0, room, n) if n > 1 else [room / 2])]
+    for t in damaged:
+        if any(start <= t * RATE <= start + L for start in starts):
+            raise ValueError(f"--query {path}: its sound is damaged at {t:.2f} s: mend the file, "
+                             "or give another number of --clips, so that none lies there")
+    return torch.stack([wave[start:start + L] for start in starts])
 
 
 def ask(path, features, pictures, missing):
@@ -296,10 +321,11 @@ def draw(queries, pool, found, out):
     for line, query, hits in zip(axes, queries, found):
         show(line[0], query.picture)
         line[0].set_title({"audio": "sound of", "video": "pictures of"}[query.modality], fontsize=8)
-        line[0].set_xlabel(Path(query.path).name[-28:], fontsize=7)
+        line[0].set_xlabel(Path(query.path).name[-28:], fontsize=7, parse_math=False)
         for place, (axis, (similarity, n)) in enumerate(zip(line[1:], hits), 1):
             axis.set_title(f"{place}: {similarity:.3f}", fontsize=8)
-            axis.set_xlabel(f"{pool.labels[n]}\n{pool.paths[n][-30:]}", fontsize=7)
+            axis.set_xlabel(f"{pool.labels[n]}\n{pool.paths[n][-30:]}", fontsize=7,
+                            parse_math=False)
             try:
                 show(axis, read(pool.paths[n], [pool.settings["seconds"] / 2], 0, 96)[0][0])
             except (av.error.FFmpegError, OSError, ValueError):
@@ -322,8 +348,8 @@ def check_parts(rows, split, data):
     if split != "all" and rows and not any(row.split for row in rows):
         raise ValueError(f"--data {data} has no parts (its split column is empty), so its clips "
                          "may be those of the training: make parts with python -m "
-                         "prepare.manifest folder ROOT --test-share 0.2, or let sounds and "
-                         "videos search them all with --split all")
+                         "prepare.manifest folder ROOT --test-share 0.2 and train anew on the "
+                         "rest, or search all clips with --split all")
 
 
 def check_size(rows, split, left_out, least=max(RANKS)):
@@ -352,8 +378,8 @@ def number(labels):
 
 
 def training_note(settings):
-    """", includes training clips" if all parts were searched, otherwise ""."""
-    return ", includes training clips" if settings["split"] == "all" else ""
+    """", includes training clips" if all parts or the training part were searched, else ""."""
+    return ", includes training clips" if settings["split"] in ("all", "train") else ""
 
 
 def beside(checkpoint, name):
@@ -370,7 +396,7 @@ def report_pool(args, pool, results, base, left_out, videos):
     head = {"checkpoint": str(args.checkpoint), "data": args.data, "split": args.split,
             "clips_per_file": args.clips, "feature": args.feature, "pool": n, "classes": classes,
             "left_out": left_out, "videos": videos, "failed": videos - n}
-    if args.split == "all":
+    if training_note(head):
         head["includes_training_clips"] = True
     clips = f"{n} clips" + f" of {classes} classes" * (classes > 0) + training_note(head)
     title = (f"{args.checkpoint}, {clips} ({left_out} left out{failures}), {args.clips} clips per "
@@ -431,4 +457,6 @@ def report(head, title, lines, n):
             column: [p, e] for (column, p), e in zip(shares.items(), errors)}
     stem = Path(head["checkpoint"]).stem.removeprefix("checkpoint")
     name = f"retrieval{'-' * (stem[:1] not in ('', '-'))}{stem}.json"
-    beside(head["checkpoint"], name).write_text(json.dumps(head, indent=1))
+    path = beside(head["checkpoint"], name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head, indent=1))

@@ -198,9 +198,10 @@ def read_sound(path):
     """Read all sound of a file, which need not have pictures.
 
     The whole sound is decoded from its first packet on, without a seek, and is held in memory: 6 MB
-    for a minute. Returns the sound (samples,) float32, mono at 24 kHz, from its beginning on. Gaps
-    in it are silent. It may end before the file's header says, which for an mp3 is often a guess.
-    Raises ValueError, OSError or av.error.FFmpegError if it is missing or damaged.
+    for a minute. Returns the sound (samples,) float32, mono at 24 kHz, from its beginning on, and
+    the times in s at which it is damaged. Gaps in it are silent. It may end before the file's
+    header says, which for an mp3 is often a guess. Raises ValueError, OSError or
+    av.error.FFmpegError if it is missing.
     """
     with av.open(str(path), metadata_errors="replace") as container:
         audio, damaged = container.streams.best("audio"), []
@@ -213,9 +214,7 @@ def read_sound(path):
         wave = np.zeros(max(0, round((max(stops, default=start) - start) * RATE)), np.float32)
         if not len(wave) or not hear(audio, packets, wave, start, damaged):
             raise ValueError("no sound decodes")
-        if damaged:
-            raise ValueError(f"its sound is damaged at {min(damaged) - start:.2f} s")
-        return wave
+        return wave, [t - start for t in damaged]
 
 
 class Reader:

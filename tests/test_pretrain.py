@@ -51,12 +51,14 @@ def test_defaults_are_the_papers():
     assert {name: getattr(demo, name) for name in pretrain.DEMO} == pretrain.DEMO
     assert parse(["--epochs", "3"]).epochs == 3     # a flag outranks the built-in set's settings
     assert parse(["--data", "x", "--epochs", "5"]).warmup == 0.5
+    assert parse(["--data", "x", "--chunk", "4"]).chunk == 4
+    assert parse(["--data", "x", "--chunk", "8"]).chunk is None         # the whole batch
     assert parse(["--data", "x", "--epochs", "5", "--warmup", "2"]).warmup == 2
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune, retrieval])
 def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkeypatch):
-    files = f"{script.__name__}.py", "support/run.py", "support/pools.py"
+    files = f"{script.__name__}.py", f"support/{'pools' if script is retrieval else 'run'}.py"
     source = "".join((ROOT / name).read_text() for name in files)
     read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
             and ast.unparse(node.value) in ("args", "self.args")}
@@ -76,7 +78,8 @@ def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkey
     (["--frames", "1.5"], "--frames: '1.5' is not a whole number of 1 or more"),
     (["--eta", "0"], "--eta: '0' is not a number above 0"),
     (["--max-failures", "1"], "--max-failures: '1' is not a share of 0 or more and less than 1"),
-    (["--chunk", "0"], "--chunk: '0' is not a whole number of 1 or more"),
+    (["--chunk", "1"], "--chunk: '1' is not a whole number of 2 or more"),
+    (["--same-speed", "--max-speed", "1"], "--same-speed has no speed to draw"),
     (["--data", "x", "--chunk", "16"], "--chunk 16 does not divide --batch-per-process 8: give"),
     (["--chunk", "5"], "--chunk 5 does not divide --batch-per-process 32: give"),
     (["--warmup", "9", "--epochs", "3"], "--warmup 9.0 is longer than --epochs 3"),

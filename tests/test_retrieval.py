@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_video, read_barcode, run, run_here, with_damaged
+from conftest import ROOT, make_video, run, run_here, with_damaged
 from torch.nn.functional import normalize
 
 import retrieval
@@ -217,6 +218,9 @@ def test_data_without_parts_need_a_word(tree, brief, tmp_path, capsys):
         assert kept["includes_training_clips"] is True and kept["pool"] == 34
     assert run_here(retrieval, *flags, "--split", "all", "--query", film) == 0
     assert "pool of 34 clips, includes training clips" in capsys.readouterr().out.splitlines()[0]
+    for split in ("train", "test"):
+        assert run_here(retrieval, *flags, "--split", split, "--query", film) == 0
+        assert ("includes training clips" in capsys.readouterr().out) == (split == "train")
     assert run_here(retrieval, *flags) == 0
     assert "training clips" not in capsys.readouterr().out
     kept = json.loads((brief.parent / "retrieval.json").read_text())
@@ -358,7 +362,8 @@ def test_clips_of_a_query(tmp_path):
     settings = retrieval.argparse.Namespace(frames=4, fps=8, size=32)
     wave = np.arange(3 * RATE) / (3 * RATE)
     write_wave(tmp_path / "ramp.wav", wave)
-    assert np.abs(read_sound(tmp_path / "ramp.wav") - wave).max() < 1e-6
+    read, damaged = read_sound(tmp_path / "ramp.wav")
+    assert np.abs(read - wave).max() < 1e-6 and damaged == []
     waves = sound_clips(tmp_path / "ramp.wav", "", 6, 0.5)
     starts = [0, 0.5, 1.0, 1.5, 2.0, 2.5]
     for clip, t0 in zip(waves, starts, strict=True):
@@ -378,10 +383,23 @@ def test_clips_of_a_query(tmp_path):
     assert waves[0, :, :5000].std() > 0.1 and not waves[0, :, 9000:].any()
 
 
+def test_damage_between_the_clips_of_a_query_does_no_harm(tmp_path):
+    path = write_wave(tmp_path / "a.mp3", tone(500, 8), codec="libmp3lame")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2:len(content) // 2 + 300] = bytes(300)
+    path.write_bytes(content)
+    _, damaged = read_sound(path)
+    assert damaged and all(abs(t - 4) < 0.3 for t in damaged)
+    for clip in sound_clips(path, "", 2, 0.5):          # at both ends
+        assert clip.std() > 0.1
+    with pytest.raises(ValueError, match=r"a.mp3: its sound is damaged at [34]\.\d\d s: mend"):
+        sound_clips(path, "", 1, 0.5)                   # in the middle
+
+
 def test_figure_of_queries(tree, brief, pool, tmp_path):
     """A line for each query. Films that have gone leave empty places."""
     arrays = dict(np.load(pool[0]))
-    arrays["paths"][:] = "/gone/film.mp4"
+    arrays["paths"][:] = "/gone/a$^$_$film.mp4"            # is no formula
     np.savez(tmp_path / "gone.npz", **arrays)
     write_wave(tmp_path / "a.wav", tone(700, 1))
     film, out = rows_of(tree, "test")[0]["path"], tmp_path / "out.png"
@@ -425,6 +443,8 @@ def test_bad_queries(tree, brief, pool, tmp_path, capsys):
             ([*saved, pool[0], "--clips", 4], 2, "--clips is not read with --pool"),
             ([*saved, pool[0], "--data", tree], 2, "--data is not read with --pool"),
             (["--save", tmp_path / "no" / "a.npz"], 2, f"there is no folder {tmp_path}/no"),
+            (["--save", brief], 2, "give a name that ends in .npz"),
+            (["--query", film, "--figure", film], 2, "a name that ends in .png or .pdf or .svg"),
             (["--gallery", "val"], 2, "--gallery is for --pair video-video"),
             (["--frames", 3], 2, "--frames is for --pair video-video"),
             (["--pair", "video-video", "--query", film], 2, "--query is for --pair audio-video"),
@@ -561,13 +581,16 @@ def test_every_encoder_can_be_compared(brief, silent, features, tmp_path, monkey
                 "size"):
         assert kept[key] == expected[key], key
     monkeypatch.chdir(tmp_path)
-    Path("runs").mkdir()
     capsys.readouterr()
     for _ in range(2):                          # random weights are the same each time
         kept, _ = compare("none", data, *clip, "--clips", 1,
                           written=Path("runs/retrieval-none.json"))
         assert kept["checkpoint"] == "none"
     assert torch.allclose(*features[-2:], atol=1e-6)
+    shutil.copy(brief.with_name("video_encoder.pt"), tmp_path)
+    assert run_here(retrieval, "--pair", "video-video", *clip, "--checkpoint",
+                    tmp_path / "video_encoder.pt") == 1                 # no built-in set is made
+    assert "does not say what data it is to be measured on: give --data" in capsys.readouterr().err
     flags = "--pair", "video-video", "--data", data, "--gallery", "train"
     for more, sentence in (
             (["--checkpoint", brief.with_name("video_encoder.pt")],

@@ -128,7 +128,7 @@ def test_gdt_gives_the_same_outputs(gdt, tmp_path, monkeypatch, capsys, wrapper,
     model, settings = load_svaclr("gdt/checkpoint.pt")
     assert vars(settings) == {
         "arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
-        "data": None, "sound": "gdt", "peer": "GDT", "source": "gdt_K400.pth"}
+        "data": "", "sound": "gdt", "peer": "GDT", "source": "gdt_K400.pth"}
     g = torch.Generator().manual_seed(1)
     video = torch.randn(3, 3, 4, 24, 24, generator=g)     # (B, 3, T, H, W)
     audio = torch.randn(3, 1, 40, 99, generator=g)        # (B, 1, M, F)
@@ -183,7 +183,7 @@ def test_finetune_takes_gdt(converted, tree, tmp_path):
     assert "video top-1" in (tmp_path / "results.json").read_text()
 
 
-def test_selavi_is_for_fine_tuning_alone(gdt, tree, tmp_path, monkeypatch, capsys):
+def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, monkeypatch, capsys):
     """Its ten heads predict clusters, so they are dropped, and retrieval refuses the result."""
     tensors = {name: x for name, x in gdt.state_dict().items() if not name.startswith("mlp")}
     for n in range(10):
@@ -199,7 +199,13 @@ def test_selavi_is_for_fine_tuning_alone(gdt, tree, tmp_path, monkeypatch, capsy
     assert run_here(retrieval, "--checkpoint", out, "--data", tree) == 1
     assert capsys.readouterr().err == (
         f"error: {out} holds encoders without projectors, which were not trained to be compared: "
-        "give it to finetune.py, or give another checkpoint\n")
+        "give it to finetune.py or to --pair video-video, or give another checkpoint\n")
+    path = with_settings(out, tmp_path / "small.pt", frames=2, fps=4, size=16)
+    assert run_here(retrieval, "--checkpoint", path, "--pair", "video-video", "--data", tree,
+                    "--split", "train", "--gallery", "test", "--clips", "1") == 0
+    assert "20-NN" in capsys.readouterr().out
+    assert run_here(retrieval, "--checkpoint", path, "--pair", "video-video") == 1
+    assert "does not say what data it is to be measured on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("peer, names, sentence", [
