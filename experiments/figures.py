@@ -1,7 +1,10 @@
-"""Pictures: the method, affinities as in Fig. 3, training curves, and what sounds retrieve.
+"""Pictures: the method, affinities as in Fig. 3, what lambda and z have learned, training curves,
+and what sounds retrieve.
 
     python -m experiments.figures method --out method.png           # of runs/svaclr, its test part
     python -m experiments.figures affinity --out fig3.png
+    python -m experiments.figures ratios --out ratios.png
+    python -m experiments.figures shifts --out shifts.png
     python -m experiments.figures curves runs/svaclr [RUN ...] --out curves.png
     python -m experiments.figures neighbours --out neighbours.png
 
@@ -11,7 +14,11 @@ them plays in Eq. 1, and how L and lambda make the clip's loss, from sound to vi
 `affinity` follows Fig. 3: for some clips a frame, the spectrograms of the sound at speeds 1, 2 and
 4, and under each lam(a, v) with the video at speed 1; beside it the mean over the test part. The
 paper does not say over which entries its lam sums to 1 in that figure. Here the softmax runs over
-the sounds at speeds 1 to 4, so chance is 1/4.
+the sounds at speeds 1 to 4, so an even share is 1/4.
+
+`ratios` shows the lambda of training, the 2 x 2 softmax of Eq. 2, by the ratio of both speeds.
+`shifts` shows how the similarity of sound and video changes if the sound is taken from another
+moment of the same file: whether the model knows synchrony.
 """
 
 import argparse
@@ -24,16 +31,19 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from tqdm import tqdm
 
-from augment import LogMel, crop_at, frame_times, normalize_frames
+from augment import LogMel, crop_at, frame_times, normalize_frames, sound_input
 from data import read_clip
 from loss import cross_affinity, info_nce, similarities
 from retrieval import extract, load
 from support.processes import choose_precision, start
+from support.reading import RATE
 
 SPEEDS = (1, 2, 3, 4)
+SHIFTS = [n / 8 for n in range(-8, 9)]          # of the sound in `shifts`, s
 TAU_V, TAU_A = (1, 3), (1, 2)                   # of the views in `method`
 MARKS = {"positive": "+", "negative": "\N{MINUS SIGN}", "left out": "\N{MULTIPLICATION SIGN}"}
 COLOURS = {"positive": "#1a9850", "negative": "#d6403a", "left out": "0.45"}
@@ -219,27 +229,119 @@ def bare(axes):
         axis.set(xticks=[], yticks=[])
 
 
-@torch.no_grad()
-def affinity(args):
-    model, settings, clips = load_with_lambda(args)
-    seconds, log_mel, shown, lams = settings.frames / settings.fps, LogMel(), {}, []
-    model.eval()
-    rows = [row for row in clips.rows
-            if row.duration >= max(SPEEDS) * seconds - 0.5 / settings.fps]
+def views(clips, split, seconds, tau_v, tau_a, frames):
+    """Yield (n, row, video (K, T, H, W, 3), waves (K, L)) from the middle of each long enough row.
+
+    The clip needs `seconds` of a file. A file that cannot be read is named on stderr and left out.
+    Raises ValueError if no row is long enough, or if none can be read.
+    """
+    rows = [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps]
     if not rows:
-        raise ValueError(f"no clip of the {args.split!r} part lasts {max(SPEEDS) * seconds:.1f} s, "
-                         f"as speed {max(SPEEDS)} needs")
-    chosen, failed = spread(args.show, len(rows)), 0
-    for n, row in enumerate(tqdm(rows, desc="affinities", unit="clip", file=sys.stderr)):
-        t0 = max(0, row.duration - max(SPEEDS) * seconds) / 2
+        raise ValueError(f"no clip of the {split!r} part lasts {seconds:.1f} s, as this picture "
+                         "needs")
+    read = 0
+    for n, row in enumerate(tqdm(rows, desc="clips", unit="clip", file=sys.stderr)):
+        t0 = max(0, row.duration - seconds) / 2
         try:
-            video, waves = read_clip(row.path, t0, (1,), SPEEDS, settings.frames, settings.fps,
-                                     settings.size * 8 // 7)
+            video, waves = read_clip(row.path, t0, tau_v, tau_a, frames, clips.fps,
+                                     clips.size * 8 // 7)
         except ValueError as error:
-            failed += 1
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
-        video, audio = crop_at(video, settings.size), log_mel(waves)
+        read += 1
+        yield n, row, crop_at(video, clips.size), waves
+    if not read:
+        raise ValueError("none of the clips can be read: see the causes above")
+
+
+@torch.no_grad()
+def ratios(args):
+    """The lambda of training, by the speeds of its faster views: mean and deviation over clips."""
+    model, settings, clips = load_with_lambda(args)
+    lams = lambda_by_speeds(model, settings, clips, args.split)         # (n, 4, 4)
+    mean, deviation = lams.mean(0), lams.std(0)
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for n, tau_v in enumerate(SPEEDS):
+        x = [tau_a / tau_v for tau_a in SPEEDS]
+        axis.errorbar(x, mean[:, n], deviation[:, n], marker="o", capsize=3,
+                      label=f"$\\tau_v$ = {tau_v}")
+    axis.axhline(0.25, color="grey", linestyle=":", label="even share")
+    axis.set(xscale="log", xlabel="$\\tau_a / \\tau_v$", ylabel="$\\lambda$ of both faster views",
+             title=f"2 x 2 softmax of Eq. 2, mean +- deviation, {len(lams)} clips")
+    axis.set_xticks([1 / 4, 1 / 2, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
+    axis.minorticks_off()
+    axis.legend()
+    save(figure, args.out, 100)
+    for tau_a, line in zip(SPEEDS, mean.tolist()):
+        print(f"tau_a {tau_a}: mean lambda at tau_v 1 to 4: "
+              + ", ".join(f"{value:.4f}" for value in line))
+
+
+def lambda_by_speeds(model, settings, clips, split):
+    """(n, 4, 4): for tau_a by tau_v, the lambda of the pair of both faster views of a clip.
+
+    As in training, view 0 has speed 1, and the softmax of Eq. 2 runs over the 2 x 2 pairs.
+    """
+    model.eval()
+    log_mel, lams = LogMel(), []
+    seconds = max(SPEEDS) * clips.seconds
+    for _, _, video, waves in views(clips, split, seconds, SPEEDS, SPEEDS, clips.frames):
+        y_a = model.l(model.g(log_mel(waves)))                          # (4, C)
+        y_v = model.l(model.f(normalize_frames(video)))                 # (4, C)
+        pairs = [([0, p], [0, q]) for p in range(4) for q in range(4)]
+        lam = cross_affinity(torch.stack([y_a[p] for p, _ in pairs]),   # (16, 2, C) x 2
+                             torch.stack([y_v[q] for _, q in pairs]), "clip",
+                             settings.affinity_temperature, not settings.raw_affinity)
+        lams.append(lam[:, 1, 1].view(4, 4))
+    return torch.stack(lams)
+
+
+@torch.no_grad()
+def shifts(args):
+    """z_a . z_v against a shift of the sound, for a clip's own sound and for those of others."""
+    model, settings, clips, _ = load(args)
+    own, others = similarity_by_shift(model, sound_input(settings.sound), clips, args.split)
+    figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    for name, s in (("sound of the same file", own), ("sounds of other files", others)):
+        axis.errorbar(SHIFTS, s.mean(0), s.std(0) / len(s) ** 0.5, marker="o", capsize=3,
+                      label=name)
+    axis.set(xlabel="the sound begins later than the pictures by, s", ylabel="$z_a \\cdot z_v$",
+             title=f"clips at speed 1, mean +- standard error, {len(own)} clips")
+    axis.legend()
+    save(figure, args.out, 100)
+    for name, s in (("own", own), ("others", others)):
+        print(f"{name}: " + ", ".join(f"{d:+.3f} s {value:.3f}"
+                                      for d, value in zip(SHIFTS, s.mean(0).tolist())))
+
+
+def similarity_by_shift(model, log_mel, clips, split):
+    """z_a . z_v of each clip's pictures with shifted sounds: two (n, len(SHIFTS)).
+
+    The first is with the sound of the same file, the second the mean over those of other files.
+    """
+    model.eval()
+    T, fps, L = clips.frames, clips.fps, round(RATE * clips.seconds)
+    z_a, z_v = [], []
+    for _, _, video, waves in views(clips, split, clips.seconds + 2, (1,), (1,), T + 2 * fps):
+        starts = [round(RATE * (1 + shift)) for shift in SHIFTS]
+        shifted = torch.stack([waves[0, start:start + L] for start in starts])
+        z_a.append(F.normalize(model.h_a(model.g(log_mel(shifted))), dim=1))            # (S, D)
+        z_v.append(F.normalize(model.h_v(model.f(normalize_frames(video[:, fps:fps + T]))), dim=1))
+    s = torch.einsum("ijd,nsd->ins", torch.stack(z_v), torch.stack(z_a))                # (n, n, S)
+    own = s[range(len(s)), range(len(s))]                                               # (n, S)
+    return own, (s.sum(1) - own) / (len(s) - 1)
+
+
+@torch.no_grad()
+def affinity(args):
+    """Fig. 3: lambda of a video with its sound at speeds 1 to 4."""
+    model, settings, clips = load_with_lambda(args)
+    log_mel, shown, lams, seconds = LogMel(), {}, [], max(SPEEDS) * clips.seconds
+    model.eval()
+    long_enough = sum(row.duration >= seconds - 0.5 / clips.fps for row in clips.rows)
+    chosen = spread(args.show, long_enough)
+    for n, row, video, waves in views(clips, args.split, seconds, (1,), SPEEDS, clips.frames):
+        audio = log_mel(waves)                                          # (4, 1, M, F)
         y_a = model.l(model.g(audio))                                   # (4, C)
         y_v = model.l(model.f(normalize_frames(video)))                 # (1, C)
         lam = cross_affinity(y_a[None], y_v[None], "clip", settings.affinity_temperature,
@@ -249,7 +351,7 @@ def affinity(args):
             shown[n] = row.label, video[0, settings.frames // 2], audio[:, 0], lams[-1]
     if not shown:
         raise ValueError("none of the clips to be shown can be read: see the causes above")
-    draw_by_speed(list(shown.values()), torch.stack(lams), failed, args.out)
+    draw_by_speed(list(shown.values()), torch.stack(lams), long_enough - len(lams), args.out)
 
 
 def draw_by_speed(shown, lams, failed, out):
@@ -334,7 +436,8 @@ def save(figure, out, dpi=72):
 def parse(argv=None):
     """The arguments of the command line. Bad ones end the command with a sentence and status 2."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=["method", "affinity", "curves", "neighbours"])
+    p.add_argument("what", choices=["method", "affinity", "ratios", "shifts", "curves",
+                                      "neighbours"])
     p.add_argument("runs", nargs="*", help="curves: --out folders of pretrain.py (runs/svaclr)")
     p.add_argument("--checkpoint", default="runs/svaclr/checkpoint.pt",
                    help="of pretrain.py (runs/svaclr/checkpoint.pt)")
@@ -351,8 +454,8 @@ def main(argv=None):
     """The command. An error becomes one sentence and exit status 1."""
     args = parse(argv)
     try:
-        {"method": method, "affinity": affinity, "curves": curves,
-         "neighbours": neighbours}[args.what](args)
+        {"method": method, "affinity": affinity, "ratios": ratios, "shifts": shifts,
+         "curves": curves, "neighbours": neighbours}[args.what](args)
     except ValueError as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
 

@@ -1,16 +1,20 @@
 """experiments/figures.py: the pictures of a real run."""
 
 import re
+from argparse import Namespace
 
 import av
 import pytest
 import torch
 from conftest import make_video
 
+from augment import LogMel, crop_at, normalize_frames
+from data import read_clip
 from experiments import figures
-from experiments.figures import role, spread
+from experiments.figures import SHIFTS, lambda_by_speeds, role, similarity_by_shift, spread
 from loss import cross_affinity, info_nce
 from prepare import scan
+from retrieval import load
 
 
 def pixels(path):
@@ -54,6 +58,14 @@ def test_roles_are_those_of_eq_1():
                     assert role(i, q, j, r) == {1: "negative", -1: "positive", 0: "left out"}[sign]
 
 
+def some_clips(checkpoint):
+    """The model in evaluation mode, its settings, and three clips of two classes."""
+    model, settings, clips, _ = load(Namespace(checkpoint=checkpoint, data=None, split="test",
+                                               clips=1))
+    clips.rows = clips.rows[10:13]
+    return model.eval(), settings, clips
+
+
 def test_affinity(tree, brief, tmp_path, capsys):
     draw("affinity", "--checkpoint", brief, "--show", 3, "--out", tmp_path / "a.png")
     means = [float(m) for m in re.findall(r"([\d.]+) \+-", capsys.readouterr().out)]
@@ -83,8 +95,52 @@ def test_neighbours(tree, brief, tmp_path, capsys):
 
 def test_clips_too_short_for_speed_4(brief, tmp_path):
     make_video(tmp_path / "d" / "test" / "c" / "a.mp4", 1.2, 10)
-    with pytest.raises(SystemExit, match="no clip of the 'test' part lasts 2.0 s, as speed 4"):
+    with pytest.raises(SystemExit, match="no clip of the 'test' part lasts 2.0 s, as this picture"):
         draw("affinity", "--checkpoint", brief, "--data", tmp_path / "d", "--out", tmp_path / "x")
+
+
+@torch.no_grad()
+def test_ratios_show_the_lambda_of_training(tree, brief, tmp_path, capsys):
+    """Each pair of speeds as in training: two views of each modality, the first at speed 1."""
+    model, settings, clips = some_clips(brief)
+    lams = lambda_by_speeds(model, settings, clips, "test")
+    assert lams.shape == (3, 4, 4)
+    for row, lam in zip(clips.rows, lams):
+        for tau_a, tau_v in ((1, 1), (2, 4), (4, 3)):
+            video, waves = read_clip(row.path, (row.duration - 2) / 2, (1, tau_v), (1, tau_a), 4, 8,
+                                     16 * 8 // 7)
+            y_a, y_v, _, _ = model(LogMel()(waves)[None],
+                                   normalize_frames(crop_at(video, 16))[None])
+            expected = cross_affinity(y_a, y_v)[0, 1, 1]
+            assert abs(lam[tau_a - 1, tau_v - 1] - expected) < 1e-5
+        assert abs(lam[0, 0] - 0.25) < 1e-6             # the same view twice
+    draw("ratios", "--checkpoint", brief, "--out", tmp_path / "r.png")
+    assert pixels(tmp_path / "r.png").std() > 20
+    assert capsys.readouterr().out.count("mean lambda at tau_v 1 to 4: ") == 4
+
+
+@torch.no_grad()
+def test_shifts_move_the_sound(tree, brief, tmp_path, capsys):
+    model, settings, clips = some_clips(brief)
+    own, others = similarity_by_shift(model, LogMel(), clips, "test")
+    assert own.shape == others.shape == (3, len(SHIFTS))
+    z = {}                                              # (file, shift): z_a, and z_v without shift
+    for n, row in enumerate(clips.rows):
+        t0 = (row.duration - 0.5) / 2
+        video, _ = read_clip(row.path, t0, (1,), (1,), 4, 8, 16 * 8 // 7)
+        for shift in (-1, 0, 0.5):
+            _, waves = read_clip(row.path, t0 + shift, (1,), (1,), 4, 8, 16 * 8 // 7)
+            _, _, z[n, shift], z[n] = model(LogMel()(waves)[None],
+                                            normalize_frames(crop_at(video, 16))[None])
+    for n in range(3):
+        for shift in (-1, 0, 0.5):
+            s = [(z[m, shift][0, 0] @ z[n][0, 0]).item() for m in range(3)]
+            k = SHIFTS.index(shift)
+            assert abs(own[n, k] - s[n]) < 2e-3
+            assert abs(others[n, k] - (sum(s) - s[n]) / 2) < 2e-3
+    draw("shifts", "--checkpoint", brief, "--out", tmp_path / "s.png")
+    assert pixels(tmp_path / "s.png").std() > 20
+    assert re.search(r"own: -1.000 s -?[\d.]+, .*\nothers: ", capsys.readouterr().out)
 
 
 def test_lambda_of_four_sounds_with_one_video():
