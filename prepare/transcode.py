@@ -1,6 +1,7 @@
 """A data set -> a smaller copy that decodes fast and keeps the time stamps.
 
     python -m prepare.transcode manifest.csv COPY --workers 16    # also writes COPY/manifest.csv
+    python -m prepare.transcode manifest.csv COPY --crop 96:96:115:160      # a part of the pictures
 
 The copies are COPY/[split/]label/*.mp4 with small pictures, close keyframes and mono sound. To read
 a random clip, a decoder must begin at the last keyframe, often 8 s earlier, and decode large
@@ -55,23 +56,41 @@ def even_size(width, height, short_side):
 
 
 class Shrinker:
-    """(time stamp, frame) -> the frame for the encoder: small, yuv420p, as a player shows it."""
+    """(time stamp, frame) -> the frame for the encoder: small, yuv420p, as a player shows it.
 
-    def __init__(self, short_side):
-        self.short_side, self.shape, self.matrix = short_side, Shape(), None
+    crop: None, or (width, height, x, y) of the part to keep, in pixels of the upright picture.
+    """
+
+    def __init__(self, short_side, crop=None):
+        self.short_side, self.crop, self.shape, self.matrix = short_side, crop, Shape(), None
         self.resize = partial(VideoReformatter().reformat, interpolation="AREA", threads=1)
 
     def __call__(self, stamp, frame):
-        size = even_size(*self.shape.check(frame), self.short_side)
+        size = self.shape.check(frame)
+        if self.crop is None:
+            size = even_size(*size, self.short_side)
         image = self.resize(frame, *size, "yuv420p")
         self.matrix = self.matrix or display_matrix(image)
-        if self.matrix != UPRIGHT:
+        if self.crop or self.matrix != UPRIGHT:
             array = upright(self.resize(frame, *size, "rgb24").to_ndarray(), self.matrix)
+            if self.crop:
+                array = self.cut(array)
+                size = even_size(array.shape[1], array.shape[0], self.short_side)
+                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
+                array = self.resize(image, *size, "rgb24").to_ndarray()
             image = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
             image = self.resize(image, format="yuv420p")
         image.pts, image.time_base = stamp, frame.time_base
         image.pict_type = 0                               # the encoder chooses its own keyframes
         return image
+
+    def cut(self, array):
+        """(H, W, 3) -> the part to keep. Raises ValueError if it is not within the picture."""
+        width, height, x, y = self.crop
+        if x + width > array.shape[1] or y + height > array.shape[0]:
+            raise ValueError(f"--crop {width}:{height}:{x}:{y} is not within its pictures of "
+                             f"{array.shape[1]} x {array.shape[0]} pixels")
+        return array[y:y + height, x:x + width]
 
 
 def pictures(container, video):
@@ -133,13 +152,13 @@ def sound_pieces(container, audio):
         raise SoundError(f"its sound is damaged at {damaged[0]:.2f} s")
 
 
-def encode(source, target, short_side, gop, sound):
+def encode(source, target, short_side, gop, sound, crop=None):
     """Write source as target, an mp4 of H.264 and, with sound, AAC. Raises FFmpegError, OSError,
     ValueError, or SoundError if only the sound is at fault."""
     # The pictures and the sound are read from containers of their own, each in its own order.
     with av.open(str(source)) as container, av.open(str(source)) as sound_container:
         video, _ = open_streams(container, sound=False)
-        frames = starmap(Shrinker(short_side), pictures(container, video))
+        frames = starmap(Shrinker(short_side, crop), pictures(container, video))
         first = next(frames, None)
         if first is None:
             raise ValueError("no picture decodes")
@@ -171,7 +190,7 @@ def packets_of(stream, frames):
         yield from stream.encode(frame)
 
 
-def copy_file(job, short_side, gop):
+def copy_file(job, short_side, gop, crop):
     """(manifest row, target) -> the row of the copy and "done", "skipped" or "failed". There is no
     target if it failed."""
     row, target = job
@@ -186,10 +205,10 @@ def copy_file(job, short_side, gop):
         target.parent.mkdir(parents=True, exist_ok=True)
         note = row["note"]
         try:
-            encode(source, temporary, short_side, gop, sound=row["has_audio"] == "1")
+            encode(source, temporary, short_side, gop, row["has_audio"] == "1", crop)
         except SoundError as error:
             note = str(error)
-            encode(source, temporary, short_side, gop, sound=False)
+            encode(source, temporary, short_side, gop, False, crop)
         copy = probe((temporary, *label_split)) | {"path": str(target), "note": note}
         if copy["reason"]:
             raise ValueError(f"its copy: {copy['reason']}")
@@ -258,12 +277,12 @@ def short_hash(row):
     return hashlib.sha1(row["path"].encode()).hexdigest()[:8]
 
 
-def run(manifest, out, short_side=160, gop=15, workers=2):
+def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     """Transcode the files of a manifest into the folder `out`. Returns the line of `summary`.
 
     short_side: of the pictures in pixels, 16 or more. gop: frames from keyframe to keyframe, 1 or
-    more. workers: processes, 1 or more. Raises ValueError if the manifest or the folder is not as
-    it should be, or if a process dies.
+    more. workers: processes, 1 or more. crop: see Shrinker. Raises ValueError if the manifest or
+    the folder is not as it should be, or if a process dies.
     """
     rows, out = read(manifest), Path(out).resolve()
     usable = [row for row in rows if not row["reason"]]
@@ -271,7 +290,7 @@ def run(manifest, out, short_side=160, gop=15, workers=2):
     if os.path.realpath(manifest) == str(out / "manifest.csv"):
         raise ValueError(f"the copy's manifest would overwrite {manifest}: "
                          f"choose another folder than {out}")
-    settings = {"short_side": short_side, "gop": gop}
+    settings = {"short_side": short_side, "gop": gop} | ({"crop": list(crop)} if crop else {})
     settings_file = out / "transcode.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
         raise ValueError(f"{out} was made with {settings_file.read_text()}, "
@@ -283,7 +302,8 @@ def run(manifest, out, short_side=160, gop=15, workers=2):
     copies = []
     try:
         with ProcessPoolExecutor(workers) as pool:
-            results = pool.map(partial(copy_file, short_side=short_side, gop=gop), jobs)
+            results = pool.map(partial(copy_file, short_side=short_side, gop=gop, crop=crop),
+                               jobs)
             for copy, state in tqdm(results, "transcoding", total=len(jobs), unit="file",
                                     file=sys.stderr):
                 copies.append((copy, state))
@@ -311,6 +331,14 @@ def summary(jobs, copies):
             f"{': ' * bool(causes)}{causes}; {before:.1f} MB -> {after:.1f} MB")
 
 
+def part_of_picture(text):
+    """An argparse type: "width:height:x:y" -> four whole numbers."""
+    numbers = text.split(":")
+    if len(numbers) != 4 or not all(map(str.isdecimal, numbers)) or "0" in numbers[:2]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not width:height:x:y in pixels")
+    return tuple(map(int, numbers))
+
+
 def parse(arguments=None):
     """The settings of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -318,6 +346,8 @@ def parse(arguments=None):
     parser.add_argument("out", help="the folder of the copy")
     parser.add_argument("--short-side", type=at_least(16), default=160,
                         help="of the pictures, pixels (default 160)")
+    parser.add_argument("--crop", type=part_of_picture, metavar="W:H:X:Y",
+                        help="the part of each picture to keep, in pixels (default: all of it)")
     parser.add_argument("--gop", type=at_least(1), default=15,
                         help="frames from keyframe to keyframe (default 15)")
     parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(),
@@ -329,7 +359,8 @@ def main():
     """Run the command. An error becomes one line on stderr and exit status 1."""
     args = parse()
     try:
-        line = run(args.manifest, args.out, args.short_side, args.gop, args.workers)
+        line = run(args.manifest, args.out, args.short_side, args.gop, args.workers,
+                   args.crop)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{args.out}: {line}")

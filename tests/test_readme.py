@@ -132,7 +132,7 @@ def test_prepare_commands_run_as_written(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     lines = [line for line in command_lines(DOCUMENTS["data.md"])
-             if re.search(r"prepare\.(manifest (?!folder)|transcode)", line)]
+             if re.search(r"prepare\.(manifest (?!folder)|transcode)(?!.*--crop)", line)]
     names = ["k400.csv", "ks.csv", "vgg.csv", "ucf101-1.csv", "hmdb51-1.csv", "k400.csv",
              "COPY/manifest.csv"]
     assert len(lines) == len(names)

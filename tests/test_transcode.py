@@ -52,6 +52,40 @@ def film(path, times, time_base=Fraction(1, 90000), size=(180, 136), sound=(), t
     return path
 
 
+@pytest.mark.parametrize("turned,expected", [(0, 200), (180, 40)])
+def test_a_part_of_the_pictures(tmp_path, turned, expected):
+    """The lower right quarter of the upright picture is kept, and then made smaller."""
+    path = tmp_path / "quarters.mp4"
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=10, width=128, height=96, pix_fmt="yuv420p")
+        if turned:
+            video.set_display_rotation(turned)
+        quarters = np.kron([[40, 90], [140, 200]], np.ones((48, 64))).astype(np.uint8)
+        for _ in range(10):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(quarters, "gray")))
+        out.mux(video.encode(None))
+    manifest = tmp_path / "m.csv"
+    scan.write([scan.probe((path, "a", "train"))], manifest)
+    line = transcode.run(manifest, tmp_path / "copy", 16, crop=(40, 32, 80, 56), workers=1)
+    assert "1 done" in line
+    with av.open(str(tmp_path / "copy/train/a/quarters.mp4")) as copy:
+        images = [frame.to_ndarray(format="gray") for frame in copy.decode(video=0)]
+    assert len(images) == 10 and images[0].shape == (16, 20)
+    assert np.abs(np.stack(images).astype(float) - expected).max() < 8
+    line = transcode.run(manifest, tmp_path / "other", 16, crop=(40, 32, 100, 56), workers=1)
+    assert "--crop 40:32:100:56 is not within its pictures of 128 x 96 pixels" in line
+    with pytest.raises(ValueError, match="was made with .*choose another folder"):
+        transcode.run(manifest, tmp_path / "copy", 16, workers=1)
+
+
+@pytest.mark.parametrize("text", ["1:2:3", "1:2:3:x", "0:2:3:4", "-1:2:3:4"])
+def test_bad_parts(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        transcode.parse(["m.csv", "out", f"--crop={text}"])
+    assert stop.value.code == 2
+    assert f"'{text}' is not width:height:x:y in pixels" in capsys.readouterr().err
+
+
 def read_frames(path):
     """All frames: [(time, number in the barcode)], [is a keyframe], and their (width, height)."""
     with av.open(str(path)) as container:
