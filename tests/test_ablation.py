@@ -75,7 +75,7 @@ def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, 
 def test_results_that_are_written_can_be_read(tmp_path):
     lines = ablation.read_results(ablation.RESULTS / "ablation.csv")
     ablation.write_results(lines, tmp_path / "ablation.csv")
-    assert len(lines) == 45 and ablation.read_results(tmp_path / "ablation.csv") == lines
+    assert len(lines) == 51 and ablation.read_results(tmp_path / "ablation.csv") == lines
     changed = [lines[0] | {"flags": "--max-speed 3"}, *lines[1:]]
     ablation.write_results(changed, tmp_path / "ablation.csv")
     assert ablation.read_results(tmp_path / "ablation.csv") == lines[1:]
