@@ -140,6 +140,6 @@ class GDTLogMel(torch.nn.Module):
             x = (wave.float() * 32768).round().clamp(-32768, 32767)     # (..., L)
             x = torch.cat([x[..., :1], x[..., 1:] - 0.97 * x[..., :-1]], -1)    # pre-emphasis
             x = torch.nn.functional.pad(x, (0, max(480 - x.shape[-1], -x.shape[-1] % 240)))
-            power = torch.fft.rfft(x.unfold(-1, 480, 240), 1024).abs() ** 2 / 1024
-            x = power @ self.bands.T                        # (..., F, 513) -> (..., F, 40)
+            x = x.unfold(-1, 480, 240)                                  # (..., F, 480)
+            x = torch.fft.rfft(x, 1024).abs() ** 2 / 1024 @ self.bands.T    # (..., F, 40)
             return ((x.where(x > 0, 2 ** -52).log() - 1.93) / 17.89).mT.unsqueeze(-3)

@@ -171,10 +171,9 @@ class AudioVisualClips(Dataset):
 
     def draw(self, row, generator):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
-        fits = max(1, int(row.duration / self.seconds + 1e-3))
+        S = min(self.max_speed, max(1, int(row.duration / self.seconds + 1e-3)))    # what fits
         K = 1 if self.max_speed == 1 else 2             # one view without co-augmentation
-        speeds = sample_speeds(min(self.max_speed, fits), generator, self.same_speed)
-        tau_v, tau_a = (tau[:K] for tau in speeds)
+        tau_v, tau_a = (tau[:K] for tau in sample_speeds(S, generator, self.same_speed))
         room = row.duration - max(tau_v + tau_a) * self.seconds
         t0 = max(0, room) * float(torch.rand((), generator=generator))
         short_side = int(self.size * (8 + 2 * float(torch.rand((), generator=generator))) / 7)

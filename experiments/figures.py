@@ -324,7 +324,7 @@ def similarity_by_shift(model, log_mel, clips, split):
     z_a, z_v = [], []
     for _, _, video, waves in views(clips, split, clips.seconds + 2, (1,), (1,), T + 2 * fps):
         starts = [round(RATE * (1 + shift)) for shift in SHIFTS]
-        shifted = torch.stack([waves[0, start:start + L] for start in starts])
+        shifted = torch.stack([waves[0, start:start + L] for start in starts])          # (S, L)
         z_a.append(F.normalize(model.h_a(model.g(log_mel(shifted))), dim=1))            # (S, D)
         z_v.append(F.normalize(model.h_v(model.f(normalize_frames(video[:, fps:fps + T]))), dim=1))
     s = torch.einsum("ijd,nsd->ins", torch.stack(z_v), torch.stack(z_a))                # (n, n, S)

@@ -1,6 +1,6 @@
 """Timing of functions in turn, so that a machine that slows down slows all of them down.
 
-And the peak of the memory.
+The peak of the memory is measured here too.
 """
 
 import re

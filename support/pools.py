@@ -349,7 +349,7 @@ def check_parts(rows, split, data):
         raise ValueError(f"--data {data} has no parts (its split column is empty), so its clips "
                          "may be those of the training: make parts with python -m "
                          "prepare.manifest folder ROOT --test-share 0.2 and train anew on the "
-                         "rest, or search all clips with --split all")
+                         "rest, or let sounds and videos search all clips with --split all")
 
 
 def check_size(rows, split, left_out, least=max(RANKS)):

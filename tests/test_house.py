@@ -9,7 +9,7 @@ from conftest import ROOT
 STAGES = {"pretrain", "finetune", "retrieval"}
 # What each file may import of this project, and how many lines it may have.
 HOUSE = {"loss": (set(), 185), "augment": (set(), 145), "models": (set(), 200),
-         "data": ({"augment", "prepare", "support"}, 325),
+         "data": ({"augment", "prepare", "support"}, 320),
          "pretrain": ({"data", "models", "loss", "augment", "support"}, 250),
          "finetune": ({"data", "models", "augment", "support"}, 240),
          "retrieval": ({"data", "models", "augment", "support"}, 265)}
