@@ -1,18 +1,26 @@
-"""Table 1 in small, on the built-in set: the paper's rows, and the readings that it leaves open.
+"""Table 1 in small: the paper's rows and the readings that it leaves open, on two sets of videos.
 
-    python -m experiments.ablation              # 54 runs of 3 to 15 minutes on a core each
-    python -m experiments.ablation --seeds 3 4 5 --rows "s = [1, 4], SoftInfoNCE" "raw y"
-    python -m experiments.ablation --quick      # the paper's rows, 2 epochs, one seed: does it run?
+    python -m experiments.ablation                      # 49 runs of 14 minutes on a core each
+    python -m experiments.ablation --data grid.csv      # 21 runs of 13 minutes on a core each
+    python -m experiments.ablation --seeds 5 6 --rows "s = [1, 4], SoftInfoNCE" "raw y"
+    python -m experiments.ablation --quick              # 2 epochs, one seed: does it run?
 
-The same command continues after an interruption. A run is pretrain.py with its settings for the
-built-in set, but at 6 frames per second, so that a clip lasts 0.67 s and speed 6 fits into the
-4.5 s of a film. "No speed" encodes as many clips in 30 epochs as s = [1, 4] does in 15.
+The same command continues after an interruption. A run is pretrain.py with one row's flags.
 
-All measures are of the test part, on the mean of 2 clips per film. Retrieval compares the
-projections z. Probes are linear classifiers on the encoder outputs y of video or of sound, fitted
-on all labels of the train part (72 per class) or on two labels per class (mean of 5 draws), because
-the probe of sound reaches 100 % with all. experiments/results/ablation.csv gets a line per run, and
-ablation.md the means and deviations. docs/results.md discusses them.
+Without --data the set is the built-in one, at 6 frames per second, so that a clip lasts 0.67 s and
+speed 6 fits into the 4.5 s of a film. All measures are of the test part, on the mean of 2 clips per
+film. Retrieval compares the projections z. Probes are linear classifiers on the encoder outputs y
+of video or of sound, fitted on all labels of the train part (72 per class) or on two labels per
+class (mean of 5 draws), because the probe of sound reaches 100 % with all.
+
+--data is for a set in which timing alone links sight and sound: GRID of docs/data.md, whose clips
+of 0.67 s fit speed 4 into 3 s. Retrieval is at instance level, on the middle clip of each test
+file. "No speed" has twice the epochs, so that all rows encode the same number of clips. A second
+pool has each clip's sound and video at one of the speeds 1 to 4, a quarter of the clips at each:
+there a model that hears and sees the speed alone finds clips of the query's speed.
+
+experiments/results/ablation.csv, or ablation-grid.csv, gets a line per run, and the .md beside it
+the tables. docs/results.md discusses them.
 """
 
 import argparse
@@ -23,16 +31,16 @@ import os
 import statistics
 import subprocess
 import sys
-from argparse import Namespace
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
+from experiments import measures
+from experiments.measures import LEVELS, PROBES, SPEEDS, WAYS
 from prepare import demo
-from retrieval import chance, extract, load, recall_at_k
-from support.classification import fit_linear, subset
-from support.processes import choose_precision, start
+from retrieval import RANKS, chance
 from support.run import write_atomic
 
 ROOT = Path(__file__).parent.parent
@@ -51,113 +59,61 @@ READINGS = {"temperature 0.1": "--max-speed 4 --affinity clip --affinity-tempera
             "mapping linear": SOFT + " --mapping linear",
             "mapping mlp": SOFT + " --mapping mlp",
             "shared speed": SOFT + " --same-speed"}
-LONGER = {f"{name}, 30 epochs": flags + " --epochs 30" for name, flags in PAPER.items()}
-ROWS = PAPER | READINGS | LONGER
-METRICS = ["class R@1", "class R@5", "instance R@1", "instance R@5", "video probe", "audio probe",
-           "video probe, 2 labels", "audio probe, 2 labels"]
-COLUMNS = ["row", "seed", "flags", *METRICS]
+SHORT = {f"{name}, 15 epochs": flags + " --epochs 15"
+         for name, flags in (PAPER | READINGS).items() if name != "shared speed"}
+PAPER, READINGS = ({name: flags + " --epochs 30" for name, flags in rows.items()}
+                   for rows in (PAPER, READINGS))
+TIMING = {"no speed, InfoNCE": "--max-speed 1 --affinity none --epochs 32",
+          "s = [1, 2], InfoNCE": "--max-speed 2 --affinity none --epochs 16",
+          "s = [1, 4], InfoNCE": "--max-speed 4 --affinity none --epochs 16",
+          "s = [1, 4], InfoNCE, shared speed":
+              "--max-speed 4 --affinity none --same-speed --epochs 16",
+          "s = [1, 4], SoftInfoNCE, shared speed": SOFT + " --same-speed --epochs 16",
+          "s = [1, 4], SoftInfoNCE": SOFT + " --epochs 16",
+          "s = [1, 4], SoftInfoNCE, temperature 0.1":
+              "--max-speed 4 --affinity clip --affinity-temperature 0.1 --epochs 16"}
+
+# rows: {name: flags of pretrain.py}. seeds: of a run without --seeds, none if it runs with --rows
+# alone. base: the row with which the others are compared.
+Table = namedtuple("Table", "title rows seeds base")
+# flags: of pretrain.py, for all rows. metrics: columns of the tables. compared: the metric whose
+# differences from the base's are in the last column. levels: of Table 3. measure: from a checkpoint
+# to {metric: value}.
+Study = namedtuple("Study", "flags tables metrics compared levels measure")
+BUILT_IN = Study("--fps 6",
+                 [Table("The paper's rows", PAPER, range(5), "s = [1, 4], SoftInfoNCE"),
+                  Table("Open readings", READINGS, range(3), "s = [1, 4], SoftInfoNCE"),
+                  Table("15 epochs", SHORT, (), "s = [1, 4], SoftInfoNCE, 15 epochs")],
+                 [f"{level} R@{k}" for level in ("class", "instance") for k in (1, 5)] + [*PROBES],
+                 "class R@1", LEVELS, measures.classes_and_clips)
+LIPS = Study("--arch r2plus1d_10 --frames 8 --fps 12 --size 32 --batch-per-process 32",
+             [Table("Timing alone", TIMING, range(3), "no speed, InfoNCE")],
+             [*(f"instance R@{k}" for k in RANKS), "mixed R@5", "mixed, same speed", "loss"],
+             "instance R@5", LEVELS[:1], measures.timing)
 
 
-def run_row(name, seed, folder, epochs):
-    """Start or continue one run of pretrain.py, and measure it: its line of the csv.
+def rows_of(study):
+    """{row: flags} of all tables."""
+    return {name: flags for _, rows, _, _ in study.tables for name, flags in rows.items()}
+
+
+def columns(study):
+    """The columns of the csv. `clips` is the size n of the pool, which decides chance."""
+    table_3 = [name for level in study.levels for name in measures.recall_names(level)]
+    return ["row", "seed", "flags", *study.metrics, *table_3, "clips"]
+
+
+def run_row(flags, out, measure):
+    """Start or continue one run of pretrain.py, and measure it: {metric: value}.
 
     Raises ValueError if pretrain.py fails.
     """
-    out = folder / f"{list(ROWS).index(name):02d}-{seed}"
-    flags = ["--seed", seed, "--fps", 6, "--epochs", epochs, *ROWS[name].split(), "--out", out]
-    command = [sys.executable, ROOT / "pretrain.py", *map(str, flags)]
+    command = [sys.executable, ROOT / "pretrain.py", *flags, "--out", out]
     with open(out.with_suffix(".txt"), "a") as log:
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log)
     if done.returncode:
         raise ValueError(f"pretrain.py ended with {done.returncode}: see {out.with_suffix('.txt')}")
-    found = measure(out / "checkpoint.pt")
-    return {"row": name, "seed": str(seed), "flags": ROWS[name],
-            **{metric: f"{found[metric]:.2f}" for metric in METRICS}}
-
-
-def measure(checkpoint):
-    """{metric: %} of a checkpoint. Retrieval is averaged over both directions."""
-    device = start()
-    dtype, _ = choose_precision("auto", device)
-    y, rows, labels = {}, {}, {}
-    for split in ("train", "test"):
-        model, _, clips, _ = load(
-            Namespace(checkpoint=checkpoint, data=None, split=split, clips=2))
-        rows[split], names = clips.rows, sorted({row.label for row in clips.rows})
-        labels[split] = torch.tensor([names.index(row.label) for row in clips.rows], device=device)
-        model = model.to(device)
-        model.l = torch.nn.Identity()           # y are encoder outputs, whatever the mapping was
-        y[split] = extract(model, clips, dtype, "y", max_failures=0)[:2]        # (n, C) x 2
-    audio, video, _ = extract(model, clips, dtype, max_failures=0)              # (n, D) x 2
-    ways = [recall_at_k(*pair, labels["test"]) for pair in ((audio, video), (video, audio))]
-    result = {f"{level} R@{k}": 50 * sum(way[k][n] for way in ways)
-              for n, level in enumerate(("instance", "class")) for k in (1, 5)}
-    draws = [[rows["train"].index(row) for row in subset(rows["train"], 2 / demo.TRAIN, draw)]
-             for draw in range(5)]
-
-    def probe(n, labelled):
-        classifier = fit_linear(y["train"][n][labelled], labels["train"][labelled])
-        answers = classifier(y["test"][n]).argmax(1)                            # (n,)
-        return 100 * (answers == labels["test"]).double().mean().item()
-
-    for n, name in enumerate(("audio probe", "video probe")):
-        result[name] = probe(n, list(range(len(rows["train"]))))
-        result[f"{name}, 2 labels"] = statistics.mean(probe(n, labelled) for labelled in draws)
-    return result
-
-
-def spread(values, deviation, sign=""):
-    """'mean ± deviation', or the value if there is only one."""
-    text = f"{statistics.mean(values):{sign}.1f}"
-    return text + (f" ± {deviation(values):.1f}" if len(values) > 1 else "")
-
-
-def standard_error(values):
-    return statistics.stdev(values) / len(values) ** 0.5
-
-
-def markdown(lines):
-    """The table of lines of the csv: mean +- standard deviation over seeds, and chance.
-
-    The last column is a row's class R@1 minus SoftInfoNCE's of the same seeds and length: mean +-
-    standard error.
-    """
-    recall = {(line["row"], line["seed"]): float(line["class R@1"]) for line in lines}
-    names = [*METRICS, "seeds", "class R@1 minus SoftInfoNCE's"]
-    table = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
-    by_chance = chance(torch.arange(len(demo.KINDS)).repeat_interleave(demo.TEST))
-    table.append("| chance | "
-                 + " | ".join(f"{100 * by_chance[k][n]:.1f}" for n in (1, 0) for k in (1, 5))
-                 + f" | {100 / len(demo.KINDS):.1f}" * 4 + " | | |")
-    for name in ROWS:
-        own = [line for line in lines if line["row"] == name]
-        if not own:
-            continue
-        soft = "s = [1, 4], SoftInfoNCE" + ", 30 epochs" * (name in LONGER)
-        differences = [recall[name, line["seed"]] - recall[soft, line["seed"]] for line in own
-                       if name != soft and (soft, line["seed"]) in recall]
-        cells = [spread([float(line[metric]) for line in own], statistics.stdev)
-                 for metric in METRICS]
-        last = spread(differences, standard_error, "+") if differences else ""
-        table.append(f"| {' | '.join([name, *cells, str(len(own)), last])} |")
-    return "\n".join(table) + "\n"
-
-
-def read_results(path):
-    """The lines of an earlier csv whose rows still have the same flags."""
-    if not path.exists():
-        return []
-    lines = csv.DictReader(path.read_text().splitlines())
-    return [line for line in lines if list(line) == COLUMNS and None not in line.values()
-            and ROWS.get(line["row"]) == line["flags"]]
-
-
-def write_results(lines, path):
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomic(text.getvalue().encode(), path)
+    return measure(out / "checkpoint.pt")
 
 
 def take_core(free):
@@ -166,12 +122,12 @@ def take_core(free):
     sys.stderr = open(os.devnull, "w")
 
 
-def run_all(jobs, folder, epochs):
-    """Run the jobs [(row, seed)], on one core each, as many at a time as the machine has cores.
+def run_all(jobs):
+    """Run the jobs {(row, seed): arguments of run_row}, on one core each, one on every core.
 
     Two runs side by side on a core each train 1.32 times as many clips per s as one run after the
-    other on both cores. Yields (row, seed, line of the csv, error) as each ends. Either the line or
-    the error is None.
+    other on both cores. Yields (row, seed, {metric: value}, error) as each ends. Either the values
+    or the error is None.
     """
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
@@ -179,7 +135,7 @@ def run_all(jobs, folder, epochs):
     for core in cores:
         free.put({core})
     with ProcessPoolExecutor(len(cores), context, take_core, (free,)) as pool:
-        futures = {pool.submit(run_row, *job, folder, epochs): job for job in jobs}
+        futures = {pool.submit(run_row, *arguments): job for job, arguments in jobs.items()}
         for future in as_completed(futures):
             try:
                 yield *futures[future], future.result(), None
@@ -187,38 +143,157 @@ def run_all(jobs, folder, epochs):
                 yield *futures[future], None, error
 
 
-def main():
-    """Run the command. The exit status is 1 if a run failed."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-                   help="(all of: %(choices)s)")
-    p.add_argument("--quick", action="store_true",
-                   help="the paper's rows, 2 epochs, the first seed, results in --out (off)")
-    p.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
-    args = p.parse_args()
-    folder, results, epochs = Path(args.out), RESULTS / "ablation.csv", 15
-    if args.quick:
-        folder, epochs, args.rows, args.seeds = folder / "quick", 2, list(PAPER), args.seeds[:1]
-        results = folder / "ablation.csv"
-    folder.mkdir(parents=True, exist_ok=True)
-    demo.build(folder / "demo")
+def read_results(path, study):
+    """The lines of an earlier csv whose rows still have the same flags."""
+    if not path.exists():
+        return []
+    lines, rows = csv.DictReader(path.read_text().splitlines()), rows_of(study)
+    return [line for line in lines if list(line) == columns(study) and None not in line.values()
+            and rows.get(line["row"]) == line["flags"]]
 
-    lines, failures = read_results(results), 0
+
+def write_results(lines, path, study):
+    """Write the csv, sorted by row and seed, and the tables beside it."""
+    order = list(rows_of(study))
+    lines.sort(key=lambda line: (order.index(line["row"]), int(line["seed"])))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns(study), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomic(text.getvalue().encode(), path)
+    write_atomic(markdown(lines, study).encode(), path.with_suffix(".md"))
+
+
+def spread(values, deviation, sign=""):
+    """'mean ± deviation', or the value if there is only one, or 'not run'."""
+    if not values:
+        return "not run"
+    text = f"{statistics.mean(values):{sign}.1f}"
+    return text + (f" ± {deviation(values):.1f}" if len(values) > 1 else "")
+
+
+def standard_error(values):
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+def values_of(lines, metric):
+    """A measure of the lines that have it, by seed: {seed: value}."""
+    return {line["seed"]: float(line[metric]) for line in lines if line[metric]}
+
+
+def chances(study, clips):
+    """{metric: its value, as text, for a model that knows nothing} in a pool of so many clips."""
+    kinds = len(demo.KINDS) if study is BUILT_IN else clips
+    by_chance = chance(torch.arange(kinds).repeat_interleave(clips // kinds))
+    found = dict.fromkeys(PROBES, 1 / kinds) | {"mixed R@5": by_chance[5][0], "loss": 1,
+                                                "mixed, same speed": 1 / len(SPEEDS)}
+    for k, shares in by_chance.items():
+        for level, share in zip(LEVELS, shares):
+            names = [f"{level} R@{k}", *(f"{level}, {way}, R@{k}" for way in WAYS)]
+            found |= dict.fromkeys(names, share)
+    return {name: f"{100 * share:.1f}" for name, share in found.items()}
+
+
+def markdown(lines, study):
+    """The tables of the lines of the csv: means over seeds, and chance."""
+    by_row = {name: [line for line in lines if line["row"] == name] for name in rows_of(study)}
+    by_chance = chances(study, max(int(line["clips"]) for line in lines))
+    text = []
+    for title, rows, _, base in study.tables:
+        names = [*study.metrics, "seeds", f"{study.compared} minus that of {base}"]
+        text += [f"## {title}", "", "In %, mean ± standard deviation over seeds. The last column "
+                 "is paired by seed, mean ± standard error.", ""]
+        text += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
+                 "| chance | " + " | ".join(by_chance[name] for name in study.metrics) + " | | |"]
+        of_base = values_of(by_row[base], study.compared)
+        for name in rows:
+            cells = [spread([*values_of(by_row[name], metric).values()], statistics.stdev)
+                     for metric in study.metrics]
+            differences = [value - of_base[seed] for seed, value
+                           in values_of(by_row[name], study.compared).items() if seed in of_base]
+            cells += [str(len(by_row[name])),
+                      "" if name == base or not differences
+                      else spread(differences, standard_error, "+")]
+            text.append(f"| {' | '.join([name, *cells])} |")
+        text.append("")
+    return "\n".join(text + table_3(by_row, by_chance, study)).strip() + "\n"
+
+
+def table_3(by_row, by_chance, study):
+    """The lines of Table 3 for the rows of the first table: mean ± standard error over seeds."""
+    text = []
+    for level in study.levels:
+        names = measures.recall_names(level)
+        short = [name.removeprefix(f"{level}, ") for name in names]
+        text += [f"## Table 3, {level}-level", "", "In %, mean ± standard error over seeds.", "",
+                 f"| | {' | '.join(short)} | seeds |", "|---" * (len(names) + 2) + "|",
+                 "| chance | " + " | ".join(by_chance[name] for name in names) + " | |"]
+        for name in study.tables[0].rows:
+            found = [[*values_of(by_row[name], metric).values()] for metric in names]
+            cells = [spread(values, standard_error) for values in found]
+            text.append(f"| {' | '.join([name, *cells, str(len(found[0]))])} |")
+        text.append("")
+    return text
+
+
+def parse(argv=None):
+    """The arguments of the command line, the study, and its jobs [(row, seed)]."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("--data", help="folder or manifest.csv of a set in which timing alone links "
+                   "sight and sound (default: the built-in set)")
+    p.add_argument("--seeds", type=int, nargs="+",
+                   help="(0 to 4 for the paper's rows, else 0 to 2)")
+    p.add_argument("--rows", nargs="+", metavar="ROW", help="(all but those of 15 epochs)")
+    p.add_argument("--quick", action="store_true",
+                   help="the first table, 2 epochs, the first seed, results in --out (off)")
+    p.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
+    args = p.parse_args(argv)
+    study = LIPS if args.data else BUILT_IN
+    unknown = set(args.rows or ()) - rows_of(study).keys()
+    if unknown:
+        p.error(f"--rows {' '.join(map(repr, sorted(unknown)))}: give some of "
+                + ", ".join(map(repr, rows_of(study))))
+    tables = study.tables[:1] if args.quick else study.tables
+    jobs = [(name, seed) for table in tables if table.seeds or args.rows
+            for seed in (args.seeds or table.seeds or range(3))[:1 if args.quick else None]
+            for name in table.rows if name in (args.rows or table.rows)]
+    return args, study, jobs
+
+
+def main(argv=None):
+    """Run the command. The exit status is 1 if a run failed."""
+    args, study, jobs = parse(argv)
+    name = f"ablation-{Path(args.data).stem}" if args.data else "ablation"
+    folder, results, common = Path(args.out), RESULTS / f"{name}.csv", study.flags.split()
+    if args.data:
+        folder, common = folder / Path(args.data).stem, [*common, "--data", args.data]
+    shorter = []
+    if args.quick:
+        folder, shorter = folder / "quick", ["--epochs", "2"]
+        results = folder / f"{name}.csv"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not args.data:
+        demo.build(folder / "demo")
+
+    lines, failures, rows = read_results(results, study), 0, rows_of(study)
     done = {(line["row"], int(line["seed"])) for line in lines}
-    jobs = [(name, seed) for seed in args.seeds for name in args.rows if (name, seed) not in done]
-    for name, seed, line, error in run_all(jobs, folder, epochs):
+    todo = {(name, seed): ([*common, "--seed", str(seed), *rows[name].split(), *shorter],
+                           folder / f"{list(rows).index(name):02d}-{seed}", study.measure)
+            for name, seed in jobs if (name, seed) not in done}
+    for name, seed, values, error in run_all(todo):
         if error:
             failures += 1
             print(f"error: {name}, seed {seed}: {error}", file=sys.stderr, flush=True)
             continue
+        line = {"row": name, "seed": str(seed), "flags": rows[name], "clips": str(values["clips"])}
+        line = {column: line.get(column) or f"{values[column]:.2f}" for column in columns(study)}
         lines.append(line)
-        lines.sort(key=lambda line: (list(ROWS).index(line["row"]), int(line["seed"])))
-        write_results(lines, results)
-        measures = ", ".join(f"{metric} {line[metric]}" for metric in METRICS)
-        print(f"{name}, seed {seed}: {measures}", flush=True)
-    results.with_suffix(".md").write_text(markdown(lines))
-    print(markdown(lines))
+        write_results(lines, results, study)
+        print(f"{name}, seed {seed}: "
+              + ", ".join(f"{metric} {line[metric]}" for metric in study.metrics), flush=True)
+    if lines:
+        write_results(lines, results, study)
+        print(results.with_suffix(".md").read_text())
     sys.exit(failures > 0)
 
 
