@@ -24,27 +24,20 @@ the tables. docs/results.md discusses them.
 """
 
 import argparse
-import csv
-import io
-import multiprocessing
-import os
 import statistics
-import subprocess
 import sys
 from collections import namedtuple
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
 from experiments import measures
 from experiments.measures import LEVELS, PROBES, SPEEDS, WAYS
+from experiments.runs import (RESULTS, read_csv, run_all, run_script, spread, standard_error,
+                              write_csv)
 from prepare import demo
 from retrieval import RANKS, chance
-from support.run import write_atomic
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results"
 SOFT = "--max-speed 4 --affinity clip --affinity-temperature 1"
 PAPER = {"no speed, InfoNCE": "--max-speed 1 --affinity none",
          "s = [1, 2], InfoNCE": "--max-speed 2 --affinity none",
@@ -98,9 +91,9 @@ def rows_of(study):
 
 
 def columns(study):
-    """The columns of the csv. `clips` is the size n of the pool, which decides chance."""
+    """The columns of the csv. "clips" is the size n of the pool, which decides chance."""
     table_3 = [name for level in study.levels for name in measures.recall_names(level)]
-    return ["row", "seed", "flags", *study.metrics, *table_3, "clips"]
+    return ["row", "seed", "flags", *study.metrics, *table_3, "clips/s", "clips"]
 
 
 def run_row(flags, out, measure):
@@ -108,72 +101,22 @@ def run_row(flags, out, measure):
 
     Raises ValueError if pretrain.py fails.
     """
-    command = [sys.executable, ROOT / "pretrain.py", *flags, "--out", out]
-    with open(out.with_suffix(".txt"), "a") as log:
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log)
-    if done.returncode:
-        raise ValueError(f"pretrain.py ended with {done.returncode}: see {out.with_suffix('.txt')}")
+    run_script("pretrain.py", [*flags, "--out", str(out)], out.with_suffix(".txt"))
     return measure(out / "checkpoint.pt")
-
-
-def take_core(free):
-    """Keep this process and those that it starts to one core, and hide progress bars."""
-    os.sched_setaffinity(0, free.get())
-    sys.stderr = open(os.devnull, "w")
-
-
-def run_all(jobs):
-    """Run the jobs {(row, seed): arguments of run_row}, on one core each, one on every core.
-
-    Two runs side by side on a core each train 1.32 times as many clips per s as one run after the
-    other on both cores. Yields (row, seed, {metric: value}, error) as each ends. Either the values
-    or the error is None.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    context = multiprocessing.get_context("spawn")
-    free = context.Queue()
-    for core in cores:
-        free.put({core})
-    with ProcessPoolExecutor(len(cores), context, take_core, (free,)) as pool:
-        futures = {pool.submit(run_row, *arguments): job for job, arguments in jobs.items()}
-        for future in as_completed(futures):
-            try:
-                yield *futures[future], future.result(), None
-            except ValueError as error:
-                yield *futures[future], None, error
 
 
 def read_results(path, study):
     """The lines of an earlier csv whose rows still have the same flags."""
-    if not path.exists():
-        return []
-    lines, rows = csv.DictReader(path.read_text().splitlines()), rows_of(study)
-    return [line for line in lines if list(line) == columns(study) and None not in line.values()
-            and rows.get(line["row"]) == line["flags"]]
+    lines, rows = read_csv(path, columns(study)), rows_of(study)
+    return [line for line in lines if rows.get(line["row"]) == line["flags"]]
 
 
 def write_results(lines, path, study):
     """Write the csv, sorted by row and seed, and the tables beside it."""
     order = list(rows_of(study))
     lines.sort(key=lambda line: (order.index(line["row"]), int(line["seed"])))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns(study), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    write_atomic(text.getvalue().encode(), path)
-    write_atomic(markdown(lines, study).encode(), path.with_suffix(".md"))
-
-
-def spread(values, deviation, sign=""):
-    """'mean ± deviation', or the value if there is only one, or 'not run'."""
-    if not values:
-        return "not run"
-    text = f"{statistics.mean(values):{sign}.1f}"
-    return text + (f" ± {deviation(values):.1f}" if len(values) > 1 else "")
-
-
-def standard_error(values):
-    return statistics.stdev(values) / len(values) ** 0.5
+    write_csv(lines, columns(study), path)
+    path.with_suffix(".md").write_text(markdown(lines, study))
 
 
 def values_of(lines, metric):
@@ -277,10 +220,10 @@ def main(argv=None):
 
     lines, failures, rows = read_results(results, study), 0, rows_of(study)
     done = {(line["row"], int(line["seed"])) for line in lines}
-    todo = {(name, seed): ([*common, "--seed", str(seed), *rows[name].split(), *shorter],
+    todo = {(name, seed): (run_row, [*common, "--seed", str(seed), *rows[name].split(), *shorter],
                            folder / f"{list(rows).index(name):02d}-{seed}", study.measure)
             for name, seed in jobs if (name, seed) not in done}
-    for name, seed, values, error in run_all(todo):
+    for (name, seed), values, error in run_all(todo):
         if error:
             failures += 1
             print(f"error: {name}, seed {seed}: {error}", file=sys.stderr, flush=True)

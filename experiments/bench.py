@@ -4,7 +4,7 @@
     python -m experiments.bench step --batch-size 64 --chunk 8      # and in chunks of 8 clips
     python -m experiments.bench loss            # Eq. 3 at global batches of 512 to 32,768
     python -m experiments.bench saving          # how long a checkpoint holds training up
-    python -m experiments.bench scaling         # 2 processes with 1 thread over 1 process with 2
+    python -m experiments.bench scaling         # 2 processes, and 2 runs, over 1 on two cores
     python -m experiments.bench retrieval       # ranks in pools of 1,000 to 32,000 clips
     python -m experiments.bench loader          # a sample over the bare decode of its window
     python -m experiments.bench rows            # start-up and memory with 240,000 files
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -280,30 +281,41 @@ def saving(args):
 def scaling(args):
     """clips/s of pretrain.py on two cores, on the built-in set in global batches of 32.
 
-    Each process loads its own clips, so the steps are compared without loading too. Two processes
-    then still wait for the one that loads more slowly.
+    One process has both cores, two have one each, or two runs of one process have one each. The
+    last two are compared with the first. Each process loads its own clips, so the steps are
+    compared without loading too. Two processes then still wait for the one that loads more slowly.
     """
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
-    whole, steps = {1: [], 2: []}, {1: [], 2: []}
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    kinds = {"1 process": [(1, cores)], "2 processes": [(2, cores)],
+             "2 runs": [(1, cores[:1]), (1, cores[1:])]}
+    whole, steps = ({kind: [] for kind in kinds} for _ in range(2))
     with tempfile.TemporaryDirectory() as folder:
         demo.build(Path(folder) / "demo")
-        for n in range(args.rounds):
-            for P in whole:
-                out = Path(folder) / f"{n}-{P}"
-                subprocess.run(
-                    [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                     f"--nproc_per_node={P}", "pretrain.py", "--out", str(out), "--epochs", "2",
-                     "--batch-per-process", str(32 // P), "--workers", "0"],
-                    check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                    env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-                lines = (out / "log.jsonl").read_text().splitlines()[2:]    # after the first steps
-                lines = [json.loads(line) for line in lines]
-                whole[P].append(statistics.median(x["clips_per_s"] for x in lines))
-                steps[P].append(
-                    statistics.median(x["clips_per_s"] / (1 - x["wait"]) for x in lines))
-    (over, text), (alone, text_alone) = (ratio(x[2], x[1]) for x in (whole, steps))
-    yield (f"2 processes / 1 process: {text}; without loading {text_alone}", "scaling",
-           {"2 processes / 1": over, "without loading": alone})
+        for n, (kind, runs) in product(range(args.rounds), kinds.items()):
+            outs = [Path(folder) / f"{n}-{kind}-{k}" for k in range(len(runs))]
+            started = [short_run(P, own, out) for (P, own), out in zip(runs, outs)]
+            if any(process.wait() for process in started):
+                raise ValueError(f"pretrain.py failed: {kind}")
+            logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[2:]]
+                    for out in outs]                                    # after the first steps
+            whole[kind].append(sum(statistics.median(x["clips_per_s"] for x in log)
+                                   for log in logs))
+            steps[kind].append(sum(statistics.median(x["clips_per_s"] / (1 - x["wait"])
+                                                     for x in log) for log in logs))
+    for kind in list(kinds)[1:]:
+        (over, text), (alone, text_alone) = (ratio(x[kind], x["1 process"]) for x in (whole, steps))
+        yield (f"{kind} / 1 process: {text}; without loading {text_alone}", "scaling",
+               {f"{kind} / 1 process": over, f"{kind} / 1 process, without loading": alone})
+
+
+def short_run(P, cores, out):
+    """Start pretrain.py with P processes on these cores, for 2 epochs of the built-in set."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={P}",
+         "pretrain.py", "--out", str(out), "--epochs", "2", "--batch-per-process", str(32 // P),
+         "--workers", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: os.sched_setaffinity(0, cores))
 
 
 def retrieval(args):

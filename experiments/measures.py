@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
@@ -40,7 +41,10 @@ def recalls(audio, video, labels):
 
 
 def classes_and_clips(checkpoint):
-    """{metric: %}: retrieval and linear classifiers, on the mean of 2 clips per film; and n."""
+    """{metric: %}: retrieval and linear classifiers, on the mean of 2 clips per film.
+
+    "clips/s" is the rate of training, and "clips" is n.
+    """
     device = start()
     dtype, _ = choose_precision("auto", device)
     y, rows, labels = {}, {}, {}
@@ -65,16 +69,18 @@ def classes_and_clips(checkpoint):
     for n, name in enumerate(("audio probe", "video probe")):
         result[name] = probe(n, list(range(len(rows["train"]))))
         result[f"{name}, 2 labels"] = statistics.mean(probe(n, labelled) for labelled in draws)
-    return result | {"clips": len(rows["test"])}
+    _, rate = from_log(checkpoint)
+    return result | {"clips/s": rate, "clips": len(rows["test"])}
 
 
 @torch.no_grad()
 def timing(checkpoint):
-    """{metric: %}: retrieval of the middle clip of each file, at speed 1 and at four speeds; and n.
+    """{metric: %}: retrieval of the middle clip of each file, at speed 1 and at four speeds.
 
     "mixed" are those of a pool in which clip i has sound and video at speed 1 + i mod 4. "same
     speed" is the share of its 5 nearest that have the query's speed. "loss" is that of the last
-    epoch of training in % of the loss of a model that cannot tell clips apart.
+    epoch of training in % of the loss of a model that cannot tell clips apart, "clips/s" its rate,
+    and "clips" is n.
     """
     device = start()
     dtype, _ = choose_precision("auto", device)
@@ -88,9 +94,10 @@ def timing(checkpoint):
     nearest = torch.cat([(audio @ video.T).topk(5).indices, (video @ audio.T).topk(5).indices])
     same = speeds[nearest] == speeds.repeat(2)[:, None]                                 # (2 n, 5)
     N, K = settings.batch_per_process, 1 if settings.max_speed == 1 else 2
+    loss, rate = from_log(checkpoint)
     return found | {"mixed R@5": recalls(audio, video, own)["instance R@5"],
                     "mixed, same speed": 100 * same.double().mean().item(),
-                    "loss": 100 * last_loss(checkpoint) / math.log(1 + K * (N - 1)),
+                    "loss": 100 * loss / math.log(1 + K * (N - 1)), "clips/s": rate,
                     "clips": len(clips)}
 
 
@@ -107,9 +114,10 @@ def embed_at(model, settings, clips, dtype, tau):
     return torch.cat(z, 1)
 
 
-def last_loss(checkpoint):
-    """The mean training loss of the last epoch, from the log beside the checkpoint."""
-    lines = map(json.loads, checkpoint.with_name("log.jsonl").read_text().splitlines())
+def from_log(checkpoint):
+    """The mean loss of the last epoch of training, and the median clips/s, from the run's log."""
+    lines = map(json.loads, Path(checkpoint).with_name("log.jsonl").read_text().splitlines())
     events = [line for line in lines if "loss" in line]
     first = events[-1]["epoch"] - 1
-    return statistics.mean(line["loss"] for line in events if line["epoch"] > first)
+    return (statistics.mean(line["loss"] for line in events if line["epoch"] > first),
+            statistics.median(line["clips_per_s"] for line in events))

@@ -1,0 +1,110 @@
+"""The scripts with their own settings on the built-in set: retrieval, and Table 2 in small.
+
+    python -m experiments.transfer              # three seeds, about half an hour of a core each
+    python -m experiments.transfer --seeds 3 4
+
+For each seed it runs pretrain.py, retrieval.py, and finetune.py by four protocols, each from the
+pre-trained encoder and from random weights. The same command continues after an interruption.
+experiments/results/transfer.csv gets a line per result, and transfer.md the means over seeds.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from experiments.runs import RESULTS, read_csv, run_all, run_script, spread, write_csv
+from prepare import demo
+
+PROTOCOLS = {
+    "fine-tuned": "",
+    "linear classifier on the frozen encoder": "--linear",
+    "fine-tuned on one video per class": "--fraction 0.0139 --train-clips 40",
+    "linear classifier on one video per class": "--linear --fraction 0.0139 --train-clips 40"}
+ENCODERS = "pre-trained", "random"
+RECALLS = [(level, k, way) for level, k in (("instance", 5), ("class", 1))
+           for way in ("audio -> video", "video -> audio")]
+COLUMNS = ["result", "encoder", "seed", "command", "value"]
+
+
+def commands(seed, folder):
+    """The runs of a seed: [(script, flags, (result, encoder), or None for the pre-training)]."""
+    run = folder / f"s{seed}"
+    checkpoint = ["--checkpoint", str(run / "checkpoint.pt")]
+    common = ["--seed", str(seed), "--out"]
+    runs = [("pretrain.py", [*common, str(run)], None), ("retrieval.py", checkpoint, None)]
+    for n, (name, flags) in enumerate(PROTOCOLS.items()):
+        for encoder in ENCODERS:
+            source = checkpoint if encoder == "pre-trained" else ["--checkpoint", "none"]
+            out = folder / f"s{seed}-{n}-{encoder}"
+            runs.append(("finetune.py", [*flags.split(), *source, *common, str(out)],
+                         (name, encoder)))
+    return runs
+
+
+def found(script, flags, name):
+    """The results of a run that has ended: {(result, encoder): %}."""
+    out = Path(flags[-1])                               # --out, or the checkpoint of retrieval.py
+    if script == "retrieval.py":
+        recall = json.loads(out.with_name("retrieval.json").read_text())
+        return {(f"{level} R@{k}, {way}", "pre-trained"):
+                100 * recall[f"{level}, {way}"][f"R@{k}"][0] for level, k, way in RECALLS}
+    if script == "finetune.py":
+        return {name: json.loads((out / "results.json").read_text())["mean"]["video top-1"]}
+    return {}
+
+
+def run_seed(seed, folder):
+    """Run the scripts with a seed: the lines of the csv. Raises ValueError if one of them fails."""
+    lines = []
+    for script, flags, name in commands(seed, folder):
+        run_script(script, flags, folder / f"s{seed}.txt")
+        lines += [{"result": result, "encoder": encoder, "seed": str(seed),
+                   "command": " ".join(["python", script, *flags]), "value": f"{value:.2f}"}
+                  for (result, encoder), value in found(script, flags, name).items()]
+    return lines
+
+
+def markdown(lines):
+    """The means and standard deviations over seeds."""
+    results = [*(f"{level} R@{k}, {way}" for level, k, way in RECALLS), *PROTOCOLS]
+    text = [f"| | {' | '.join(ENCODERS)} | seeds |", "|---|---|---|---|"]
+    for result in results:
+        values = {encoder: [float(line["value"]) for line in lines
+                            if (line["result"], line["encoder"]) == (result, encoder)]
+                  for encoder in ENCODERS}
+        cells = [spread(values[encoder], statistics.stdev) for encoder in ENCODERS]
+        if result not in PROTOCOLS:
+            cells[1] = ""
+        text.append(f"| {' | '.join([result, *cells, str(len(values['pre-trained']))])} |")
+    return "\n".join(["In %, mean ± standard deviation over seeds.", "", *text]) + "\n"
+
+
+def main(argv=None):
+    """Run the command. The exit status is 1 if a seed failed."""
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
+    p.add_argument("--out", default="runs/transfer", help="folder of the runs (runs/transfer)")
+    args = p.parse_args(argv)
+    folder, path, failures = Path(args.out), RESULTS / "transfer.csv", 0
+    folder.mkdir(parents=True, exist_ok=True)
+    demo.build(folder / "demo")
+    lines = read_csv(path, COLUMNS)
+    done = {int(line["seed"]) for line in lines}
+    jobs = {seed: (run_seed, seed, folder) for seed in args.seeds if seed not in done}
+    for seed, values, error in run_all(jobs):
+        if error:
+            failures += 1
+            print(f"error: seed {seed}: {error}", file=sys.stderr, flush=True)
+            continue
+        lines = sorted([*lines, *values], key=lambda line: int(line["seed"]))
+        write_csv(lines, COLUMNS, path)
+        path.with_suffix(".md").write_text(markdown(lines))
+    if lines:
+        print(markdown(lines))
+    sys.exit(failures > 0)
+
+
+if __name__ == "__main__":
+    main()
