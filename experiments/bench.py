@@ -375,6 +375,10 @@ def main():
     args.rounds = args.rounds or {"saving": 7, "scaling": 3, "retrieval": 2}.get(args.what, 15)
     if args.rounds < 2:
         p.error(f"--rounds {args.rounds}: quartiles need 2 or more")
+    for B in args.batch_size if args.chunk else ():
+        if args.chunk < 2 or B <= args.chunk or B % args.chunk:
+            p.error(f"--chunk {args.chunk}: give 2 or more clips, of which a batch of {B} is a "
+                    "multiple")
     print(hardware())
     for text, what, values in BENCHES[args.what](args):
         print(text, flush=True)

@@ -89,3 +89,14 @@ def test_saving(tmp_path):
     assert 0 < values["s held up"] <= values["s held up, at most"]
     share = values["share of the time between two"]
     assert abs(600 * share / values["s held up"] - 1) < 0.01
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ("--rounds 1", "--rounds 1: quartiles need 2 or more"),
+    ("--batch-size 8 --chunk 8", "--chunk 8: give 2 or more clips, of which a batch of 8 is a"),
+    ("--batch-size 8 10 --chunk 4", "--chunk 4: give 2 or more clips, of which a batch of 10 is")])
+def test_wrong_flags_are_refused(flags, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench", "step", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
