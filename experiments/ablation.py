@@ -1,7 +1,7 @@
 """Table 1 in small: the paper's rows and the readings that it leaves open, on two sets of videos.
 
     python -m experiments.ablation                      # 49 runs of 14 minutes on a core each
-    python -m experiments.ablation --data grid.csv      # 21 runs of 13 minutes on a core each
+    python -m experiments.ablation --data grid.csv      # 21 runs of 18 minutes on a core each
     python -m experiments.ablation --seeds 5 6 --rows "s = [1, 4], SoftInfoNCE" "raw y"
     python -m experiments.ablation --quick              # 2 epochs, one seed: does it run?
 
@@ -203,17 +203,24 @@ def parse(argv=None):
     return args, study, jobs
 
 
+def name_of(data):
+    """The name of a set: "grid" for grid, grid.csv and grid/manifest.csv."""
+    data = Path(data).absolute()
+    return data.parent.name if data.name == "manifest.csv" else data.stem
+
+
 def main(argv=None):
     """Run the command. The exit status is 1 if a run failed."""
     args, study, jobs = parse(argv)
-    name = f"ablation-{Path(args.data).stem}" if args.data else "ablation"
-    folder, results, common = Path(args.out), RESULTS / f"{name}.csv", study.flags.split()
+    folder, file, common, shorter = Path(args.out), "ablation.csv", study.flags.split(), []
     if args.data:
-        folder, common = folder / Path(args.data).stem, [*common, "--data", args.data]
-    shorter = []
+        name = name_of(args.data)
+        folder, file = folder / name, f"ablation-{name}.csv"
+        common += ["--data", args.data]
+    results = RESULTS / file
     if args.quick:
         folder, shorter = folder / "quick", ["--epochs", "2"]
-        results = folder / f"{name}.csv"
+        results = folder / file
     folder.mkdir(parents=True, exist_ok=True)
     if not args.data:
         demo.build(folder / "demo")

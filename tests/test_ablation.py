@@ -54,6 +54,7 @@ def test_seeds_of_a_plain_run():
     assert len(jobs) == 21 and {row for row, _ in jobs} == ablation.TIMING.keys()
     with pytest.raises(SystemExit):
         ablation.parse(["--rows", "no such row"])
+    assert {ablation.name_of(f"a/grid{end}") for end in ("", ".csv", "/manifest.csv")} == {"grid"}
 
 
 def of_script(checkpoint, n):
