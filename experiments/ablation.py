@@ -5,7 +5,8 @@
     python -m experiments.ablation --seeds 5 6 --rows "s = [1, 4], SoftInfoNCE" "raw y"
     python -m experiments.ablation --quick              # 2 epochs, one seed: does it run?
 
-The same command continues after an interruption. A run is pretrain.py with one row's flags.
+A run is pretrain.py with one row's flags. Runs with a line in the csv are left out, so the same
+command continues after an interruption; delete the line of a run to repeat it.
 
 Without --data the set is the built-in one, at 6 frames per second, so that a clip lasts 0.67 s and
 speed 6 fits into the 4.5 s of a film. All measures are of the test part, on the mean of 2 clips per
