@@ -2,31 +2,22 @@
 
 import csv
 import re
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import run
 
 import pretrain
 from experiments import bench
 from experiments.timing import forget_peak, peak_memory
 
 
-def run_bench(*args):
-    command = [sys.executable, "-m", "experiments.bench", *map(str, args)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_step(tmp_path):
     """Two batches, with a profile of each."""
-    text = run_bench("step", "--rounds", "2", "--batch-size", "2", "4", "--profile",
-                     "--csv", tmp_path / "b.csv")
+    text = run("step", "--rounds", "2", "--batch-size", "2", "4", "--profile",
+               "--csv", tmp_path / "b.csv", script="experiments.bench", fresh=True).stdout
     line = r"^ *[\d.]+ % +\d+ x  aten::convolution_backward$"
     assert len(re.findall(line, text, re.MULTILINE)) == 2, text
     assert re.search(r"step / bare encoders: [\d.]+ .* % of the [\d.]+ of a \w+ matmul", text,
@@ -82,7 +73,8 @@ def test_peak_memory():
 @pytest.mark.slow
 def test_saving(tmp_path):
     """The checkpoint of the paper's model, with its momentum, has 296 MB."""
-    text = run_bench("saving", "--rounds", "2", "--csv", tmp_path / "b.csv")
+    text = run("saving", "--rounds", "2", "--csv", tmp_path / "b.csv",
+               script="experiments.bench", fresh=True).stdout
     assert "a checkpoint of 296 MB holds training up for" in text
     with open(tmp_path / "b.csv", newline="") as file:
         values = {line["quantity"]: float(line["value"]) for line in csv.DictReader(file)}

@@ -1,6 +1,5 @@
 """Compares Eq. 1 to 3 with NumPy copies that sum over every index, and two processes with one."""
 
-import subprocess
 import sys
 from itertools import product
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, run
 
 from loss import all_gather, cross_affinity, info_nce, soft_info_nce
 
@@ -205,10 +204,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     for world in (1, 2):
-        launch = [sys.executable]
-        if world > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        subprocess.run([*launch, script, tmp_path / f"{world}.pt", ROOT, str(world)], check=True)
+        run(tmp_path / f"{world}.pt", ROOT, world, script=script, processes=world, fresh=True)
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     for affinity in AFFINITIES:
         error = (two[affinity] - one[affinity]).norm() / one[affinity].norm()

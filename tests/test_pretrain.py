@@ -4,8 +4,6 @@ import argparse
 import ast
 import math
 import os
-import subprocess
-import sys
 from functools import partial
 from itertools import product
 
@@ -352,9 +350,7 @@ def test_chunks_have_the_gradient_of_as_many_processes(tmp_path):
     """Chunks of one process, of two, and no chunks: BatchNorm sees the same clips together."""
     code = f"import test_pretrain; test_pretrain.gradients({str(tmp_path)!r})"
     (tmp_path / "worker.py").write_text(code)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc_per_node=4", tmp_path / "worker.py"], check=True,
-                   env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    run(script=tmp_path / "worker.py", processes=4)
     found = torch.load(tmp_path / "found.pt", weights_only=True)
     for kind, affinity in CASES:
         for chunked, whole in (((1, 2), (2, 1)), ((1, 4), (4, 1)), ((2, 2), (4, 1))):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, log_of
+from conftest import ROOT, finish, log_of, run, start_workers
 
 from support import processes
 from support.run import REQUEUE
@@ -146,8 +146,7 @@ def test_the_others_wait_for_a_process_with_a_slow_disk(tmp_path):
         run_once(lambda: time.sleep(4))
         print(found.tolist(), flush=True)
         """)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=120)
+    done = run(script=script, processes=2)
     assert done.stdout.count("[1.0, 1.0, 1.0, 1.0]") == 2, done.stderr[-3000:]
 
 
@@ -221,7 +220,7 @@ def test_the_slurm_script_continues_itself(tree, tmp_path):
 # ---- eight processes
 
 EIGHT = """
-    import os, signal, socket, sys
+    import sys
     import models, pretrain, retrieval
     from torch import nn
     from support.processes import launch
@@ -243,53 +242,33 @@ EIGHT = """
             launch(retrieval.evaluate, retrieval.parse(flags))
 
     if __name__ == "__main__":
-        script, number, *flags = sys.argv[1:]
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        os.environ |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": str(port),
-                       "MASTER_ADDR": "localhost", "GROUP_WORLD_SIZE": "1"}
-        children = []
-        for n in range(int(number)):            # so all imports are done once
-            children.append(os.fork())
-            if children[-1] == 0:
-                os.environ |= {"RANK": str(n), "LOCAL_RANK": str(n)}
-                job()
-                sys.exit(0)
-        print("processes", *children, flush=True)
-        sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+        script, *flags = sys.argv[1:]
+        job()
     """
 
 
 @pytest.mark.slow
-def test_eight_processes(tree, tmp_path):
+def test_eight_processes(tree, tmp_path, monkeypatch):
     """Pre-training of two epochs loses a process, ends, and is continued; retrieval follows. The
     losses are those of one process with the same global batch. The encoders are tiny ones."""
     script = write_script(tmp_path / "eight.py", EIGHT)
     eight, one = tmp_path / "eight", tmp_path / "one"
-
-    def start(name, number, *flags):
-        return subprocess.Popen([sys.executable, *map(str, (script, name, number, *flags))],
-                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-
-    def text_of(run):
-        text, _ = run.communicate(timeout=200)
-        assert run.returncode == 0, text
-        return text
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     flags = ["--data", tree, "--split", "test", "--epochs", 2, *TINY, "--keep-every", 1]
     whole = [*flags, "--batch-per-process", 1, "--out", eight]
-    run = start("pretrain", 8, *whole)
+    workers, folder = start_workers(script, ["pretrain", *whole], 8)
     while not (eight / "checkpoint-1.pt").exists():
-        assert run.poll() is None, run.communicate()[0]
+        assert all(worker.is_alive() for worker in workers), finish(workers, folder)
         time.sleep(0.02)
-    os.kill(int(run.stdout.readline().split()[-1]), signal.SIGKILL)
-    run.communicate(timeout=100)                            # the other seven do not hang
-    assert run.returncode == 1
-    assert "checkpoint.pt at step 3 of 6" in text_of(start("pretrain", 8, *whole))
-    text_of(start("pretrain", 1, *flags, "--batch-per-process", 8, "--out", one))
+    workers[-1].kill()
+    finish(workers, folder)                                 # the other seven do not hang
+    assert [worker.exitcode for worker in workers] == [1] * 7 + [-signal.SIGKILL]
+    again = run("pretrain", *whole, script=script, processes=8)
+    assert "checkpoint.pt at step 3 of 6" in again.stdout
+    run("pretrain", *flags, "--batch-per-process", 8, "--out", one, script=script, fresh=True)
     losses, expected = ([line["loss"] for line in log_of(out)[1:]] for out in (eight, one))
     assert losses == pytest.approx(expected, rel=1e-4) and len(losses) == 2
-    text_of(start("retrieval", 8, "--checkpoint", eight / "checkpoint.pt", "--clips", 1))
+    run("retrieval", "--checkpoint", eight / "checkpoint.pt", "--clips", 1, script=script,
+        processes=8)
     assert json.loads((eight / "retrieval.json").read_text())["pool"] == 24
