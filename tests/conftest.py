@@ -93,7 +93,7 @@ def start_workers(script, args, processes=1, cwd=ROOT):
 
 def work(words, environment, cwd, folder):
     """In a process of the server: do what `python` does with these words."""
-    multiprocessing.set_start_method(None, force=True)      # loading processes start as they do there
+    multiprocessing.set_start_method(None, force=True)      # as there, for the loading processes
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()

@@ -211,6 +211,7 @@ def test_the_slurm_script_continues_itself(tree, tmp_path):
     assert job.returncode > REQUEUE, text                   # one of the two was killed
     assert (tmp_path / "requeued").read_text() == "7\n"
     step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    (tmp_path / "slow_exit" / "sitecustomize.py").unlink()
     again = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert f"at step {step} of 18" in again.stdout and again.returncode == 0

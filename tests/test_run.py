@@ -113,10 +113,11 @@ def helpers_of(process):
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
     """Kill -9 comes after checkpoints and within steps, once for each way to start the loading
-    processes; then the run goes to its end. The lock that each leaves is no hindrance."""
+    processes; then the run goes to its end. The lock that each leaves is no hindrance. Beside it
+    runs the one that nobody kills."""
     flags = ["--data", tree, "--epochs", 17, "--batch-per-process", 4]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert start(whole, *flags).wait() == 0, text_of(whole)
+    undisturbed = start(whole, *flags)
     for least, method in zip((10, 20, 30), METHODS):
         process = start(cut, *flags, method=method)
         wait_for(lambda: max(steps(cut), default=0) >= least and (cut / "checkpoint.pt").exists(),
@@ -130,6 +131,7 @@ def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
             assert time.monotonic() - killed < 30, "a killed run leaves processes behind"
             time.sleep(0.1)
     assert start(cut, *flags).wait() == 0, text_of(cut)
+    assert undisturbed.wait() == 0, text_of(whole)
     assert text_of(cut).count(f"continuing {cut / 'checkpoint.pt'} at step ") == 3
     assert_same_result(whole, cut)
 
