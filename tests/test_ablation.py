@@ -39,7 +39,7 @@ def test_rows_are_settings_of_pretraining():
         assert args == (paper | readings)[row.removesuffix(", 15 epochs")] | {"epochs": 15}
     timing = settings(ablation.TIMING)
     assert {args["max_speed"] for args in timing.values()} == {1, 2, 4}
-    assert len({tuple(args.values()) for args in timing.values()}) == 7
+    assert len({tuple(args.values()) for args in timing.values()}) == 8
 
 
 def test_seeds_of_a_plain_run():
@@ -51,7 +51,7 @@ def test_seeds_of_a_plain_run():
     _, _, jobs = ablation.parse(["--seeds", "7", "--rows", *rows])
     assert jobs == [(row, 7) for row in rows]
     _, _, jobs = ablation.parse(["--data", "grid.csv"])
-    assert len(jobs) == 21 and {row for row, _ in jobs} == ablation.TIMING.keys()
+    assert len(jobs) == 24 and {row for row, _ in jobs} == ablation.TIMING.keys()
     with pytest.raises(SystemExit):
         ablation.parse(["--rows", "no such row"])
     assert {ablation.name_of(f"a/grid{end}") for end in ("", ".csv", "/manifest.csv")} == {"grid"}
