@@ -164,7 +164,8 @@ def step_in_chunks(embed, objective, net, scaler, batch, n):
         y_z = [torch.cat(x) for x in zip(*(embed(*chunk) for chunk in chunks))]     # 4 (B, K, ...)
         for x, before in zip(net.buffers(), statistics):
             x.copy_(before)
-    loss = objective(*(x.requires_grad_() for x in y_z))    # Eq. 3; below dL/d(y, z), as y_z
+    loss = objective(*(x.requires_grad_() for x in y_z))                # Eq. 3
+    # dL/d(y, z), in the shapes of y_z
     gradients = torch.autograd.grad(scaler.scale(loss), y_z, materialize_grads=True)
     for k, chunk in enumerate(chunks):
         # With the last chunk the processes sum up their gradients.

@@ -6,7 +6,7 @@
     python -m experiments.ablation --quick              # 2 epochs, one seed: does it run?
 
 A run is pretrain.py with one row's flags. Runs with a line in the csv are left out, so the same
-command continues after an interruption; delete the line of a run to repeat it.
+command continues after an interruption. To repeat a run, delete its line and its folder in --out.
 
 Without --data the set is the built-in one, at 6 frames per second, so that a clip lasts 0.67 s and
 speed 6 fits into the 4.5 s of a film. All measures are of the test part, on the mean of 2 clips per
@@ -17,14 +17,16 @@ class (mean of 5 draws), because the probe of sound reaches 100 % with all.
 --data is for a set in which timing alone links sight and sound: GRID of docs/data.md, whose clips
 of 0.67 s fit speed 4 into 3 s. Retrieval is at instance level, on the middle clip of each test
 file. "No speed" has as many epochs as the other rows, or twice as many, so that it encodes the same
-number of clips. A second pool has each clip's sound and video at one of the speeds 1 to 4, a quarter of the clips at each:
-there a model that hears and sees the speed alone finds clips of the query's speed.
+number of clips. A second pool has each clip's sound and video at one of the speeds 1 to 4, a
+quarter of the clips at each: there a model that hears and sees the speed alone finds clips of the
+query's speed.
 
 experiments/results/ablation.csv, or ablation-grid.csv, gets a line per run, and the .md beside it
 the tables. docs/results.md discusses them.
 """
 
 import argparse
+import shutil
 import statistics
 import sys
 from collections import namedtuple
@@ -101,7 +103,7 @@ def columns(study):
 def run_row(flags, out, measure):
     """Start or continue one run of pretrain.py, and measure it: {metric: value}.
 
-    Raises ValueError if pretrain.py fails.
+    Raises ValueError if pretrain.py fails, or if a file of the test part cannot be read.
     """
     run_script("pretrain.py", [*flags, "--out", str(out)], out.with_suffix(".txt"))
     return measure(out / "checkpoint.pt")
@@ -202,6 +204,9 @@ def parse(argv=None):
     jobs = [(name, seed) for table in tables if table.seeds or args.rows
             for seed in (args.seeds or table.seeds or range(3))[:1 if args.quick else None]
             for name in table.rows if name in (args.rows or table.rows)]
+    if not jobs:
+        p.error("--quick makes rows of the first table alone: "
+                + ", ".join(map(repr, study.tables[0].rows)))
     return args, study, jobs
 
 
@@ -223,6 +228,7 @@ def main(argv=None):
     if args.quick:
         folder, shorter = folder / "quick", ["--epochs", "2"]
         results = folder / file
+        shutil.rmtree(folder, ignore_errors=True)       # it shows anew whether it runs
     folder.mkdir(parents=True, exist_ok=True)
     if not args.data:
         demo.build(folder / "demo")

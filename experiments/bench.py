@@ -281,11 +281,14 @@ def saving(args):
 def scaling(args):
     """clips/s of pretrain.py on two cores, on the built-in set in global batches of 32.
 
-    One process has both cores, two have one each, or two runs of one process have one each. The
-    last two are compared with the first. Each process loads its own clips, so the steps are
-    compared without loading too. Two processes then still wait for the one that loads more slowly.
+    One process of two threads has both cores, two processes of one thread share them, or two runs
+    have one each. The last two are compared with the first. Each process loads its own clips, so
+    the steps are compared without loading too. Two processes then still wait for the one that loads
+    more slowly.
     """
     cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        sys.exit("error: this bench needs two cores")
     kinds = {"1 process": [(1, cores)], "2 processes": [(2, cores)],
              "2 runs": [(1, cores[:1]), (1, cores[1:])]}
     whole, steps = ({kind: [] for kind in kinds} for _ in range(2))
@@ -294,7 +297,7 @@ def scaling(args):
         for n, (kind, runs) in product(range(args.rounds), kinds.items()):
             outs = [Path(folder) / f"{n}-{kind}-{k}" for k in range(len(runs))]
             started = [short_run(P, own, out) for (P, own), out in zip(runs, outs)]
-            if any(process.wait() for process in started):
+            if any([process.wait() for process in started]):
                 raise ValueError(f"pretrain.py failed: {kind}")
             logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[2:]]
                     for out in outs]                                    # after the first steps
@@ -375,10 +378,10 @@ def main():
     args.rounds = args.rounds or {"saving": 7, "scaling": 3, "retrieval": 2}.get(args.what, 15)
     if args.rounds < 2:
         p.error(f"--rounds {args.rounds}: quartiles need 2 or more")
-    for B in args.batch_size if args.chunk else ():
+    for B in args.batch_size if args.chunk is not None else ():
         if args.chunk < 2 or B <= args.chunk or B % args.chunk:
-            p.error(f"--chunk {args.chunk}: give 2 or more clips, of which a batch of {B} is a "
-                    "multiple")
+            p.error(f"--chunk {args.chunk}: give 2 or more clips, fewer than the batch of {B}, "
+                    "that divide it")
     print(hardware())
     for text, what, values in BENCHES[args.what](args):
         print(text, flush=True)

@@ -43,7 +43,7 @@ def recalls(audio, video, labels):
 def classes_and_clips(checkpoint):
     """{metric: %}: retrieval and linear classifiers, on the mean of 2 clips per film.
 
-    "clips/s" is the rate of training, and "clips" is n.
+    "clips/s" is the rate of training, and "clips" is n. Raises ValueError if a film cannot be read.
     """
     device = start()
     dtype, _ = choose_precision("auto", device)
@@ -78,9 +78,10 @@ def timing(checkpoint):
     """{metric: %}: retrieval of the middle clip of each file, at speed 1 and at four speeds.
 
     "mixed" are those of a pool in which clip i has sound and video at speed 1 + i mod 4. "same
-    speed" is the share of its 5 nearest that have the query's speed. "loss" is that of the last
-    epoch of training in % of the loss of a model that cannot tell clips apart, "clips/s" its rate,
-    and "clips" is n.
+    speed" is the share of its 5 nearest that have the query's speed. "loss" is that of about the
+    last epoch of training, in % of the loss of a model that cannot tell clips apart,
+    log(1 + K (N - 1)). "clips/s" is the rate of training, and "clips" is n. Raises ValueError if a
+    film cannot be read.
     """
     device = start()
     dtype, _ = choose_precision("auto", device)
@@ -102,7 +103,10 @@ def timing(checkpoint):
 
 
 def embed_at(model, settings, clips, dtype, tau):
-    """z of sound and of video of the middle of each file, both at speed tau: (2, n, D)."""
+    """z of sound and of video of the middle of each file, both at speed tau: (2, n, D).
+
+    Raises ValueError if a file cannot be read.
+    """
     log_mel = sound_input(settings.sound).to(next(model.parameters()).device)
     z = []
     for row in clips.rows:
@@ -115,7 +119,10 @@ def embed_at(model, settings, clips, dtype, tau):
 
 
 def from_log(checkpoint):
-    """The mean loss of the last epoch of training, and the median clips/s, from the run's log."""
+    """The mean loss of about the last epoch of training, and the median clips/s, from a run's log.
+
+    The first line that counts may cover some steps of the epoch before.
+    """
     lines = map(json.loads, Path(checkpoint).with_name("log.jsonl").read_text().splitlines())
     events = [line for line in lines if "loss" in line]
     first = events[-1]["epoch"] - 1

@@ -28,16 +28,18 @@ def run_script(name, flags, log):
 
 
 def take_core(free):
-    """Keep this process and those that it starts to one core, and hide progress bars."""
+    """Keep this process and those that it starts to one core, off GPUs, and hide progress bars."""
     os.sched_setaffinity(0, free.get())
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.stderr = open(os.devnull, "w")
 
 
 def run_all(jobs):
     """Run the jobs {key: (function, *arguments)}, each on one core, and one on every core.
 
-    Yields (key, what the function returned, error) as each ends. Either of the last two is None:
-    the error is a ValueError that the function raised.
+    GPUs are not used. Yields (key, what the function returned, error) as each ends. Either of the
+    last two is None: the error is a ValueError that the function raised. Any other error is raised
+    here, when the jobs that have begun have ended.
     """
     cores = sorted(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
@@ -46,11 +48,14 @@ def run_all(jobs):
         free.put({core})
     with ProcessPoolExecutor(len(cores), context, take_core, (free,)) as pool:
         futures = {pool.submit(*job): key for key, job in jobs.items()}
-        for future in as_completed(futures):
-            try:
-                yield futures[future], future.result(), None
-            except ValueError as error:
-                yield futures[future], None, error
+        try:
+            for future in as_completed(futures):
+                error = future.exception()
+                if error and not isinstance(error, ValueError):
+                    raise error
+                yield futures[future], None if error else future.result(), error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def write_csv(lines, columns, path):
@@ -63,11 +68,17 @@ def write_csv(lines, columns, path):
 
 
 def read_csv(path, columns):
-    """The lines [{column: text}] of a csv that has these columns. Without a file there are none."""
+    """The lines [{column: text}] of a csv. Without a file there are none.
+
+    Ends the program with a sentence if the csv does not have these columns.
+    """
     if not path.exists():
         return []
-    lines = csv.DictReader(path.read_text().splitlines())
-    return [line for line in lines if list(line) == columns and None not in line.values()]
+    lines = list(csv.DictReader(path.read_text().splitlines()))
+    if any(list(line) != columns or None in line.values() for line in lines):
+        sys.exit(f"error: {path} has other columns than this version writes ({', '.join(columns)}):"
+                 " move it away, then give the same command again")
+    return lines
 
 
 def spread(values, deviation, sign=""):

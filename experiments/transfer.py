@@ -1,6 +1,6 @@
 """The scripts with their own settings on the built-in set: retrieval, and Table 2 in small.
 
-    python -m experiments.transfer              # three seeds, about half an hour of a core each
+    python -m experiments.transfer              # three seeds, 27 minutes of a core each
     python -m experiments.transfer --seeds 3 4
 
 For each seed it runs pretrain.py, retrieval.py, and finetune.py by four protocols, each from the
@@ -29,7 +29,10 @@ COLUMNS = ["result", "encoder", "seed", "command", "value"]
 
 
 def commands(seed, folder):
-    """The runs of a seed: [(script, flags, (result, encoder), or None for the pre-training)]."""
+    """The runs of a seed: [(script, flags, name)].
+
+    name: (protocol, encoder) of a run of finetune.py, None for the other scripts.
+    """
     run = folder / f"s{seed}"
     checkpoint = ["--checkpoint", str(run / "checkpoint.pt")]
     common = ["--seed", str(seed), "--out"]
@@ -44,7 +47,7 @@ def commands(seed, folder):
 
 
 def found(script, flags, name):
-    """The results of a run that has ended: {(result, encoder): %}."""
+    """The results of a run of `commands` that has ended: {(result, encoder): %}."""
     out = Path(flags[-1])                               # --out, or the checkpoint of retrieval.py
     if script == "retrieval.py":
         recall = json.loads(out.with_name("retrieval.json").read_text())
@@ -64,6 +67,17 @@ def run_seed(seed, folder):
                    "command": " ".join(["python", script, *flags]), "value": f"{value:.2f}"}
                   for (result, encoder), value in found(script, flags, name).items()]
     return lines
+
+
+def read_results(path, folder):
+    """The lines of an earlier csv, of the seeds of which all results have today's commands."""
+    by_seed = {}
+    for line in read_csv(path, COLUMNS):
+        by_seed.setdefault(int(line["seed"]), []).append(line)
+    return [line for seed, lines in by_seed.items() for line in lines
+            if {line["command"] for line in lines} == {
+                " ".join(["python", script, *flags])
+                for script, flags, _ in commands(seed, folder) if script != "pretrain.py"}]
 
 
 def markdown(lines):
@@ -90,7 +104,7 @@ def main(argv=None):
     folder, path, failures = Path(args.out), RESULTS / "transfer.csv", 0
     folder.mkdir(parents=True, exist_ok=True)
     demo.build(folder / "demo")
-    lines = read_csv(path, COLUMNS)
+    lines = read_results(path, folder)
     done = {int(line["seed"]) for line in lines}
     jobs = {seed: (run_seed, seed, folder) for seed in args.seeds if seed not in done}
     for seed, values, error in run_all(jobs):

@@ -6,6 +6,7 @@ In a film the picture tells its number, and the sound tells its pitch.
 import io
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import runpy
@@ -46,6 +47,11 @@ SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts many processes, or takes over ten seconds")
+    # A server that has imported torch and its like forks the processes of start_workers, which
+    # saves each of them 4 s. It imports while the first tests run.
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "torchvision", "torchaudio", "av",
+                                            "pytest"])
+    multiprocessing.forkserver.ensure_running()
 
 
 def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT, fresh=False):
@@ -67,15 +73,16 @@ def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT, fresh=Fa
 def start_workers(script, args, processes=1, cwd=ROOT):
     """Start a script (a file, or the name of a module) in processes with torchrun's environment.
 
-    A server that has imported torch and its like forks them, which saves each process 4 s. Returns
-    the processes, and a folder for `finish`.
+    Returns the processes, and a folder for `finish`. Until then the test must not use run_here,
+    which ends all processes that it finds.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torchvision", "torchaudio", "av", "pytest"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     folder, environment = Path(tempfile.mkdtemp()), dict(os.environ)
+    for name in ("stdout", "stderr"):
+        (folder / name).touch()
     if processes > 1:
         environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
                         "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
@@ -95,24 +102,30 @@ def work(words, environment, cwd, folder):
     """In a process of the server: do what `python` does with these words."""
     multiprocessing.set_start_method(None, force=True)      # as there, for the loading processes
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
     sys.argv = words
-    if words[0].endswith(".py"):
-        runpy.run_path(words[0], run_name="__main__")
-    else:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    try:
+        if words[0].endswith(".py"):
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    finally:
+        processes.end_workers()                 # as at exit, which the server's processes leave out
 
 
 def finish(workers, folder):
     """Wait for processes of start_workers: their highest exit status, stdout and stderr."""
     for worker in workers:
         worker.join(300)
-        assert worker.exitcode is not None, "a process hangs"
+    hanging = [worker for worker in workers if worker.exitcode is None]
+    for worker in hanging:
+        worker.kill()
     text, errors = ((folder / name).read_text() for name in ("stdout", "stderr"))
     shutil.rmtree(folder)
+    assert not hanging, (text, errors)
     return max(abs(worker.exitcode) for worker in workers), text, errors
 
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_here
+from conftest import log_of, run_here
 
 import pretrain
 import retrieval
@@ -52,8 +52,11 @@ def test_seeds_of_a_plain_run():
     assert jobs == [(row, 7) for row in rows]
     _, _, jobs = ablation.parse(["--data", "grid.csv"])
     assert len(jobs) == 24 and {row for row, _ in jobs} == ablation.TIMING.keys()
-    with pytest.raises(SystemExit):
-        ablation.parse(["--rows", "no such row"])
+    args, _, jobs = ablation.parse(["--quick"])
+    assert jobs == [(row, 0) for row in ablation.PAPER]
+    for flags in (["--rows", "no such row"], ["--quick", "--rows", "raw y"]):
+        with pytest.raises(SystemExit):
+            ablation.parse(flags)
     assert {ablation.name_of(f"a/grid{end}") for end in ("", ".csv", "/manifest.csv")} == {"grid"}
 
 
@@ -99,18 +102,26 @@ def test_a_pool_of_mixed_speeds(brief, monkeypatch, known):
         n = len(clips)
         noise = 0.01 * torch.randn(2, n, 40, generator=torch.Generator().manual_seed(tau))
         index = torch.full((n,), tau) if known == "speed" else torch.arange(n)
-        return F.normalize(F.one_hot(index, 40) + noise, dim=2)
+        device = next(model.parameters()).device
+        return F.normalize(F.one_hot(index, 40) + noise, dim=2).to(device)
 
     monkeypatch.setattr(measures, "embed_at", planted)
     found = measures.timing(brief)              # 24 clips, 6 at each speed
-    assert found.keys() >= set(ablation.LIPS.metrics) and found["clips"] == 24
-    lines = [json.loads(line) for line in brief.with_name("log.jsonl").read_text().splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]     # of the one epoch
-    assert found["loss"] == pytest.approx(100 * losses[-1] / math.log(1 + 2 * (4 - 1)))
+    assert found.keys() >= {*ablation.columns(ablation.LIPS)} - {"row", "seed", "flags"}
+    assert found["clips"] == 24
+    loss = log_of(brief.parent)[-1]["loss"]     # of the one epoch
+    assert found["loss"] == pytest.approx(100 * loss / math.log(1 + 2 * (4 - 1)))
     if known == "speed":
         assert found["mixed, same speed"] == 100 and found["mixed R@5"] > 60      # chance 5 of 6
     else:
         assert found["mixed R@5"] == 100 and found["mixed, same speed"] < 50
+
+
+def test_the_log_gives_the_loss_of_the_last_epoch(tmp_path):
+    events = (0.5, 4.0, 1.0), (1.0, 3.0, 5.0), (1.5, 2.0, 6.0), (2.0, 1.0, 7.0)
+    lines = [{"step": 0}, *(dict(zip(("epoch", "loss", "clips_per_s"), event)) for event in events)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert measures.from_log(tmp_path / "checkpoint.pt") == (1.5, 5.5)
 
 
 def test_a_film_that_fails_ends_the_measurement(tree, brief, tmp_path):
@@ -144,16 +155,20 @@ def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, 
     assert "--seed: '-1' is not" in (tmp_path / "runs" / "19--1.txt").read_text()
 
 
-def test_results_that_are_written_can_be_read(tmp_path):
-    path = tmp_path / "ablation.csv"
-    lines = ablation.read_results(ablation.RESULTS / "ablation.csv", ablation.BUILT_IN)
-    ablation.write_results(lines, path, ablation.BUILT_IN)
-    assert len(lines) == len(path.read_text().splitlines()) - 1
-    assert ablation.read_results(path, ablation.BUILT_IN) == lines
-    assert path.with_suffix(".md").read_text() == (ablation.RESULTS / "ablation.md").read_text()
+@pytest.mark.parametrize("study,name", [(ablation.BUILT_IN, "ablation"),
+                                        (ablation.LIPS, "ablation-grid")])
+def test_results_that_are_written_can_be_read(study, name, tmp_path, capsys):
+    path, kept = tmp_path / f"{name}.csv", ablation.RESULTS / f"{name}.csv"
+    lines = ablation.read_results(kept, study)
+    ablation.write_results(lines, path, study)
+    assert path.read_text() == kept.read_text() and ablation.read_results(path, study) == lines
+    assert path.with_suffix(".md").read_text() == kept.with_suffix(".md").read_text()
     changed = [lines[0] | {"flags": "--max-speed 3"}, *lines[1:]]
-    ablation.write_results(changed, path, ablation.BUILT_IN)
-    assert ablation.read_results(path, ablation.BUILT_IN) == lines[1:]
+    ablation.write_results(changed, path, study)
+    assert ablation.read_results(path, study) == lines[1:]
+    path.write_text(path.read_text().replace("seed,", "number,", 1))
+    with pytest.raises(SystemExit, match=f"error: .*{name}.csv has other columns"):
+        ablation.read_results(path, study)
 
 
 def test_markdown():

@@ -85,8 +85,9 @@ def test_saving(tmp_path):
 
 @pytest.mark.parametrize("flags, sentence", [
     ("--rounds 1", "--rounds 1: quartiles need 2 or more"),
-    ("--batch-size 8 --chunk 8", "--chunk 8: give 2 or more clips, of which a batch of 8 is a"),
-    ("--batch-size 8 10 --chunk 4", "--chunk 4: give 2 or more clips, of which a batch of 10 is")])
+    *((f"--batch-size 8 10 --chunk {n}",
+       f"--chunk {n}: give 2 or more clips, fewer than the batch of {B}, that divide it")
+      for n, B in ((0, 8), (1, 8), (4, 10), (8, 8)))])
 def test_wrong_flags_are_refused(flags, sentence, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["bench", "step", *flags.split()])
     with pytest.raises(SystemExit) as stop:

@@ -1,6 +1,5 @@
 """Compares Eq. 1 to 3 with NumPy copies that sum over every index, and two processes with one."""
 
-import sys
 from itertools import product
 
 import numpy as np

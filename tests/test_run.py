@@ -35,22 +35,25 @@ SHORT = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "4",
          "--workers", "1", "--precision", "fp32", "--save-every", "0"]
 
 
-def start(out, *flags, torchrun=(), method="fork"):
+def start(out, *flags, torchrun=(), method="fork", core=None):
     """Start pretrain.py with the settings of SHORT, under torchrun if its flags are given.
 
-    method: how its loading processes are started.
+    method: how its loading processes are started. core: the only one that the run may use.
     """
     launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
     output = open(out.with_suffix(".txt"), "a")
-    site = out.with_name(f"site_{method}")
+    site = out.with_name(f"{out.name}_site_{method}")
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text("import multiprocessing\n"
                                            f"multiprocessing.set_start_method({method!r})\n")
-    return subprocess.Popen([sys.executable, *launcher, "pretrain.py", "--out", str(out), *SHORT,
-                             *map(str, flags)], cwd=ROOT, stdout=output, stderr=output,
-                            start_new_session=True,
-                            env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-                                              "PYTHONPATH": str(site)})
+    process = subprocess.Popen([sys.executable, *launcher, "pretrain.py", "--out", str(out), *SHORT,
+                                *map(str, flags)], cwd=ROOT, stdout=output, stderr=output,
+                               start_new_session=True,
+                               env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                                                 "PYTHONPATH": str(site)})
+    if core is not None:
+        os.sched_setaffinity(process.pid, {core})
+    return process
 
 
 def text_of(out):
@@ -113,13 +116,14 @@ def helpers_of(process):
 @pytest.mark.slow
 def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
     """Kill -9 comes after checkpoints and within steps, once for each way to start the loading
-    processes; then the run goes to its end. The lock that each leaves is no hindrance. Beside it
-    runs the one that nobody kills."""
+    processes; then the run goes to its end. The lock that each leaves is no hindrance. The run
+    that nobody kills has another core at the same time."""
     flags = ["--data", tree, "--epochs", 17, "--batch-per-process", 4]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    undisturbed = start(whole, *flags)
+    cores = sorted(os.sched_getaffinity(0))
+    undisturbed = start(whole, *flags, core=cores[-1])
     for least, method in zip((10, 20, 30), METHODS):
-        process = start(cut, *flags, method=method)
+        process = start(cut, *flags, method=method, core=cores[0])
         wait_for(lambda: max(steps(cut), default=0) >= least and (cut / "checkpoint.pt").exists(),
                  process, cut)
         time.sleep(0.2 * (least == 30))
@@ -130,36 +134,40 @@ def test_killed_runs_end_with_the_same_weights(tree, tmp_path):
         while helpers_of(process):
             assert time.monotonic() - killed < 30, "a killed run leaves processes behind"
             time.sleep(0.1)
-    assert start(cut, *flags).wait() == 0, text_of(cut)
+    assert start(cut, *flags, core=cores[0]).wait() == 0, text_of(cut)
     assert undisturbed.wait() == 0, text_of(whole)
     assert text_of(cut).count(f"continuing {cut / 'checkpoint.pt'} at step ") == 3
     assert_same_result(whole, cut)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method,number", [("forkserver", "SIGTERM"), ("spawn", "SIGUSR1")])
-def test_a_signal_to_the_group_saves_and_leaves_the_mark(method, number, tree, tmp_path, capsys):
+def test_a_signal_to_the_group_saves_and_leaves_the_mark(tree, tmp_path, capsys):
     """The loading processes and the server that forks them get the signal first, and do not mind.
     While the run lives, no other run has its --out. The next start removes the mark."""
-    out, data = tmp_path / "out", ["--data", tree, "--batch-per-process", 2]
-    process = start(out, *data, "--epochs", 400, "--save-every", 60, method=method)
-    wait_for(lambda: steps(out), process, out)
-    assert run_here(pretrain, *data, "--out", out, *SHORT) == 1
-    owner = f"in use by process {process.pid} on {socket.gethostname()}: wait until it has ended"
-    assert owner in capsys.readouterr().err
-    helpers = helpers_of(process)
-    assert len(helpers) >= 2
-    for helper in helpers:
-        os.kill(helper, getattr(signal, number))
-    last = max(steps(out))
-    wait_for(lambda: max(steps(out)) > last, process, out)
-    os.killpg(process.pid, getattr(signal, number))
-    assert process.wait(60) == 75
-    assert "Traceback" not in text_of(out) and (out / "requeue").exists()
-    step = state_of(out)["step"]
-    assert f"stopped by a signal, saved at step {step} of " in text_of(out)
-    assert run_here(pretrain, *data, "--out", out, *SHORT) == 1     # other --epochs
-    assert "epochs was 400 and is 100" in capsys.readouterr().err and not (out / "requeue").exists()
+    data, cores = ["--data", tree, "--batch-per-process", 2], sorted(os.sched_getaffinity(0))
+    runs = [(number, tmp_path / method, start(tmp_path / method, *data, "--epochs", 400,
+                                              "--save-every", 60, method=method, core=core))
+            for number, method, core in ((signal.SIGTERM, "forkserver", cores[0]),
+                                         (signal.SIGUSR1, "spawn", cores[-1]))]
+    for number, out, process in runs:
+        wait_for(lambda: steps(out), process, out)
+        assert run_here(pretrain, *data, "--out", out, *SHORT) == 1
+        owner = f"process {process.pid} on {socket.gethostname()}"
+        assert f"in use by {owner}: wait until it has ended" in capsys.readouterr().err
+        helpers = helpers_of(process)
+        assert len(helpers) >= 2
+        for helper in helpers:
+            os.kill(helper, number)
+        last = max(steps(out))
+        wait_for(lambda: max(steps(out)) > last, process, out)
+        os.killpg(process.pid, number)
+        assert process.wait(60) == 75
+        assert "Traceback" not in text_of(out) and (out / "requeue").exists()
+        step = state_of(out)["step"]
+        assert f"stopped by a signal, saved at step {step} of " in text_of(out)
+        assert run_here(pretrain, *data, "--out", out, *SHORT) == 1     # other --epochs
+        assert "epochs was 400 and is 100" in capsys.readouterr().err
+        assert not (out / "requeue").exists()
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -373,7 +381,7 @@ def test_each_precision_trains(name, dtype, tree, tmp_path):
     for chunk in ([], ["--chunk", "2"]):
         out = tmp_path / f"out{len(chunk)}"
         assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--epochs", "1",
-                        "--precision", name, *chunk) == 0
+                        "--frames", "2", "--precision", name, *chunk) == 0
         head, line = log_of(out)
         assert head["precision"] == dtype and 0 < line["loss"] < 20
         assert (line["skipped"] > 0) == (name == "fp16")    # the first scale is too great

@@ -1,6 +1,7 @@
 """Retrieval and Table 2 in small: its runs are runs of the scripts, and its table is of its csv."""
 
 import statistics
+from pathlib import Path
 
 from conftest import run_here
 
@@ -18,7 +19,9 @@ def test_each_protocol_runs_with_both_encoders(tmp_path):
         assert args.data is None                # the built-in set
         if script == "finetune.py":
             parsed.append((args.linear, args.fraction, args.checkpoint == "none"))
-            assert (name[1] == "random") == (args.checkpoint == "none") and args.seed == 3
+            assert args.seed == 3
+            assert args.checkpoint == {"random": "none",
+                                       "pre-trained": str(tmp_path / "s3/checkpoint.pt")}[name[1]]
     assert len(set(parsed)) == len(parsed) == 8
     outs = [flags[-1] for _, flags, _ in transfer.commands(3, tmp_path)]
     assert len(set(outs)) == 10                 # no run writes over another
@@ -39,6 +42,17 @@ def test_results_are_those_of_the_scripts(tree, brief, tmp_path, capsys):
     found = transfer.found("retrieval.py", flags, None)
     assert len(found) == 4
     assert f"{found['class R@1, video -> audio', 'pre-trained']:.1f}" == way[4]
+
+
+def test_a_seed_is_run_again_if_its_commands_have_changed(tmp_path, monkeypatch):
+    kept, path = transfer.RESULTS / "transfer.csv", tmp_path / "transfer.csv"
+    lines = transfer.read_results(kept, Path("runs/transfer"))
+    transfer.write_csv(lines, transfer.COLUMNS, path)
+    assert path.read_text() == kept.read_text()
+    assert transfer.markdown(lines) == kept.with_suffix(".md").read_text()
+    path.write_text(path.read_text().replace("--seed 1", "--seed 1 --lr 2", 1))
+    assert transfer.read_results(path, Path("runs/transfer")) == [
+        line for line in lines if line["seed"] != "1"]
 
 
 def test_markdown():
