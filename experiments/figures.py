@@ -18,7 +18,8 @@ the sounds at speeds 1 to 4, so an even share is 1/4.
 
 `ratios` shows the lambda of training, the 2 x 2 softmax of Eq. 2, by the ratio of both speeds.
 `shifts` shows how the similarity of sound and video changes if the sound is taken from another
-moment of the same file: whether the model knows synchrony.
+moment of the same file: whether the model knows synchrony. These two and `affinity` write what they
+draw to a csv beside the picture.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from tqdm import tqdm
 
 from augment import LogMel, crop_at, frame_times, normalize_frames, sound_input
 from data import read_clip
+from experiments.runs import write_csv
 from loss import cross_affinity, info_nce, similarities
 from retrieval import extract, load
 from support.processes import choose_precision, start
@@ -271,10 +273,9 @@ def ratios(args):
     axis.set_xticks([1 / 4, 1 / 2, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     axis.minorticks_off()
     axis.legend()
-    save(figure, args.out, 100)
-    for tau_a, line in zip(SPEEDS, mean.tolist()):
-        print(f"tau_a {tau_a}: mean lambda at tau_v 1 to 4: "
-              + ", ".join(f"{value:.4f}" for value in line))
+    save(figure, args.out, 100, [
+        {"tau_a": tau_a, "tau_v": tau_v, "lambda": mean[p, q], "deviation": deviation[p, q]}
+        for p, tau_a in enumerate(SPEEDS) for q, tau_v in enumerate(SPEEDS)])
 
 
 def lambda_by_speeds(model, settings, clips, split):
@@ -302,16 +303,16 @@ def shifts(args):
     model, settings, clips, _ = load(args)
     own, others = similarity_by_shift(model, sound_input(settings.sound), clips, args.split)
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    lines = [{"shift, s": shift} for shift in SHIFTS]
     for name, s in (("sound of the same file", own), ("sounds of other files", others)):
-        axis.errorbar(SHIFTS, s.mean(0), s.std(0) / len(s) ** 0.5, marker="o", capsize=3,
-                      label=name)
+        mean, error = s.mean(0), s.std(0) / len(s) ** 0.5
+        axis.errorbar(SHIFTS, mean, error, marker="o", capsize=3, label=name)
+        for line, value, of in zip(lines, mean, error):
+            line |= {name: value, f"{name}, standard error": of}
     axis.set(xlabel="the sound begins later than the pictures by, s", ylabel="$z_a \\cdot z_v$",
              title=f"clips at speed 1, mean +- standard error, {len(own)} clips")
     axis.legend()
-    save(figure, args.out, 100)
-    for name, s in (("own", own), ("others", others)):
-        print(f"{name}: " + ", ".join(f"{d:+.3f} s {value:.3f}"
-                                      for d, value in zip(SHIFTS, s.mean(0).tolist())))
+    save(figure, args.out, 100, lines)
 
 
 def similarity_by_shift(model, log_mel, clips, split):
@@ -374,9 +375,8 @@ def draw_by_speed(shown, lams, failed, out):
              ylabel="$\\lambda$ with the video at speed 1",
              title=f"mean +- deviation, {len(lams)} clips" + f", {failed} failed" * (failed > 0))
     axis.legend()
-    save(figure, out)
-    print("mean lambda at speeds 1 to 4: "
-          + ", ".join(f"{m:.4f} +- {d:.4f}" for m, d in zip(mean, deviation)))
+    save(figure, out, lines=[{"speed of the sound": speed, "lambda": m, "deviation": d}
+                             for speed, m, d in zip(SPEEDS, mean, deviation)])
 
 
 def curves(args):
@@ -424,13 +424,16 @@ def neighbours(args):
     save(figure, args.out)
 
 
-def save(figure, out, dpi=72):
-    """Write the picture and print its size."""
+def save(figure, out, dpi=72, lines=None):
+    """Write the picture, print its size, and write the lines [{column: number}] to a csv beside."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=dpi)
     plt.close(figure)
     print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
+    if lines:
+        lines = [{name: f"{value:.4g}" for name, value in line.items()} for line in lines]
+        write_csv(lines, list(lines[0]), out.with_suffix(".csv"))
 
 
 def parse(argv=None):
