@@ -137,6 +137,7 @@ def beep(t):
 def make(film, folder):
     """Write one film into the folder, and return its path."""
     path, fps = folder / film.name, Fraction(film.fps)
+    priority = os.sched_getscheduler(0), os.sched_getparam(0)
     ticks = film.ticks or range(round(SECONDS * film.fps))
     with av.open(str(path), "w", format=film.format, options=film.muxer) as out:
         video = out.add_stream(film.codec, rate=fps, width=SIZE[0], height=SIZE[1],
@@ -162,6 +163,8 @@ def make(film, folder):
             for part in av.AudioResampler(audio.format.name, "mono", rate).resample(frame):
                 out.mux(audio.encode(part))
             out.mux(audio.encode(None))
+    # The AV1 encoder gives root's process real-time priority, which later processes would inherit.
+    os.sched_setscheduler(0, *priority)
     return path
 
 

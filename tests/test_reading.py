@@ -4,6 +4,7 @@ Most films here show the number of each frame as a barcode. `experiments/frames.
 50 kinds of films; the other tests make odd and damaged files.
 """
 
+import os
 from pathlib import Path
 
 import av
@@ -33,7 +34,9 @@ def scanned(path, verify=True):
 @pytest.mark.parametrize("film", frames.FILMS, ids=lambda film: film.name)
 def test_matrix(film, tmp_path):
     """The film and its transcoded copy pass --verify. All 240 frames and all beeps are right."""
+    priority = os.sched_getscheduler(0), os.sched_getparam(0)
     path = frames.make(film, tmp_path)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == priority
     times, numbers, begins = frames.truth(path)
     count = len(film.ticks or range(round(frames.SECONDS * film.fps)))
     assert numbers.tolist() == list(range(count))
