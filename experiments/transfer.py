@@ -69,15 +69,21 @@ def run_seed(seed, folder):
     return lines
 
 
-def read_results(path, folder):
-    """The lines of an earlier csv, of the seeds of which all results have today's commands."""
+def read_results(path):
+    """The lines of an earlier csv, of the seeds of which all results have today's commands.
+
+    The commands may differ in --out, the folder of the runs.
+    """
+    def settings(words):
+        return tuple(word for word in words if "/" not in word)
+
     by_seed = {}
     for line in read_csv(path, COLUMNS):
         by_seed.setdefault(int(line["seed"]), []).append(line)
     return [line for seed, lines in by_seed.items() for line in lines
-            if {line["command"] for line in lines} == {
-                " ".join(["python", script, *flags])
-                for script, flags, _ in commands(seed, folder) if script != "pretrain.py"}]
+            if {settings(line["command"].split()) for line in lines} == {
+                settings(["python", script, *flags])
+                for script, flags, _ in commands(seed, Path("runs")) if script != "pretrain.py"}]
 
 
 def markdown(lines):
@@ -104,7 +110,7 @@ def main(argv=None):
     folder, path, failures = Path(args.out), RESULTS / "transfer.csv", 0
     folder.mkdir(parents=True, exist_ok=True)
     demo.build(folder / "demo")
-    lines = read_results(path, folder)
+    lines = read_results(path)
     done = {int(line["seed"]) for line in lines}
     jobs = {seed: (run_seed, seed, folder) for seed in args.seeds if seed not in done}
     for seed, values, error in run_all(jobs):
