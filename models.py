@@ -87,8 +87,9 @@ def load_svaclr(path):
         raise ValueError(f"{path} holds encoders without projectors, which were not trained to be "
                          "compared: give it to finetune.py or to --pair video-video, or give "
                          "another checkpoint")
-    model = SvaCLR(settings.arch, settings.mapping)
-    model.load_state_dict(state["model"])
+    with torch.device("meta"):                  # no initial values, which the load would replace
+        model = SvaCLR(settings.arch, settings.mapping)
+    model.load_state_dict(state["model"], assign=True)
     return model, settings
 
 
