@@ -97,7 +97,8 @@ def test_commands_are_parsed(name, monkeypatch):
     count = 0
     for line in command_lines(text):
         for command in line.split(" && "):
-            tests = re.fullmatch(r"python -m pytest ([\w/. ]+?)(?: -m \"not slow\")?", command)
+            tests = re.fullmatch(r"python -m pytest ([\w/. ]+?)( -n 2 --dist loadfile)?"
+                                 r"( -m \"not slow\")?", command)
             if tests:
                 assert all((ROOT / path).exists() for path in tests[1].split()), command
             elif "venv" not in command and "pip install" not in command:
