@@ -47,8 +47,14 @@ SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: starts many processes, or takes over ten seconds")
-    # A server that has imported torch and its like forks the processes of start_workers, which
-    # saves each of them 4 s. It imports while the first tests run.
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.maxworkerrestart = "0"    # or a test that hangs is begun ten times
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server():
+    """A server that has imported torch and its like forks the processes of start_workers, which
+    saves each of them 4 s. It imports while the first tests run."""
     multiprocessing.set_forkserver_preload(["torch._dynamo", "torchvision", "torchaudio", "av",
                                             "pytest"])
     multiprocessing.forkserver.ensure_running()
