@@ -32,7 +32,7 @@ from augment import (crop_at, crop_flip, crop_flip_jitter, frame_times, sample_s
 from prepare import demo, scan
 from support.batches import TrainingBatches
 from support.processes import (end_with_trainer, end_workers, gather, loading_workers, rank,
-                               run_once, world_size)
+                               run_once, signals_blocked, world_size)
 from support.reading import RATE, read
 
 TRIES = 10                              # files in a row that may fail before a run stops
@@ -136,9 +136,9 @@ class AudioVisualClips(Dataset):
             `left_out` with their reason.
         frames, fps, size: T frames, 1/fps s apart, size x size pixels.
         max_speed: S of §2.1. A file too short for S draws from the speeds that fit it.
+        same_speed: True: video and sound share one drawn speed | False: independent ones.
         seed: every draw (place, speeds, scale, crop, flip) depends on (seed, epoch, index) alone.
         clips_per_file: None to train | n to evaluate on n evenly spaced clips with a centre crop.
-    Its attribute same_speed, False at first, draws one speed for video and sound if it is True.
     Items:
         To train, of a key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32, and
         (path, failures), see draw_or_replace.
@@ -146,11 +146,12 @@ class AudioVisualClips(Dataset):
         None, None, and (index, "path: cause") if the file fails.
     """
 
-    crops, same_speed = 1, False
+    crops = 1
 
-    def __init__(self, rows, frames=30, fps=30, size=128, max_speed=4, seed=0, clips_per_file=None):
-        self.frames, self.fps, self.size = frames, fps, size
-        self.max_speed, self.seed, self.clips_per_file = max_speed, seed, clips_per_file
+    def __init__(self, rows, frames=30, fps=30, size=128, max_speed=4, same_speed=False, seed=0,
+                 clips_per_file=None):
+        self.frames, self.fps, self.size, self.seed = frames, fps, size, seed
+        self.max_speed, self.same_speed, self.clips_per_file = max_speed, same_speed, clips_per_file
         self.seconds = frames / fps
         self.rows, self.left_out = [], {}
         for row in rows:
@@ -308,7 +309,10 @@ def evaluation_batches(dataset, batch_size, max_failures, workers=None):
 
     causes = []
     loader = make_loader(dataset, batch_size, workers)
-    for video, second, sources in tqdm(loader, desc="evaluating", unit="batch", disable=rank() > 0):
+    with signals_blocked():
+        batches = iter(loader)              # starts the loading processes
+    for video, second, sources in tqdm(batches, "evaluating", len(loader), unit="batch",
+                                       disable=rank() > 0):
         for index, cause in sources:
             if cause:
                 causes.append(cause)

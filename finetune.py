@@ -29,10 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 from augment import normalize_frames
 from data import ActionClips, evaluation_batches, find_rows, make_loader
 from models import C, load_encoder
-from support.classification import fit_linear, report, shared_classes, subset, write_classes
+from support.classification import (answers, fit_linear, report, say_torchvision, shared_classes,
+                                    subset, top_1_and_5, write_classes)
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
                                say, world_size)
-from support.run import Run, add_run_flags, claim
+from support.run import Run, add_run_flags, lock_folder
 
 # The built-in set is seen as in pretraining, in fewer clips, so that two CPU cores take minutes.
 DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, train_clips=2, test_clips=4)
@@ -51,20 +52,26 @@ def parse(argv=None):
                       help="checkpoint.pt or video_encoder.pt of pretrain.py, torchvision's file, "
                       "torchvision (Kinetics-400 labels), or none (runs/svaclr/checkpoint.pt)")
     data.add_argument("--arch", choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
-                      default="r2plus1d_18", help="video encoder f (r2plus1d_18: §2.3)")
+                      default="r2plus1d_18",
+                      help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10)")
     data.add_argument("--out", default="runs/finetune", help="folder of results (runs/finetune)")
     clip = p.add_argument_group("clips")
-    clip.add_argument("--frames", type=at_least(1), default=32, help="T (32; paper silent, GDT)")
-    clip.add_argument("--fps", type=at_least(1), default=30, help="frames per s (30; GDT)")
+    clip.add_argument("--frames", type=at_least(1), default=32,
+                      help="T, frames of a clip (32: paper silent, GDT; built-in set: 4)")
+    clip.add_argument("--fps", type=at_least(1), default=30,
+                      help="frames per s (30: paper silent, GDT; built-in set: 4)")
     clip.add_argument("--size", type=at_least(16), default=128,
-                      help="H = W in pixels (128: Table 2, which has 224 too)")
+                      help="H = W in pixels (128: Table 2, which has 224 too; built-in set: 32)")
     clip.add_argument("--train-clips", type=at_least(1), default=10,
-                      help="random clips of a video in an epoch (10; GDT)")
+                      help="random clips of a video in an epoch; with --linear its evenly spaced "
+                      "clips (10: GDT; built-in set: 2)")
     clip.add_argument("--test-clips", type=at_least(1), default=10,
-                      help="evenly spaced clips of a test video, with 3 crops each (10; GDT)")
+                      help="evenly spaced clips of a test video, with 3 crops each (10: GDT; "
+                      "built-in set: 4)")
     optim = p.add_argument_group("optimisation")
     optim.add_argument("--linear", action="store_true", help="fit a linear classifier on the "
-                       "frozen encoder; the flags of training are then not read (off)")
+                       "frozen encoder; of this group and the next only --seed, --precision, "
+                       "--workers and --max-failures are then read (off)")
     optim.add_argument("--epochs", type=at_least(1), default=12, help="(12: §3.1)")
     optim.add_argument("--global-batch", type=at_least(1), default=32,
                        help="clips over all processes (32; paper silent, GDT)")
@@ -161,8 +168,7 @@ def evaluate(model, clips, dtype, workers=None, max_failures=0.05):
     results = torch.zeros(len(clips), len(clips.classes) + 3, device=device)    # last: was it read?
     for index, label, y in features(model.f, clips, dtype, workers, max_failures):
         logits = model.head(y)                                          # (clips * crops, classes)
-        best = logits.topk(min(5, logits.shape[1])).indices == label    # (clips * crops, 5)
-        hits = torch.stack([best[:, 0], best.any(1)]).float().mean(1)   # (2,)
+        hits = top_1_and_5(logits, label).mean(0)                       # (2,)
         results[index] = torch.cat([logits.softmax(1).mean(0), hits, y.new_ones(1)])
     dist.all_reduce(results)            # one process has filled each index, the others have zeros
     if not torch.isfinite(results).all():
@@ -189,7 +195,7 @@ def linear_probe(encoder, clips, args, dtype):
 
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
-    claim(args.out)
+    lock_folder(args.out)
     train_rows, train_left_out = find_rows(args.data, "train", args.out)
     test_rows, test_left_out = find_rows(args.data, "test", args.out)
     train_rows = subset(train_rows, args.fraction, args.seed)
@@ -202,6 +208,7 @@ def one_fold(args, device):
     say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}); "
         f"{len(train_rows)} training and {len(test_rows)} test videos of {len(classes)} classes, "
         f"{len(train_left_out)} and {len(test_left_out)} left out; encoder from {args.checkpoint}")
+    say_torchvision(args.checkpoint, args.frames, args.fps, args.size)
     failed = {}
     if args.linear:
         clips = ActionClips(train_rows, classes, **clip, views=(args.train_clips, 1))
@@ -215,10 +222,9 @@ def one_fold(args, device):
     clips = ActionClips(test_rows, classes, **clip, views=(args.test_clips, 3))
     scores, hits, rows = evaluate(model, clips, dtype, args.workers, args.max_failures)
     labels = torch.tensor([classes.index(row.label) for row in rows])       # (n,)
-    best = scores.topk(min(5, len(classes))).indices == labels[:, None]     # (n, 5)
-    write_classes(Path(args.out), classes, labels, scores.argmax(1))
+    write_classes(Path(args.out), classes, labels, answers(scores, labels))
     names = "video top-1", "video top-5", "clip top-1", "clip top-5"
-    right = [100 * x.double().mean().item() for x in (best[:, 0], best.any(1), *hits.T)]
+    right = [100 * x.double().mean().item() for x in (*top_1_and_5(scores, labels).T, *hits.T)]
     return {**dict(zip(names, right)), "test videos": len(rows), "classes": len(classes),
             "failed": len(clips) - len(rows), **failed}
 

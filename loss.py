@@ -1,9 +1,9 @@
 """SvaCLR's objective: Eq. 1 (§2.1), Eq. 2 (§2.2) and Eq. 3 (§2.3) of arXiv 2309.13942.
 
-    loss = soft_info_nce(y_a, y_v, z_a, z_v)      # y: encoder outputs, z: unit-length projections
+    loss = soft_info_nce(ly_a, ly_v, z_a, z_v)    # ly = l(y), y: encoder outputs, z: projections
 
 This file needs torch alone. Symbols: B clips on this process, W processes, N = W B clips in the
-global batch; K views per modality (view 0 at speed 1, view 1 at a drawn speed); C encoder width, D
+global batch; K views per modality (view 0 at speed 1, view 1 at a drawn speed); C width of l(y), D
 projection width. Views keep an axis of their own, so that no index arithmetic decides which row
 belongs to which clip:
 
@@ -16,7 +16,7 @@ belongs to which clip:
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from torch.nn.functional import normalize, softplus
 
 
 def similarities(z_a, z_v, own, eta):
@@ -40,7 +40,7 @@ def nll(s, log_negatives):
 
     The threshold is 50 because softplus(x) = x from there on, even in float64.
     """
-    return F.softplus(log_negatives - s, threshold=50)
+    return softplus(log_negatives - s, threshold=50)
 
 
 def info_nce(z_a, z_v, own, eta):
@@ -62,91 +62,140 @@ def info_nce(z_a, z_v, own, eta):
     return nll(s_own, log_negatives[:, :, None])                        # (B, K, K)
 
 
-def cross_affinity(y_a, y_v, scope="clip", temperature=1.0, normalize=True):
+def cross_affinity(ly_a, ly_v, scope="clip", temperature=1.0, raw=False):
     """Eq. 2: lam(a_p, v_q) = softmax[ l(y_a) l(y_v)^T ], a K x K matrix per clip (Fig. 2).
 
     Args:
-        y_a, y_v: (B, K, C) encoder outputs; l(y) where l is not the identity.
+        ly_a, ly_v: (B, K, C) l(y) of the encoder outputs y, which is y for the identity mapping.
         scope: "clip": the K x K entries of a clip sum to 1 (§2.2: "two-by-two") | "view": each
             row sums to 1.
         temperature: divides the similarities. The paper prints none, which is 1.
-        normalize: bring y to unit length first (paper silent; SNCLR, its reference [6]). Raw
-            outputs are about 17 long and saturate the softmax.
+        raw: False: bring l(y) to unit length first (paper silent; SNCLR, its reference [6]) |
+            True: take it as it is. Raw outputs are about 17 long and saturate the softmax.
     Returns:
         lam (B, K, K), audio view p by video view q.
     """
     if scope not in ("clip", "view"):
         raise ValueError(f"scope={scope!r}: choose 'clip' or 'view'")
-    if normalize:
-        y_a, y_v = F.normalize(y_a, dim=-1), F.normalize(y_v, dim=-1)
-    c = torch.einsum("ipc,iqc->ipq", y_a, y_v) / temperature            # (B, K, K)
+    if not raw:
+        ly_a, ly_v = normalize(ly_a, dim=-1), normalize(ly_v, dim=-1)
+    c = torch.einsum("ipc,iqc->ipq", ly_a, ly_v) / temperature          # (B, K, K)
     return c.softmax(2) if scope == "view" else c.flatten(1).softmax(1).view_as(c)
 
 
-def soft_info_nce(y_a, y_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temperature=1.0,
-                  symmetric=True, normalize=True, detach=False):
-    """Eq. 3: mean over clips i of sum_{p,q} lam[i,p,q] L[i,p,q].
+def soft_info_nce(ly_a, ly_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temperature=1.0,
+                  raw_affinity=False, detach_affinity=False, one_way=False, check=True):
+    """Eq. 3, as printed:
+
+        L(f, g, A, V) = E_{(tau_1, tau_2) ~ p(T)} [ 1/N^2 sum_{i=1..N} sum_{j=1..N}
+                            lam(a_i^tau_1, v_j^tau_2) L(g(a_i^tau_1), f(v_j^tau_2)) ]
+
+    Here (i, j) stands for the K x K view pairs (p, q) of one clip, over which lam sums to 1, so
+    the mean over the N clips takes the place of 1/N^2:
+
+        loss = mean over i of sum_{p,q} lam[i,p,q] L[i,p,q]
 
     Under torch.distributed each process gives its own clips, and this function gathers the others.
 
     Args:
-        y_a, y_v: (B, K, C) encoder outputs (or l(y)) of this process's clips. B is the same on
-            all processes. None for affinity "none", which does not read them.
-        z_a, z_v: (B, K, D) projections, unit length.
+        ly_a, ly_v: (B, K, C) l(y) of this process's clips, which is the encoder output y for the
+            identity mapping. B is the same on all processes. None for affinity "none".
+        z_a, z_v: (B, K, D) projections, of any length: they are brought to unit length here.
         eta: temperature of Eq. 1 ("constant", §2.1; 0.07 is GDT's).
         affinity: "clip" | "view": the scope of the softmax in Eq. 2 | "none": lam = 1/K^2, which
-            is plain InfoNCE over co-augmented views (Table 1, rows 2 to 4; row 1 with K = 1) |
-            "batch": the double sum of Eq. 3 read literally, where lam is a row softmax over the
-            videos of all N clips, so that other clips become soft positives of weight lam.
+            is plain InfoNCE over co-augmented views (Table 1, rows 2 to 4; row 1 with K = 1).
         affinity_temperature: of the softmax in Eq. 2 (paper silent).
-        symmetric: True: average of audio -> video and video -> audio | False: audio -> video
-            alone, as printed.
-        normalize: True: y of unit length in Eq. 2 | False: y as it is.
-        detach: True: no gradient through lam | False: as printed.
+        raw_affinity: True: l(y) as it is in Eq. 2 | False: of unit length.
+        detach_affinity: True: no gradient through lam | False: as printed.
+        one_way: True: audio -> video alone, as printed | False: the mean of both directions.
+        check: True: refuse NaN and infinity, for which a GPU has to be waited for | False: return
+            them in the loss.
     Returns:
         A scalar: the loss of this process's clips against all videos. Its mean over the processes
         is the loss of the global batch. float64 stays float64, half precision becomes float32, and
-        autocast is off inside.
+        autocast is off inside. Raises ValueError if the shapes do not fit.
     """
-    if affinity not in ("none", "clip", "view", "batch"):
-        raise ValueError(f"affinity={affinity!r}: choose 'none', 'clip', 'view' or 'batch'")
-    z_a, z_v = at_least_float32(z_a), at_least_float32(z_v)
-    if affinity == "none":
-        y_a = y_v = None
-    elif y_a is None or y_v is None:
-        raise ValueError(f"affinity={affinity!r} needs the encoder outputs y_a and y_v")
-    else:
-        y_a, y_v = at_least_float32(y_a), at_least_float32(y_v)
-        if detach:
-            y_a, y_v = y_a.detach(), y_v.detach()
-    B, K, _ = z_a.shape
-    rank = dist.get_rank() if distributed() else 0
-    own = rank * B + torch.arange(B, device=z_a.device)                 # (B,)
+    if affinity not in ("none", "clip", "view"):
+        raise ValueError(f"affinity={affinity!r}: choose 'none', 'clip' or 'view'")
+    needed = (z_a, z_v) if affinity == "none" else (z_a, z_v, ly_a, ly_v)
+    z_a, z_v, *ly = check_inputs(needed, check)
 
-    def one_way(y_q, y_k, z_q, z_k):                        # queries q against all keys k
-        if affinity == "batch":
-            s, log_negatives = similarities(z_q, all_gather(z_k), own, eta)   # (B, K, N, K), (B, K)
-            y_k = all_gather(y_k)                                       # (N, K, C)
-            if normalize:
-                y_q, y_k = F.normalize(y_q, dim=-1), F.normalize(y_k, dim=-1)
-            c = torch.einsum("ipc,jqc->ipjq", y_q, y_k) / affinity_temperature    # (B, K, N, K)
-            lam = c.flatten(2).softmax(2).view_as(c)               # (B, K, N, K), rows sum to 1
-            return (lam * nll(s, log_negatives[:, :, None, None])).sum((2, 3)).mean()
-        L = info_nce(z_q, all_gather(z_k), own, eta)                    # (B, K, K)
+    def a_to_v(z_a, z_v, ly_a=None, ly_v=None):
+        L = info_nce(z_a, all_gather(z_v), positions(z_a), eta)         # (B, K, K), Eq. 1
         if affinity == "none":
             return L.mean()
-        lam = cross_affinity(y_q, y_k, affinity, affinity_temperature, normalize)     # (B, K, K)
-        total = K if affinity == "view" else 1                          # the sum of a clip's lam
-        return (lam * L).sum((1, 2)).mean() / total
+        if detach_affinity:
+            ly_a, ly_v = ly_a.detach(), ly_v.detach()
+        lam = cross_affinity(ly_a, ly_v, affinity, affinity_temperature, raw_affinity)  # (B, K, K)
+        lam = lam / lam.shape[1] if affinity == "view" else lam         # sums to 1 over p and q
+        return (lam * L).sum((1, 2)).mean()
 
     with torch.autocast(z_a.device.type, enabled=False):
-        a_to_v = one_way(y_a, y_v, z_a, z_v)
-        return (a_to_v + one_way(y_v, y_a, z_v, z_a)) / 2 if symmetric else a_to_v
+        loss = a_to_v(z_a, z_v, *ly)        # video -> audio exchanges the two
+        return loss if one_way else (loss + a_to_v(z_v, z_a, *reversed(ly))) / 2
 
 
-def at_least_float32(x):
-    """float64 as it is, any other precision as float32."""
-    return x if x.dtype == torch.float64 else x.float()
+def double_sum(ly_a, ly_v, z_a, z_v, eta=0.07, affinity_temperature=1.0, raw_affinity=False,
+               detach_affinity=False, one_way=False, check=True):
+    """Eq. 3 with its double sum read literally: j runs over all N clips.
+
+        loss = mean over i and p of sum_{j,q} lam[i,p,j,q] L[i,p,j,q]
+
+    lam is a softmax over the videos of all clips, so other clips become soft positives. It
+    collapses (docs/results.md). The arguments are those of `soft_info_nce`.
+    """
+    z_a, z_v, ly_a, ly_v = check_inputs((z_a, z_v, ly_a, ly_v), check)
+    if not raw_affinity:
+        ly_a, ly_v = normalize(ly_a, dim=-1), normalize(ly_v, dim=-1)
+    if detach_affinity:
+        ly_a, ly_v = ly_a.detach(), ly_v.detach()
+
+    def a_to_v(z_a, z_v, ly_a, ly_v):
+        s, log_negatives = similarities(z_a, all_gather(z_v), positions(z_a), eta)
+        L = nll(s, log_negatives[:, :, None, None])                     # (B, K, N, K)
+        c = torch.einsum("ipc,jqc->ipjq", ly_a, all_gather(ly_v)) / affinity_temperature
+        lam = c.flatten(2).softmax(2).view_as(c)                        # (B, K, N, K)
+        return (lam * L).sum((2, 3)).mean()
+
+    with torch.autocast(z_a.device.type, enabled=False):
+        loss = a_to_v(z_a, z_v, ly_a, ly_v)
+        return loss if one_way else (loss + a_to_v(z_v, z_a, ly_v, ly_a)) / 2
+
+
+def check_inputs(tensors, finite):
+    """Check z_a, z_v and, where they are given, ly_a, ly_v; return them in float32 or float64.
+
+    z gets unit length. Raises ValueError if one is None, if the shapes do not fit or, with
+    `finite`, if a value is NaN or infinite.
+    """
+    named = dict(zip(("z_a", "z_v", "ly_a", "ly_v"), tensors))
+    if any(x is None for x in tensors):
+        raise ValueError("Eq. 2 needs ly_a and ly_v, the encoder outputs under l: give them, or "
+                         "affinity='none'")
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+    if any(x.dim() != 3 for x in tensors):
+        raise ValueError(f"{shapes}: give each three axes, (clips, views, width); for one view "
+                         "that is z_a[:, None]")
+    if len({x.shape[:2] for x in tensors}) > 1:
+        raise ValueError(f"{shapes}: sound and video must have the same clips and views, the first "
+                         "two axes")
+    for name, (a, v) in {"z": tensors[:2], "l(y)": tensors[2:] or tensors[:2]}.items():
+        if a.shape != v.shape:
+            mend = ("end both projectors in the same width" if name == "z" else "Eq. 2 multiplies "
+                    "them, so use an l that maps both encoder outputs to one width")
+            raise ValueError(f"{shapes}: {name} of sound and video differ in width: {mend}")
+    for name, x in named.items():
+        if finite and not x.isfinite().all():
+            raise ValueError(f"{name} {tuple(x.shape)} holds NaN or infinity: look for the step "
+                             "before it that diverged")
+    tensors = [x if x.dtype == torch.float64 else x.float() for x in tensors]
+    return *(normalize(z, dim=-1) for z in tensors[:2]), *tensors[2:]
+
+
+def positions(z):
+    """The positions (B,) of this process's clips in the global batch."""
+    B, rank = len(z), dist.get_rank() if distributed() else 0
+    return rank * B + torch.arange(B, device=z.device)
 
 
 def distributed():

@@ -1,7 +1,7 @@
 """The networks of §2 and §2.3: encoders f and g, projectors h_v and h_a, the mapping l of Eq. 2.
 
     model = SvaCLR()
-    y_a, y_v, z_a, z_v = model(audio, video)          # (B, K, 1, M, F), (B, K, 3, T, H, W)
+    ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
 
 This file needs torch and torchvision alone. Symbols: f video encoder, g audio encoder (Eq. 3 writes
 g(a), f(v)); B clips, K views, C = 512 encoder width, D projection width, T frames, H, W pixels, M
@@ -12,7 +12,6 @@ import pickle
 from argparse import Namespace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
@@ -176,11 +175,11 @@ class Mapping(nn.Sequential):
 
 
 class SvaCLR(nn.Module):
-    """audio (B, K, 1, M, F), video (B, K, 3, T, H, W) -> y_a, y_v (B, K, C), z_a, z_v (B, K, D).
+    """audio (B, K, 1, M, F), video (B, K, 3, T, H, W) -> ly_a, ly_v (B, K, C), z_a, z_v (B, K, D).
 
-    Each encoder runs once over all views, so its BatchNorm sees both speeds together. y is
-    l(encoder output), which with the identity mapping is the encoder output itself. z is
-    h(encoder output), brought to unit length.
+    Each encoder runs once over all views, so its BatchNorm sees both speeds together. ly is l(y) of
+    the encoder output y, which is y itself for the identity mapping. z is h(y); the loss brings it
+    to unit length.
     """
 
     def __init__(self, arch="r2plus1d_18", mapping="identity"):
@@ -193,6 +192,5 @@ class SvaCLR(nn.Module):
         views = video.shape[:2]                                         # (B, K)
         y_a = self.g(audio.flatten(0, 1))                               # (B K, C)
         y_v = self.f(video.flatten(0, 1))                               # (B K, C)
-        z_a = F.normalize(self.h_a(y_a).float(), dim=1)                 # (B K, D)
-        z_v = F.normalize(self.h_v(y_v).float(), dim=1)                 # (B K, D)
+        z_a, z_v = self.h_a(y_a), self.h_v(y_v)                         # (B K, D) x 2
         return tuple(x.unflatten(0, views) for x in (self.l(y_a), self.l(y_v), z_a, z_v))

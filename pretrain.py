@@ -21,20 +21,22 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import LogMel, normalize_frames
 from data import AudioVisualClips, find_rows, make_loader
-from loss import all_gather, soft_info_nce
+from loss import all_gather, double_sum, soft_info_nce
 from models import SvaCLR
 from support.processes import (at_least, autocast, choose_precision, launch, positive, rank, say,
                                say_left_out, world_size)
-from support.run import Run, add_run_flags, claim
+from support.run import Run, add_run_flags, lock_folder
 
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong
 # The built-in set has small frames and a small encoder, so that two CPU cores train it in minutes.
-DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, batch_per_process=32, epochs=15,
-            warmup=1.0)
+# Its processes share a global batch of 32 clips, so any number of them makes the same steps.
+DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, epochs=15, batch_per_process=None)
+DEMO_BATCH = 32
 
 
 def flags():
@@ -47,22 +49,26 @@ def flags():
     data.add_argument("--out", default="runs/svaclr", help="folder of the results (runs/svaclr)")
     clip = p.add_argument_group("clips")
     clip.add_argument("--max-speed", type=at_least(1), default=4,
-                      help="S of T = {1..S}; 1: no co-augmentation (4: Table 1)")
+                      help="S, speeds are drawn from {1, ..., S}; 1: no co-augmentation (4: "
+                      "Table 1)")
     # Without the flag it is None, as in checkpoints that are older than the flag.
     clip.add_argument("--same-speed", action="store_true", default=None,
                       help="one drawn speed for video and sound alike (default: independent ones, "
                       "§2.1; SpeedAug, the paper's first version, speaks of one)")
-    clip.add_argument("--frames", type=at_least(1), default=30, help="T (30; paper silent, GDT)")
+    clip.add_argument("--frames", type=at_least(1), default=30,
+                      help="T, frames of a view (30: paper silent, GDT; built-in set: 4)")
     clip.add_argument("--fps", type=at_least(1), default=30,
-                      help="frames per second at speed 1 (30; paper silent, GDT)")
+                      help="frames per s at speed 1 (30: paper silent, GDT; built-in set: 4)")
     clip.add_argument("--size", type=at_least(16), default=128,
-                      help="H = W in pixels (128: Table 2, which has 224 too)")
+                      help="H = W in pixels (128: Table 2, which has 224 too; built-in set: 32)")
     model = p.add_argument_group("model and objective")
     model.add_argument("--arch", default="r2plus1d_18",
                        choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
-                       help="video encoder f (r2plus1d_18: §2.3; r2plus1d_10 is for CPUs)")
+                       help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10, for "
+                       "CPUs)")
     model.add_argument("--affinity", default="clip", choices=["none", "clip", "view", "batch"],
-                       help="scope of the softmax in Eq. 2 (clip: §2.2); none: InfoNCE")
+                       help="scope of the softmax in Eq. 2 (clip: §2.2); none: InfoNCE; batch: the "
+                       "double sum of Eq. 3 read literally")
     model.add_argument("--mapping", default="identity", choices=["identity", "linear", "mlp"],
                        help="l of Eq. 2 (identity: §2.2)")
     model.add_argument("--affinity-temperature", type=positive, default=1.0,
@@ -76,14 +82,16 @@ def flags():
     model.add_argument("--eta", type=positive, default=0.07,
                        help="temperature of Eq. 1 (0.07; paper silent, GDT)")
     optim = p.add_argument_group("optimisation")
-    optim.add_argument("--epochs", type=at_least(1), default=100, help="(100: §3.1)")
+    optim.add_argument("--epochs", type=at_least(1), default=100,
+                       help="(100: §3.1; built-in set: 15)")
     optim.add_argument("--warmup", type=at_least(0, float),
                        help="epochs of linear warm-up (a tenth of --epochs; 10 of 100: §3.1)")
     optim.add_argument("--batch-per-process", type=at_least(1), default=8,
-                       help="clips per process (8: §3.1)")
+                       help="clips per process (8: §3.1; built-in set: all processes share 32)")
     optim.add_argument("--chunk", type=at_least(2),
-                       help="clips embedded at a time: the memory and the BatchNorm of so many, "
-                       "the negatives of all (default: all of a process; paper silent)")
+                       help="embed this many clips at a time; negatives still come from the whole "
+                       "batch, BatchNorm's statistics from one chunk (default: all clips of a "
+                       "process; paper silent)")
     optim.add_argument("--lr", type=positive, default=0.64,
                        help="peak learning rate at a global batch of 512 (0.64: §3.1). Start and "
                        "end keep the paper's 0.064 : 0.64 : 0.10; all scale with the global batch")
@@ -102,11 +110,6 @@ def parse(argv=None):
     args.warmup = args.epochs / 10 if args.warmup is None else args.warmup
     if args.warmup > args.epochs:
         p.error(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
-    if args.chunk and args.batch_per_process % args.chunk:
-        p.error(f"--chunk {args.chunk} does not divide --batch-per-process "
-                f"{args.batch_per_process}: give a divisor of it")
-    if args.chunk == args.batch_per_process:
-        args.chunk = None                       # one chunk would be embedded twice for nothing
     if args.same_speed and args.max_speed == 1:
         p.error("--same-speed has no speed to draw: it needs --max-speed above 1")
     if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none" or
@@ -128,6 +131,22 @@ def learning_rate(epoch, warmup, epochs, peak):
     return last + (peak - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def clips_per_process(args):
+    """B: --batch-per-process or, on the built-in set, an equal share of its global batch of 32.
+
+    Raises ValueError if 32 clips, or the clips of a process in chunks, do not divide evenly.
+    """
+    B = args.batch_per_process or DEMO_BATCH // world_size()
+    if not args.batch_per_process and DEMO_BATCH % world_size():
+        raise ValueError(f"the built-in set's global batch of {DEMO_BATCH} clips does not divide "
+                         f"among {world_size()} processes: start 1, 2, 4, 8, 16 or 32 of them, or "
+                         "give --batch-per-process")
+    if args.chunk and B % args.chunk:
+        raise ValueError(f"--chunk {args.chunk} does not divide the {B} clips of a process: give "
+                         "a divisor of it")
+    return B
+
+
 def build(args, device, dtype):
     """The model, with the same weights on all processes, its optimiser and its gradient scaler."""
     torch.manual_seed(args.seed)
@@ -145,7 +164,8 @@ def build(args, device, dtype):
 @torch.no_grad()
 def top1(z_a, z_v):
     """Accuracy at speed 1: the share of local sounds whose nearest video is their own."""
-    s = z_a[:, 0] @ all_gather(z_v[:, 0].contiguous()).T                # (B, N)
+    z_a, z_v = (normalize(z[:, 0].float(), dim=1) for z in (z_a, z_v))  # (B, D) x 2
+    s = z_a @ all_gather(z_v).T                                         # (B, N)
     own = rank() * len(s) + torch.arange(len(s), device=s.device)       # (B,)
     return (s.argmax(1) == own).float().mean()
 
@@ -153,30 +173,31 @@ def top1(z_a, z_v):
 def step_in_chunks(embed, objective, net, scaler, batch, n):
     """Eq. 3 and its gradient over the whole batch, with the memory of one of n chunks of it.
 
-    dL/dtheta is the sum over the chunks of dL/d(y, z) d(y, z)/dtheta, and the first factor needs y
-    and z alone. So each chunk is embedded twice, by embed(*chunk) -> y_a, y_v, z_a, z_v (gradient
-    caching, arXiv 2101.06983). Chunk k has clips k, k + n, ..., as the k-th of n processes would.
+    dloss/dtheta is the sum over the chunks of dloss/d(ly, z) d(ly, z)/dtheta, and the first factor
+    needs ly and z alone. So each chunk is embedded twice, by embed(*chunk) -> ly_a, ly_v, z_a, z_v
+    (gradient caching, arXiv 2101.06983). Chunk k has clips k, k + n, ..., as the k-th of n
+    processes would.
     Returns the loss, and z_a and z_v (B, K, D), chunk after chunk.
     """
     chunks = [[x[k::n] for x in batch] for k in range(n)]               # n times (B / n, ...)
     with torch.no_grad():
         statistics = [x.clone() for x in net.buffers()]     # BatchNorm's, which move once a chunk
-        y_z = [torch.cat(x) for x in zip(*(embed(*chunk) for chunk in chunks))]     # 4 (B, K, ...)
+        ly_z = [torch.cat(x) for x in zip(*(embed(*chunk) for chunk in chunks))]    # 4 (B, K, ...)
         for x, before in zip(net.buffers(), statistics):
             x.copy_(before)
-    loss = objective(*(x.requires_grad_() for x in y_z))                # Eq. 3
-    # dL/d(y, z), in the shapes of y_z
-    gradients = torch.autograd.grad(scaler.scale(loss), y_z, materialize_grads=True)
+    loss = objective(*(x.requires_grad_() for x in ly_z))               # Eq. 3
+    # dloss/d(ly, z), in the shapes of ly_z
+    gradients = torch.autograd.grad(scaler.scale(loss), ly_z, materialize_grads=True)
     for k, chunk in enumerate(chunks):
         # With the last chunk the processes sum up their gradients.
         with net.no_sync() if world_size() > 1 and k < n - 1 else nullcontext():
             torch.autograd.backward(embed(*chunk), [g.chunk(n)[k] for g in gradients])
-    return loss, *y_z[2:]
+    return loss, *ly_z[2:]
 
 
-def say_settings(args, clips, left_out, steps):
+def say_settings(args, B, clips, left_out, steps):
     """Print the effective numbers of a run: batch, negatives, steps and learning rate."""
-    W, B, K = world_size(), args.batch_per_process, 1 if args.max_speed == 1 else 2
+    W, K = world_size(), 1 if args.max_speed == 1 else 2
     N, peak = W * B, args.lr * W * B / PAPER_BATCH
     chunks = f" in chunks of {args.chunk}" if args.chunk else ""
     say(f"{clips} clips ({left_out} left out), global batch {N} = {W} process(es) x {B} clips"
@@ -188,17 +209,19 @@ def say_settings(args, clips, left_out, steps):
 
 def train(args, device):
     """§3.1: read the data, build the model, train it with Eq. 3, save it."""
-    claim(args.out)
+    lock_folder(args.out)
+    B = clips_per_process(args)
+    N = B * world_size()
     if args.data is None:
-        say("No --data: the built-in set, with settings fit for it: "
-            + ", ".join(f"{name} {value}" for name, value in DEMO.items()))
+        names = "arch", "size", "frames", "fps", "epochs", "warmup"
+        say("No --data: training on the built-in set, with "
+            + ", ".join(f"{name} {getattr(args, name)}" for name in names))
     rows, left_out = find_rows(args.data, args.split, args.out)
-    clips = AudioVisualClips(rows, args.frames, args.fps, args.size, args.max_speed, args.seed)
-    clips.same_speed = args.same_speed
+    clips = AudioVisualClips(rows, args.frames, args.fps, args.size, args.max_speed,
+                             args.same_speed, args.seed)
     left_out |= clips.left_out
     say_left_out(left_out)
-    loader = make_loader(clips, args.batch_per_process, args.workers, args.epochs)
-    N = args.batch_per_process * world_size()
+    loader = make_loader(clips, B, args.workers, args.epochs)
     if loader.batch_sampler.steps_per_epoch == 0:
         raise ValueError(f"{len(clips)} usable clips ({len(left_out)} left out) do not fill one "
                          f"global batch of {N}: give a smaller --batch-per-process or more data")
@@ -210,18 +233,20 @@ def train(args, device):
     log_mel = LogMel().to(device)
     say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "
         f"{torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
-    say_settings(args, len(clips), len(left_out), loader.batch_sampler.steps_per_epoch)
+    say_settings(args, B, len(clips), len(left_out), loader.batch_sampler.steps_per_epoch)
 
     def embed(frames, waves):                       # (B, K, T, H, W, 3) uint8, (B, K, L)
         audio = log_mel(waves)                      # (B, K, 1, M, F)
         video = normalize_frames(frames)            # (B, K, 3, T, H, W)
         with autocast(device, dtype):
-            return net(audio, video)                # y_a, y_v (B, K, C), z_a, z_v (B, K, D)
+            return net(audio, video)                # ly_a, ly_v (B, K, C), z_a, z_v (B, K, D)
 
+    literal = args.affinity == "batch"
     objective = partial(                            # Eq. 3
-        soft_info_nce, eta=args.eta, affinity=args.affinity,
-        affinity_temperature=args.affinity_temperature, symmetric=not args.one_way,
-        normalize=not args.raw_affinity, detach=args.detach_affinity)
+        double_sum if literal else partial(soft_info_nce, affinity=args.affinity), eta=args.eta,
+        affinity_temperature=args.affinity_temperature, raw_affinity=args.raw_affinity,
+        detach_affinity=args.detach_affinity, one_way=args.one_way,
+        check=False)                                # the run names the files of a batch with NaN
     run = Run(args, loader, model, optimizer, scaler, {
         "processes": world_size(), "precision": str(dtype)[6:], "torch": torch.__version__,
         "clips": len(clips), "left_out": Counter(left_out.values())})
@@ -230,12 +255,12 @@ def train(args, device):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        if args.chunk:
-            n = len(frames) // args.chunk
+        n = B // (args.chunk or B)                  # chunks
+        if n > 1:
             loss, z_a, z_v = step_in_chunks(embed, objective, net, scaler, (frames, waves), n)
         else:
-            y_a, y_v, z_a, z_v = embed(frames, waves)
-            loss = objective(y_a, y_v, z_a, z_v)    # Eq. 3
+            ly_a, ly_v, z_a, z_v = embed(frames, waves)
+            loss = objective(ly_a, ly_v, z_a, z_v)  # Eq. 3
             scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()

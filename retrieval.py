@@ -57,8 +57,8 @@ def embed(model, log_mel, dtype, feature, frames, waves):
     device = next(model.parameters()).device
     audio, video = log_mel(waves.to(device)), normalize_frames(frames.to(device))
     with autocast(device, dtype):
-        y_a, y_v, z_a, z_v = model(audio, video)                        # (B, n, C or D)
-    both = {"y": (y_a, y_v), "z": (z_a, z_v)}
+        ly_a, ly_v, z_a, z_v = model(audio, video)                      # (B, n, C or D)
+    both = {"y": (ly_a, ly_v), "z": (z_a, z_v)}
     return torch.cat([pools.average(torch.stack(both[kind])) for kind in feature], 2)
 
 

@@ -133,7 +133,7 @@ def train(flags, rounds, device, chunk=None, profile=False):
     args = pretrain.parse(["--data", "made up", "--lr", "0.001", *flags])
     steps = Steps(rounds, chunk, profile)
     rows = MADE_UP * args.batch_per_process, {}
-    with (patch("pretrain.claim"), patch("pretrain.Run", steps.begin),
+    with (patch("pretrain.lock_folder"), patch("pretrain.Run", steps.begin),
           patch("pretrain.find_rows", lambda *_: rows),
           redirect_stdout(io.StringIO())):
         pretrain.train(args, device)

@@ -88,12 +88,13 @@ def method(args):
     read = [read_clip(row.path, 0, TAU_V, TAU_A, T, fps, size * 8 // 7) for row in rows]
     video = torch.stack([crop_at(frames, size) for frames, _ in read])          # (N, K, T, H, W, 3)
     audio = LogMel()(torch.stack([wave for _, wave in read]))                   # (N, K, 1, M, F)
-    y_a, y_v, z_a, z_v = model(audio, normalize_frames(video))
+    ly_a, ly_v, *z = model(audio, normalize_frames(video))
+    z_a, z_v = (F.normalize(x, dim=2) for x in z)                               # (N, K, D) x 2
     own = torch.arange(len(rows))
     s, _ = similarities(z_a, z_v, own, settings.eta)                            # (N, K, N, K)
     L = info_nce(z_a, z_v, own, settings.eta)                                   # (N, K, K)
-    lam = cross_affinity(y_a, y_v, "clip", settings.affinity_temperature,
-                         not settings.raw_affinity)                             # (N, K, K)
+    lam = cross_affinity(ly_a, ly_v, "clip", settings.affinity_temperature,
+                         settings.raw_affinity)                                 # (N, K, K)
 
     frames, _ = read_clip(rows[0].path, 0, TAU_V, (), T, fps, 128)          # sharper, to look at
     figure, shown = plt.figure(figsize=METHOD_SIZE), spread(4, T)
@@ -287,12 +288,12 @@ def lambda_by_speeds(model, settings, clips, split):
     log_mel, lams = LogMel(), []
     seconds = max(SPEEDS) * clips.seconds
     for _, _, video, waves in views(clips, split, seconds, SPEEDS, SPEEDS, clips.frames):
-        y_a = model.l(model.g(log_mel(waves)))                          # (4, C)
-        y_v = model.l(model.f(normalize_frames(video)))                 # (4, C)
+        ly_a = model.l(model.g(log_mel(waves)))                          # (4, C)
+        ly_v = model.l(model.f(normalize_frames(video)))                 # (4, C)
         pairs = [([0, p], [0, q]) for p in range(4) for q in range(4)]
-        lam = cross_affinity(torch.stack([y_a[p] for p, _ in pairs]),   # (16, 2, C) x 2
-                             torch.stack([y_v[q] for _, q in pairs]), "clip",
-                             settings.affinity_temperature, not settings.raw_affinity)
+        lam = cross_affinity(torch.stack([ly_a[p] for p, _ in pairs]),   # (16, 2, C) x 2
+                             torch.stack([ly_v[q] for _, q in pairs]), "clip",
+                             settings.affinity_temperature, settings.raw_affinity)
         lams.append(lam[:, 1, 1].view(4, 4))
     return torch.stack(lams)
 
@@ -343,10 +344,10 @@ def affinity(args):
     chosen = spread(args.show, long_enough)
     for n, row, video, waves in views(clips, args.split, seconds, (1,), SPEEDS, clips.frames):
         audio = log_mel(waves)                                          # (4, 1, M, F)
-        y_a = model.l(model.g(audio))                                   # (4, C)
-        y_v = model.l(model.f(normalize_frames(video)))                 # (1, C)
-        lam = cross_affinity(y_a[None], y_v[None], "clip", settings.affinity_temperature,
-                             not settings.raw_affinity)                 # (1, 4, 1)
+        ly_a = model.l(model.g(audio))                                   # (4, C)
+        ly_v = model.l(model.f(normalize_frames(video)))                 # (1, C)
+        lam = cross_affinity(ly_a[None], ly_v[None], "clip", settings.affinity_temperature,
+                             settings.raw_affinity)                     # (1, 4, 1)
         lams.append(lam[0, :, 0])
         if n in chosen:
             shown[n] = row.label, video[0, settings.frames // 2], audio[:, 0], lams[-1]

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from models import C, read_state
+from support.classification import say_torchvision
 from support.processes import at_least, rank, say, world_size
 from support.reading import RATE, read, read_sound
 from support.run import write_atomic
@@ -118,6 +119,7 @@ def video_settings(args):
             "fps": args.fps or known.get("fps", 30),
             "size": args.size or known.get("size", 128), "views": (args.clips, 1)}
     args.data = args.data or data_of(args.checkpoint, known.get("data", ""))
+    say_torchvision(args.checkpoint, clip["frames"], clip["fps"], clip["size"])
     return args.arch or known.get("arch", "r2plus1d_18"), clip
 
 

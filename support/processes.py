@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,29 +26,53 @@ import torch.distributed as dist
 
 # torchrun's restarted workers then start with a store of their own (pytorch/pytorch#135712).
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-# A scheduler sends them before it takes the machine away or the job's time is over.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# A scheduler sends the first two before it takes the machine away; Ctrl-C sends the third.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+INTERRUPTED = 130                   # exit status after Ctrl-C (128 + SIGINT, as shells have it)
 PATIENCE = timedelta(hours=12)      # for a process that scans, evaluates or saves on a slow disk
 
 
 def launch(job, args):
-    """Run job(args, device). An expected error becomes one line on stderr and exit status 1."""
-    device = start()
+    """Run job(args, device). An expected error becomes one line on stderr and exit status 1.
+
+    Ctrl-C becomes one line too, and exit status 130. Training handles it by itself, see
+    support.run: it saves first.
+    """
     try:
-        job(args, device)
+        try:
+            job(args, start())
+        except RuntimeError:                  # a peer that Ctrl-C has ended breaks the connection:
+            time.sleep(0.1)                   # the same Ctrl-C to this process counts, not that
+            raise
     except SystemExit:
-        dist.destroy_process_group()
+        leave()
         raise
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second one ends it at once
+        say("stopped by Ctrl-C; the same command goes on from what is saved", sys.stderr)
+        end(INTERRUPTED)
     except (ValueError, FloatingPointError, OSError) as error:
         where = f" on rank {rank()}" if rank() else ""
         # An error of a loading process carries that process's traceback before its sentence.
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
-        if world_size() > 1:
-            sys.stdout.flush()
-            os._exit(1)                       # an orderly exit would wait for the other processes
-        sys.exit(1)
+        end(1)
+    leave()
+
+
+def leave():
+    """End the process group once all processes are done: a process that closes its connections
+    while a peer still talks can abort that peer."""
+    gather(None)
     dist.destroy_process_group()
+
+
+def end(status):
+    """Exit with a status, without waiting for the other processes."""
+    if world_size() > 1:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def start():
@@ -55,6 +80,7 @@ def start():
 
     The environment variables of torchrun (RANK, LOCAL_RANK, WORLD_SIZE) decide. Without them the
     group has one process. On CPUs the processes of one machine share its cores out among them.
+    Raises ValueError on all processes if two of them would share a GPU.
     """
     with signals_blocked():                     # the fork server's processes inherit that
         if multiprocessing.get_start_method() == "forkserver":
@@ -62,15 +88,13 @@ def start():
             multiprocessing.set_forkserver_preload(["torchvision", "torchaudio", "av"])
             multiprocessing.forkserver.ensure_running()
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        gpus = torch.cuda.device_count()
-        if local_rank >= gpus:
-            sys.exit(f"error: process {local_rank} of this machine has no GPU, because the machine "
-                     f"has {gpus}: start {gpus} process(es), or set CUDA_VISIBLE_DEVICES= for CPUs")
+        # A launcher may show each process its own GPU alone, which is then device 0 of each.
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
     else:
+        device = torch.device("cpu")
         torch.set_num_threads(cores_per_process())
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -83,7 +107,19 @@ def start():
             say(f"warning: torchrun --max-restarts needs {UNSHARED}=1 in its environment, "
                 "otherwise restarted processes look for the dead ones (pytorch/pytorch#135712)",
                 sys.stderr)
+        if cuda:
+            refuse_shared_gpus(device)
     return device
+
+
+def refuse_shared_gpus(device):
+    """Raise ValueError on all processes if two of them have the same GPU."""
+    uuids = gather(str(torch.cuda.get_device_properties(device).uuid))
+    if len(set(uuids)) < len(uuids):
+        shared, _ = Counter(uuids).most_common(1)[0]
+        ranks = ", ".join(str(n) for n, uuid in enumerate(uuids) if uuid == shared)
+        raise ValueError(f"processes {ranks} would share one GPU: start as many processes on a "
+                         "machine as it has GPUs, or set CUDA_VISIBLE_DEVICES= for CPUs")
 
 
 def choose_interface():
@@ -132,7 +168,7 @@ def interfaces():
 
 def rank():
     """The number of this process among all processes, from 0 on."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 def world_size():
@@ -195,7 +231,7 @@ def loading_workers(number=None):
 
 @contextmanager
 def signals_blocked():
-    """Processes that are started in here, and theirs, do not see SIGTERM and SIGUSR1.
+    """Processes that are started in here, and theirs, do not see SIGTERM, SIGUSR1 and SIGINT.
 
     A signal to the whole process group must not end the loading processes, nor the server that
     forks them: the trainer needs batches until it has saved. This process gets the signal later.

@@ -8,9 +8,9 @@ The script owns the training loop, and a Run is what the loop iterates over:
         run.log(loss=loss, top1=top1, lr=lr)
 
 Between two steps the Run counts, logs, checks that losses and weights are finite, saves, and stops
-after a signal. The folder args.out gets checkpoint.pt and log.jsonl, and has been claimed:
+after a signal. The folder args.out gets checkpoint.pt and log.jsonl, and has been locked:
 
-    claim(args.out)                             # no other run may write there
+    lock_folder(args.out)                           # no other run may write there
 """
 
 import errno
@@ -27,17 +27,16 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from models import read_state
-from support.processes import (SIGNALS, at_least, gather, rank, run_once, say, share,
+from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run_once, say, share,
                                signals_blocked, world_size)
 
 LOG_EVERY = 10                                  # steps
-REQUEUE = 75                                    # exit status after a signal (EX_TEMPFAIL)
+REQUEUE = 75                                    # exit status after a scheduler's signal
 # A resumed run may change these settings.
 CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips"}
 MARK = "requeue"                                # left in OUT by a run that a signal has ended
@@ -69,7 +68,7 @@ def add_run_flags(parser):
 locks = {}                                      # path of a lock: its open file
 
 
-def claim(out):
+def lock_folder(out):
     """Make the folder of a run, keep other runs out of it, and remove the mark of the last run.
 
     Process 0 locks OUT/lock, which names its host and its number. The lock goes with the process,
@@ -115,9 +114,10 @@ class Run:
         metadata: a dict for the first line of the log, beside the settings.
     Iterating yields (epoch, batch): the fractional epoch, and the tensors of the batch on the
     model's device. After SIGTERM or SIGUSR1 to any process all processes save, leave the mark
-    OUT/requeue, and exit with status 75. Raises ValueError if the checkpoint belongs to other
-    settings or data, or if too many clips fail; FloatingPointError if the loss or a weight is not
-    finite; OSError if a file cannot be written.
+    OUT/requeue, and exit with status 75. After Ctrl-C (SIGINT) they save and exit with status 130,
+    and another signal after that ends them at once. Raises ValueError if the checkpoint belongs to
+    other settings or data, or if too many clips fail; FloatingPointError if the loss or a weight is
+    not finite; OSError if a file cannot be written.
     """
 
     def __init__(self, args, loader, model, optimizer, scaler, metadata):
@@ -163,16 +163,15 @@ class Run:
                 batches = iter(self.loader)     # starts the loading processes
             while self.step < self.last_step:
                 batch = [x.to(device, non_blocking=True) for x in self.next_batch(batches)]
-                # While a step is computed, the processes agree whether any of them had a signal.
-                should_stop = torch.tensor(bool(received), dtype=torch.uint8)
+                # While a step is computed, the processes agree with which status to stop, if any.
+                should_stop = torch.tensor(stop_status(received), dtype=torch.uint8)
                 agreed = dist.all_reduce(should_stop, dist.ReduceOp.MAX, async_op=True)
                 scale = self.scaler.get_scale()
-                torch.manual_seed(draw_seed(self.args.seed, self.step, rank()))
                 yield self.epoch + self.used / self.N / self.sampler.steps_per_epoch, batch
                 self.skipped += self.scaler.get_scale() < scale     # infinite gradients
                 self.used, self.step = self.used + self.N, self.step + 1
                 agreed.wait()
-                self.between_steps(bool(should_stop))
+                self.between_steps(int(should_stop))
         if world_size() > 1:
             # On CPUs each process has its own BatchNorm statistics; copy the saved ones to all.
             for x in self.model.buffers():
@@ -201,7 +200,10 @@ class Run:
         return batch
 
     def between_steps(self, should_stop):
-        """Check and log every LOG_EVERY steps, save when it is time, and exit after a signal."""
+        """Check and log every LOG_EVERY steps, save when it is time, and exit after a signal.
+
+        should_stop: the exit status, or 0 to go on.
+        """
         last, keep = self.step == self.last_step, self.ends_kept_epoch()
         due = self.step % LOG_EVERY == 0 or last or keep
         time_to_save = too_many_failed = False
@@ -217,12 +219,13 @@ class Run:
                 self.report(reports)
             self.start_window()
         if time_to_save or should_stop or last or keep or too_many_failed:
-            self.save(keep, should_stop)
+            self.save(keep, requeue=should_stop == REQUEUE)
         self.bar.update()
         if should_stop:
-            say(f"stopped by a signal, saved at step {self.step} of {self.last_step}: the same "
+            cause = "Ctrl-C" if should_stop == INTERRUPTED else "a signal"
+            say(f"stopped by {cause}, saved at step {self.step} of {self.last_step}: the same "
                 "command continues from that step")
-            sys.exit(REQUEUE)
+            sys.exit(should_stop)
         if too_many_failed:
             raise ValueError(f"{self.failed} of the {self.drawn} clips drawn since the start could "
                              f"not be read, clearly more than --max-failures "
@@ -365,15 +368,29 @@ class Run:
 
 @contextmanager
 def catch_signals():
-    """Yield a list that receives the numbers of a scheduler's signals."""
+    """Yield a list that receives the numbers of SIGNALS. After Ctrl-C the next one ends at once."""
     received = []
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
-                for number in SIGNALS}
+
+    def receive(number, frame):
+        if signal.SIGINT in received:
+            os.write(2, b"ended by a second Ctrl-C: the same command continues from the last "
+                        b"checkpoint\n")
+            os._exit(INTERRUPTED)
+        received.append(number)
+
+    handlers = {number: signal.signal(number, receive) for number in SIGNALS}
     try:
         yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def stop_status(received):
+    """The exit status that the signals ask for, 0 if none came. A scheduler's counts first."""
+    if not received:
+        return 0
+    return INTERRUPTED if set(received) == {signal.SIGINT} else REQUEUE
 
 
 def clearly_more(failed, drawn, limit):
@@ -388,11 +405,6 @@ def clearly_more(failed, drawn, limit):
         return q > limit
     divergence = q * math.log(q / limit) + (q < 1 and (1 - q) * math.log((1 - q) / (1 - limit)))
     return math.exp(-drawn * divergence) < 0.02
-
-
-def draw_seed(*numbers):
-    """A seed for torch that depends on the numbers alone, so no generator state needs saving."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def all_finite(model):

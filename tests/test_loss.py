@@ -1,5 +1,7 @@
 """Compares Eq. 1 to 3 with NumPy copies that sum over every index, and two processes with one."""
 
+import re
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -9,9 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, run
 
-from loss import all_gather, cross_affinity, info_nce, soft_info_nce
+from loss import all_gather, cross_affinity, double_sum, info_nce, soft_info_nce
 
-AFFINITIES = ("none", "clip", "view", "batch")
+# The objectives by the name of --affinity.
+OBJECTIVES = {name: partial(soft_info_nce, affinity=name) for name in ("none", "clip", "view")}
+OBJECTIVES["batch"] = double_sum
 
 
 def batch(N=5, K=2, C=6, D=4, seed=0, dtype=torch.float64):
@@ -77,7 +81,7 @@ def test_a_large_loss_is_exact():
 @pytest.mark.parametrize("normalize", [True, False])
 def test_cross_affinity_is_eq_2(scope, normalize):
     y_a, y_v, _, _ = batch()
-    lam = cross_affinity(y_a, y_v, scope, 0.3, normalize)
+    lam = cross_affinity(y_a, y_v, scope, 0.3, not normalize)
     a, v = y_a.numpy(), y_v.numpy()
     if normalize:
         a, v = (y / np.linalg.norm(y, axis=2, keepdims=True) for y in (a, v))
@@ -87,7 +91,7 @@ def test_cross_affinity_is_eq_2(scope, normalize):
         assert np.abs(lam[i].numpy() - expected).max() < 1e-10
 
 
-@pytest.mark.parametrize("affinity", AFFINITIES)
+@pytest.mark.parametrize("affinity", OBJECTIVES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("K", [1, 2])
 def test_soft_info_nce_is_eq_3(affinity, normalize, K):
@@ -95,9 +99,17 @@ def test_soft_info_nce_is_eq_3(affinity, normalize, K):
     n = [x.numpy() for x in (y_a, y_v, z_a, z_v)]
     a_to_v = eq3(n, 0.07, affinity, 0.5, normalize)
     v_to_a = eq3((n[1], n[0], n[3], n[2]), 0.07, affinity, 0.5, normalize)
-    common = dict(affinity=affinity, affinity_temperature=0.5, normalize=normalize)
-    assert abs(soft_info_nce(y_a, y_v, z_a, z_v, symmetric=False, **common) - a_to_v) < 1e-10
-    assert abs(soft_info_nce(y_a, y_v, z_a, z_v, **common) - (a_to_v + v_to_a) / 2) < 1e-10
+    loss = partial(OBJECTIVES[affinity], affinity_temperature=0.5, raw_affinity=not normalize)
+    assert abs(loss(y_a, y_v, z_a, z_v, one_way=True) - a_to_v) < 1e-10
+    assert abs(loss(y_a, y_v, z_a, z_v) - (a_to_v + v_to_a) / 2) < 1e-10
+
+
+@pytest.mark.parametrize("affinity", OBJECTIVES)
+def test_z_may_have_any_length(affinity):
+    y_a, y_v, z_a, z_v = batch()
+    stretch = torch.rand(5, 2, 1, dtype=torch.float64) * 40 + 0.1
+    expected = OBJECTIVES[affinity](y_a, y_v, z_a, z_v)
+    assert abs(OBJECTIVES[affinity](y_a, y_v, stretch * z_a, 7 * z_v) - expected) < 1e-10
 
 
 def test_one_view_is_cross_entropy():
@@ -105,7 +117,7 @@ def test_one_view_is_cross_entropy():
     y_a, y_v, z_a, z_v = batch(K=1)
     expected = F.cross_entropy(z_a[:, 0] @ z_v[:, 0].T / 0.07, torch.arange(5))
     for affinity in ("none", "clip", "view"):
-        loss = soft_info_nce(y_a, y_v, z_a, z_v, affinity=affinity, symmetric=False)
+        loss = soft_info_nce(y_a, y_v, z_a, z_v, affinity=affinity, one_way=True)
         assert abs(loss - expected) < 1e-12
 
 
@@ -137,10 +149,11 @@ def test_far_apart_similarities_stay_finite():
     assert loss > 900
 
 
-def test_detach_stops_the_gradient_through_lam():
+@pytest.mark.parametrize("loss", [soft_info_nce, double_sum])
+def test_detach_stops_the_gradient_through_lam(loss):
     for detach in (False, True):
         y_a, y_v, z_a, z_v = (t.requires_grad_() for t in batch())
-        soft_info_nce(y_a, y_v, z_a, z_v, detach=detach).backward()
+        loss(y_a, y_v, z_a, z_v, detach_affinity=detach).backward()
         assert (y_a.grad is None and y_v.grad is None) if detach else y_a.grad.abs().max() > 1e-6
         assert z_a.grad.abs().max() > 1e-6
 
@@ -155,6 +168,44 @@ def test_bad_arguments():
         cross_affinity(y_a, y_v, scope="batch")
 
 
+def without_view(x):
+    return x[:, 0]
+
+
+def with_nan(x):
+    return x.masked_fill(torch.arange(x.numel()).view_as(x) == 7, torch.nan)
+
+
+@pytest.mark.parametrize("loss", [soft_info_nce, double_sum])
+@pytest.mark.parametrize("changes,sentence", [
+    ([None, None, without_view, without_view],
+     "z_a (5, 4), z_v (5, 4), ly_a (5, 2, 6), ly_v (5, 2, 6): give each three axes, (clips, views, "
+     "width); for one view that is z_a[:, None]"),
+    ([None, None, None, lambda z: z[:4]], "z_a (5, 2, 4), z_v (4, 2, 4), ly_a (5, 2, 6), ly_v "
+     "(5, 2, 6): sound and video must have the same clips and views, the first two axes"),
+    ([lambda y: y[:, :1], None, None, None], "ly_a (5, 1, 6), ly_v (5, 2, 6): sound and video must "
+     "have the same clips and views"),
+    ([None, lambda y: y[..., :5], None, None], "ly_a (5, 2, 6), ly_v (5, 2, 5): l(y) of sound and "
+     "video differ in width: Eq. 2 multiplies them, so use an l that maps both encoder outputs to "
+     "one width"),
+    ([None, None, lambda z: z[..., 1:], None], "z_a (5, 2, 3), z_v (5, 2, 4), ly_a (5, 2, 6), ly_v "
+     "(5, 2, 6): z of sound and video differ in width: end both projectors in the same width"),
+    ([None, None, None, with_nan], "z_v (5, 2, 4) holds NaN or infinity: look for the step before "
+     "it that diverged"),
+    ([lambda y: y * torch.inf, None, None, None], "ly_a (5, 2, 6) holds NaN or infinity"),
+    ([None, lambda y: None, None, None], "Eq. 2 needs ly_a and ly_v, the encoder outputs under l: "
+     "give them, or affinity='none'")])
+def test_bad_tensors_get_a_sentence(loss, changes, sentence):
+    tensors = [change(x) if change else x for change, x in zip(changes, batch())]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        loss(*tensors)
+
+
+def test_nan_passes_if_it_is_not_asked_for():
+    y_a, y_v, z_a, z_v = batch()
+    assert soft_info_nce(y_a, y_v, with_nan(z_a), z_v, check=False).isnan()
+
+
 def test_all_gather_alone_is_the_identity():
     x = torch.rand(3, 2)
     assert all_gather(x) is x
@@ -166,7 +217,7 @@ import torch, torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, sys.argv[2])
-from loss import soft_info_nce
+from loss import double_sum, soft_info_nce
 
 class Net(nn.Module):
     def __init__(self):
@@ -174,7 +225,7 @@ class Net(nn.Module):
         self.f, self.g, self.h = nn.Linear(7, 6), nn.Linear(7, 6), nn.Linear(6, 4)
     def forward(self, v, a):
         y_v, y_a = self.f(v).relu(), self.g(a).relu()
-        return y_a, y_v, *(nn.functional.normalize(self.h(y), dim=2) for y in (y_a, y_v))
+        return y_a, y_v, self.h(y_a), self.h(y_v)
 
 world = int(sys.argv[3])
 if world > 1:
@@ -187,7 +238,9 @@ net = DistributedDataParallel(net) if world > 1 else net
 grads = {}
 for affinity in ("none", "clip", "view", "batch"):
     net.zero_grad()
-    loss = soft_info_nce(*net(v[rank * B:][:B], a[rank * B:][:B]), affinity=affinity)
+    outputs = net(v[rank * B:][:B], a[rank * B:][:B])
+    loss = (double_sum(*outputs) if affinity == "batch" else
+            soft_info_nce(*outputs, affinity=affinity))
     loss.backward()
     grads[affinity] = torch.cat([p.grad.flatten() for p in net.parameters()])
 if rank == 0:
@@ -205,7 +258,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     for world in (1, 2):
         run(tmp_path / f"{world}.pt", ROOT, world, script=script, processes=world, fresh=True)
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
-    for affinity in AFFINITIES:
+    for affinity in OBJECTIVES:
         error = (two[affinity] - one[affinity]).norm() / one[affinity].norm()
         print(f"{affinity}: relative error of the gradient {error:.1e}")
         assert error <= 1e-6
@@ -219,11 +272,6 @@ def test_plain_info_nce_needs_no_encoder_outputs():
         loss.backward()
         results.append((loss.detach(), z_a.grad, z_v.grad))
     assert all(one.equal(other) for one, other in zip(*results))
-    for affinity in ("clip", "view", "batch"):
-        for y in ((None, y_v), (y_a, None), (None, None)):
-            with pytest.raises(ValueError, match=f"affinity='{affinity}' needs the encoder outputs "
-                                                 "y_a and y_v$"):
-                soft_info_nce(*y, z_a, z_v, affinity=affinity)
 
 
 def test_a_group_of_one_process_changes_nothing():
@@ -234,10 +282,10 @@ def test_a_group_of_one_process_changes_nothing():
         if not grouped:
             dist.destroy_process_group()
         assert dist.is_initialized() == grouped
-        for affinity in AFFINITIES:
+        for affinity, objective in OBJECTIVES.items():
             x = [tensor.requires_grad_() for tensor in batch()]
             assert all_gather(x[0]) is x[0]
-            loss = soft_info_nce(*x, affinity=affinity)
+            loss = objective(*x)
             loss.backward()
             grads = [tensor.grad for tensor in x if tensor.grad is not None]
             assert len(grads) == (2 if affinity == "none" else 4)

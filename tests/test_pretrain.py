@@ -18,7 +18,7 @@ import finetune
 import pretrain
 import retrieval
 from data import Row
-from loss import soft_info_nce
+from loss import double_sum, soft_info_nce
 from models import SvaCLR, video_encoder
 from prepare import scan
 from pretrain import learning_rate, parse
@@ -47,15 +47,14 @@ def test_defaults_are_the_papers():
     assert {name: getattr(args, name) for name in paper} == paper
     demo = parse([])
     assert {name: getattr(demo, name) for name in pretrain.DEMO} == pretrain.DEMO
+    assert demo.warmup == 1.5 and parse(["--epochs", "30"]).warmup == 3
     assert parse(["--epochs", "3"]).epochs == 3     # a flag outranks the built-in set's settings
     assert parse(["--data", "x", "--epochs", "5"]).warmup == 0.5
-    assert parse(["--data", "x", "--chunk", "4"]).chunk == 4
-    assert parse(["--data", "x", "--chunk", "8"]).chunk is None         # the whole batch
     assert parse(["--data", "x", "--epochs", "5", "--warmup", "2"]).warmup == 2
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune, retrieval])
-def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkeypatch):
+def test_every_flag_is_read_and_says_its_defaults_and_their_source(script, monkeypatch):
     files = f"{script.__name__}.py", f"support/{'pools' if script is retrieval else 'run'}.py"
     source = "".join((ROOT / name).read_text() for name in files)
     read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
@@ -66,6 +65,13 @@ def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkey
     assert vars(script.parse(["--data", "x"])).keys() - read == set()
     for action in parsers[0]._actions:
         assert "(" in action.help or action.dest == "help", action.dest
+    if script is not retrieval:                 # help has both where the built-in set differs
+        help_of = {action.dest: action.help for action in parsers[0]._actions}
+        ours, papers = script.parse([]), script.parse(["--data", "x"])
+        for name, value in script.DEMO.items():
+            default = getattr(papers, name)
+            assert getattr(ours, name) == value != default and f"({default}: " in help_of[name]
+            assert f"; built-in set: {value or 'all processes share 32'}" in help_of[name]
 
 
 @pytest.mark.parametrize("flags,sentence", [
@@ -78,8 +84,6 @@ def test_every_flag_is_read_and_says_where_its_default_comes_from(script, monkey
     (["--max-failures", "1"], "--max-failures: '1' is not a share of 0 or more and less than 1"),
     (["--chunk", "1"], "--chunk: '1' is not a whole number of 2 or more"),
     (["--same-speed", "--max-speed", "1"], "--same-speed has no speed to draw"),
-    (["--data", "x", "--chunk", "16"], "--chunk 16 does not divide --batch-per-process 8: give"),
-    (["--chunk", "5"], "--chunk 5 does not divide --batch-per-process 32: give"),
     (["--warmup", "9", "--epochs", "3"], "--warmup 9.0 is longer than --epochs 3"),
     (["--mapping", "mlp", "--affinity", "none"], "--mapping mlp has nothing to learn from"),
     (["--mapping", "linear", "--max-speed", "1"], "--mapping linear has nothing to learn from"),
@@ -88,6 +92,34 @@ def test_bad_flags(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(flags)
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("W,flags,expected", [
+    (1, [], 32), (2, [], 16), (8, [], 4), (2, ["--batch-per-process", "32"], 32),
+    (2, ["--chunk", "16"], 16),
+    (3, [], "global batch of 32 clips does not divide among 3 processes"),
+    (64, [], "does not divide among 64 processes: start 1, 2, 4, 8, 16 or 32 of them, or give"),
+    (2, ["--chunk", "5"], "--chunk 5 does not divide the 16 clips of a process: give a divisor"),
+    (1, ["--data", "x", "--chunk", "16"], "--chunk 16 does not divide the 8 clips of a process"),
+    (8, ["--data", "x"], 8)])
+def test_the_built_in_set_has_one_global_batch(W, flags, expected, monkeypatch):
+    monkeypatch.setattr(pretrain, "world_size", lambda: W)
+    args = parse(flags)
+    if isinstance(expected, int):
+        assert pretrain.clips_per_process(args) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            pretrain.clips_per_process(args)
+
+
+def test_the_line_about_the_built_in_set_is_what_runs(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise ValueError("seen")
+
+    monkeypatch.setattr(pretrain, "find_rows", stop)
+    assert run_here(pretrain, "--epochs", "30", "--fps", "6", "--out", tmp_path) == 1
+    assert ("No --data: training on the built-in set, with arch r2plus1d_10, size 32, frames 4, "
+            "fps 6, epochs 30, warmup 3.0\n" in capsys.readouterr().out)
 
 
 def test_precision_by_capability(monkeypatch):
@@ -217,8 +249,13 @@ class OneStep:
         pass
 
 
+def objective_of(affinity):
+    """The function of loss.py that --affinity chooses."""
+    return double_sum if affinity == "batch" else partial(soft_info_nce, affinity=affinity)
+
+
 class Numbers(torch.nn.Module):
-    """A network that ignores its input: its outputs y_a, y_v, z_a, z_v are its parameters."""
+    """A network that ignores its input: its outputs ly_a, ly_v, z_a, z_v are its parameters."""
 
     def __init__(self, *_):
         super().__init__()
@@ -236,10 +273,10 @@ class Numbers(torch.nn.Module):
     (["--affinity", "view"], {"affinity": "view"}),
     (["--affinity", "batch"], {"affinity": "batch"}),
     (["--affinity-temperature", "0.1"], {"affinity_temperature": 0.1}),
-    (["--raw-affinity"], {"normalize": False}), (["--detach-affinity"], {"detach": True}),
-    (["--one-way"], {"symmetric": False})])
+    (["--raw-affinity"], {"raw_affinity": True}),
+    (["--detach-affinity"], {"detach_affinity": True}), (["--one-way"], {"one_way": True})])
 def test_flags_of_the_objective_reach_it(flags, keywords, tmp_path, monkeypatch):
-    """The loop's loss and step are those of soft_info_nce with that keyword alone."""
+    """The loop's loss and step are those of the function with that keyword alone."""
     row = Row("a.mp4", "a", "", 9.0, 9.0, True, "")
     for name, value in (("SvaCLR", Numbers), ("Run", OneStep),
                         ("find_rows", lambda *_: ([row] * 4, {}))):
@@ -247,7 +284,7 @@ def test_flags_of_the_objective_reach_it(flags, keywords, tmp_path, monkeypatch)
     assert run_here(pretrain, "--data", "x", "--batch-per-process", "4", "--weight-decay", "0",
                     "--precision", "fp32", "--lr", "100", "--out", tmp_path, *flags) == 0
     start = [x.clone().requires_grad_() for x in OneStep.start]
-    expected = soft_info_nce(*start, **keywords)
+    expected = objective_of(keywords.pop("affinity", "clip"))(*start, **keywords)
     expected.backward()
     torch.testing.assert_close(OneStep.measures["loss"].detach(), expected.detach())
     for moved, x in zip(OneStep.model.x, start):
@@ -285,8 +322,8 @@ class Vectors(torch.nn.Module):
 
     def forward(self, audio, video):
         y_a, y_v = self.g(audio.flatten(0, 1)).relu(), self.f(video.flatten(0, 1)).relu()
-        z_a, z_v = (torch.nn.functional.normalize(self.h(y), dim=1) for y in (y_a, y_v))
-        return [x.unflatten(0, audio.shape[:2]) for x in (self.l(y_a), self.l(y_v), z_a, z_v)]
+        outputs = self.l(y_a), self.l(y_v), self.h(y_a), self.h(y_v)
+        return [x.unflatten(0, audio.shape[:2]) for x in outputs]
 
 
 # The limits of the relative error. Float32 rounds differently in products of another shape.
@@ -321,7 +358,7 @@ def gradient(kind, affinity, n):
         net.register_comm_hook(None, lambda group, bucket: (sums.append(1),
                                                             allreduce_hook(group, bucket))[1])
     batch = [x[dist.get_rank()::W] for x in batch]
-    objective = partial(soft_info_nce, affinity=affinity)
+    objective = objective_of(affinity)
     if n == 1:
         objective(*net(*batch)).backward()
     else:
@@ -366,7 +403,7 @@ def test_chunks_have_the_gradient_of_the_batch(affinity):
     """Where BatchNorm does not tie the clips of a batch together. A scaler scales gradients."""
     model, batch = sixteen_clips("float64", affinity)
     model.eval()
-    objective = partial(soft_info_nce, affinity=affinity)
+    objective = objective_of(affinity)
     outputs = model(*batch)
     loss = objective(*outputs)
     loss.backward()

@@ -26,7 +26,7 @@ import retrieval
 from data import Row, make_loader
 from prepare import scan
 from support import processes
-from support.run import Run, claim, clearly_more, fingerprint, truncate_log, write_atomic
+from support.run import Run, clearly_more, fingerprint, lock_folder, truncate_log, write_atomic
 
 METHODS = ["fork", "forkserver", "spawn"]       # forkserver is the default from Python 3.14 on
 
@@ -188,7 +188,7 @@ def numbers_run(out, model, scaling=False):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     args = Namespace(epochs=4, save_every=0.0, keep_every=None, max_failures=0.05, seed=0,
                      out=str(out))
-    claim(out)
+    lock_folder(out)
     loader = make_loader(Numbers(), 2, workers=0, epochs=4)
     scaler = torch.amp.GradScaler("cpu", enabled=scaling)
     return Run(args, loader, model, optimizer, scaler, {}), optimizer
