@@ -223,6 +223,7 @@ class Run:
         self.bar.update()
         if should_stop:
             cause = "Ctrl-C" if should_stop == INTERRUPTED else "a signal"
+            self.bar.close()
             say(f"stopped by {cause}, saved at step {self.step} of {self.last_step}: the same "
                 "command continues from that step")
             sys.exit(should_stop)

@@ -11,16 +11,18 @@ import sys
 import time
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command_lines, make_video, run, run_here, with_damaged
+from torchvision.models.video import R2Plus1D_18_Weights
 
 import finetune
 from data import ActionClips, Row, read_manifest
 from finetune import classifier, evaluate, learning_rates, parse
 from models import video_encoder
 from prepare import scan
-from support.classification import fit_linear, subset
+from support.classification import answers, fit_linear, say_torchvision, subset, top_1_and_5
 
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
          "--train-clips", "2", "--test-clips", "2", "--global-batch", "4", "--epochs", "1",
@@ -260,6 +262,45 @@ def test_two_processes_evaluate_as_one_and_without_files_that_fail(ucf, tmp_path
     assert results[0][0]["video top-1"] == 100            # brightness is plain to see
 
 
+def test_a_tie_counts_against_the_model(ucf, tmp_path, monkeypatch):
+    """A head of zeros gives all classes one score: no answer is right, in any of the results."""
+    def train_nothing(args, model, clips, dtype):
+        torch.nn.init.zeros_(model.head.weight)
+
+    monkeypatch.setattr(finetune, "train", train_nothing)
+    assert run_here(finetune, "--data", ucf / "ucf101-1.csv", "--checkpoint", "none", "--out",
+                    tmp_path, *SMALL) == 0
+    result = json.loads((tmp_path / "results.json").read_text())["test"]
+    assert result["video top-1"] == result["clip top-1"] == 0
+    assert result["video top-5"] == result["clip top-5"] == 100         # there are two classes
+    with open(tmp_path / "classes.csv", newline="") as file:
+        assert {row["correct"] for row in csv.DictReader(file)} == {"0"}
+    with open(tmp_path / "confusion.csv", newline="") as file:
+        matrix = np.array([row[1:] for row in list(csv.reader(file))[1:]], int)
+    assert matrix.trace() == 0 and matrix.sum() == result["test videos"] > 0
+
+
+def test_answers_and_hits_agree():
+    g = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (200, 9), generator=g).float()         # full of ties
+    labels = torch.randint(0, 9, (200,), generator=g)
+    hits, named = top_1_and_5(scores, labels), answers(scores, labels)
+    for row, label, (first, fifth), answer in zip(scores.tolist(), labels.tolist(), hits, named):
+        better = sum(x >= row[label] for n, x in enumerate(row) if n != label)
+        assert (first, fifth) == (better < 1, better < 5)
+        assert row[answer] == max(row) and (answer == label) == (better < 1)
+
+
+def test_the_input_of_torchvisions_weights_is_said(capsys):
+    say_torchvision("runs/a.pt", 32, 30, 128)
+    assert capsys.readouterr().out == ""
+    say_torchvision("torchvision", 32, 30, 128)
+    assert "they get 32 frames at 30 fps of 128 pixels" in capsys.readouterr().out
+    meta = R2Plus1D_18_Weights.KINETICS400_V1
+    assert all(f"`{x}`" in meta.meta["_docs"] for x in ("frame_rate=15", "clip_len=16"))
+    assert meta.transforms().crop_size == [112, 112]
+
+
 @pytest.mark.slow
 def test_a_stopped_run_continues(ucf, tmp_path, capsys):
     command = ["--data", str(ucf / "ucf101-1.csv"), "--checkpoint", "none", "--out", str(tmp_path),
@@ -271,9 +312,9 @@ def test_a_stopped_run_continues(ucf, tmp_path, capsys):
         while not log.exists() or '"step": 10' not in log.read_text():
             assert process.poll() is None, (tmp_path / "out.txt").read_text()
             time.sleep(0.05)
-        process.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 75
-    assert "stopped by a signal, saved at step " in (tmp_path / "out.txt").read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert "stopped by Ctrl-C, saved at step " in (tmp_path / "out.txt").read_text()
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] >= 10
     torch.save(video_encoder("r2plus1d_10").state_dict(), tmp_path / "other.pt")
     assert run_here(finetune, *command, "--checkpoint", tmp_path / "other.pt") == 1

@@ -4,6 +4,7 @@ import argparse
 import ast
 import math
 import os
+import shutil
 from functools import partial
 from itertools import product
 
@@ -291,6 +292,20 @@ def test_flags_of_the_objective_reach_it(flags, keywords, tmp_path, monkeypatch)
         gradient = torch.zeros_like(x) if x.grad is None else x.grad
         torch.testing.assert_close((x - moved).detach() / OneStep.measures["lr"], gradient,
                                    atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_a_compiled_step(tree, tmp_path):
+    """--compile trains, and its weights after a step are those without it but for rounding."""
+    flags = ["--data", tree, *SMALL, "--epochs", "1", "--batch-per-process", "10"]
+    for name, compiled in (("plain", []), ("compiled", ["--compile"])):
+        run(*flags, "--out", tmp_path / name, *compiled, fresh=True)
+    plain, compiled = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
+                       for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys() and log_of(tmp_path / "compiled")[-1]["step"] == 1
+    for name, x in plain.items():
+        torch.testing.assert_close(compiled[name], x, atol=1e-3, rtol=1e-3, msg=name)
 
 
 def test_same_speed_reaches_the_clips(tree, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,65 @@ def test_two_hosts_that_call_themselves_localhost(two_hosts, tmp_path):
         for host in hosts:
             host.kill()
     assert all("[0, 1]" in text for text in texts), texts
+
+
+# ---- GPUs (none is needed: what torch says of them is made up)
+
+class Gpus:
+    """torch.cuda of a process that sees GPUs with these UUIDs."""
+
+    def __init__(self, monkeypatch, visible, local_rank):
+        self.visible, self.chosen = visible, None
+        for name, value in (("is_available", lambda: True), ("device_count", lambda: len(visible)),
+                            ("set_device", self.choose),
+                            ("get_device_properties", lambda x: Namespace(uuid=visible[x.index]))):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+
+    def choose(self, device):
+        self.chosen = device.index
+
+
+@pytest.mark.parametrize("visible,local_rank,index", [
+    (["a", "b", "c", "d"], 3, 3), (["d"], 3, 0), (["a"], 0, 0)])
+def test_a_process_takes_a_gpu_that_it_sees(visible, local_rank, index, monkeypatch):
+    """Four GPUs, or the process's own alone, as srun --gpus-per-task=1 shows it."""
+    gpus = Gpus(monkeypatch, visible, local_rank)
+    assert processes.start() == torch.device("cuda", index) and gpus.chosen == index
+
+
+@pytest.mark.parametrize("uuids,sentence", [
+    (["a", "b", "c"], None),
+    (["a", "b", "a"], "processes 0, 2 would share one GPU: start as many")])
+def test_processes_that_would_share_a_gpu_are_refused(uuids, sentence, monkeypatch):
+    Gpus(monkeypatch, ["a"], 0)
+    monkeypatch.setattr(processes, "gather", lambda own: uuids)
+    if sentence is None:
+        return processes.refuse_shared_gpus(torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=sentence):
+        processes.refuse_shared_gpus(torch.device("cuda", 0))
+
+
+# ---- the end
+
+@pytest.mark.slow
+def test_processes_leave_together(tmp_path):
+    """Process 1 still works when process 0 has done its part, as a slow disk would have it."""
+    script = write_script(tmp_path / "leave.py", """
+        import os, time
+        import torch.distributed as dist
+        from support import processes
+
+        def job(args, device):
+            destroy = dist.destroy_process_group
+            dist.destroy_process_group = lambda: (print("left", flush=True), destroy())
+            time.sleep(2 * processes.rank())
+            print("done", flush=True)
+
+        processes.launch(job, None)
+        """)
+    done = run(script=script, processes=2)
+    assert done.stdout.split() == ["done", "done", "left", "left"]
 
 
 # ---- patience

@@ -26,6 +26,7 @@ import retrieval
 from data import Row, make_loader
 from prepare import scan
 from support import processes
+from support.processes import INTERRUPTED
 from support.run import Run, clearly_more, fingerprint, lock_folder, truncate_log, write_atomic
 
 METHODS = ["fork", "forkserver", "spawn"]       # forkserver is the default from Python 3.14 on
@@ -194,32 +195,6 @@ def numbers_run(out, model, scaling=False):
     return Run(args, loader, model, optimizer, scaler, {}), optimizer
 
 
-def test_random_draws_continue_where_they_were(tmp_path):
-    """A network with dropout is interrupted at step 13 of 20, and continued by a process that has
-    drawn other random numbers."""
-    def train(out, interrupt_at=None):
-        torch.manual_seed(1)
-        model = torch.nn.Linear(1, 50)
-        trainer, optimizer = numbers_run(out, model)
-        torch.rand(1000 * trainer.step)
-        for _, (x, _) in trainer:
-            if trainer.step + 1 == interrupt_at:
-                raise KeyboardInterrupt
-            loss = torch.nn.functional.dropout(model(x), 0.5).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            trainer.log(loss=loss, lr=0.01)
-        return model.weight
-
-    whole = train(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", interrupt_at=13)
-    state = state_of(tmp_path / "cut")
-    assert (*state["position"], state["step"]) == (1, 10, 10)
-    assert train(tmp_path / "cut").equal(whole)
-
-
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """The loss is finite, its gradient at zero is not: the run stops and saves nothing of it."""
     model = torch.nn.Linear(1, 1, bias=False)
@@ -359,6 +334,94 @@ def test_a_signal_saves_and_two_nodes_continue(tree, tmp_path):
     saved = state_of(out)["step"]
     assert saved >= last
     assert steps(out) == list(range(10, saved + 1, 10))     # no line twice, and none lost
+
+
+def left_of(process):
+    """The processes of its group that are still there after 5 s."""
+    deadline = time.monotonic() + 5
+    while helpers_of(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return helpers_of(process)
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves(tree, tmp_path):
+    """SIGINT to the whole process group, as a terminal sends it, loading processes too. The same
+    command then ends with the weights of a run that nobody stops."""
+    flags = ["--data", tree, "--epochs", 4, "--batch-per-process", 2, "--save-every", 60]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    process = start(out, *flags)
+    undisturbed = start(whole, *flags)
+    wait_for(lambda: steps(out), process, out)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == INTERRUPTED and left_of(process) == []
+    assert "stopped by Ctrl-C, saved at step " in text_of(out)
+    assert "Traceback" not in text_of(out) and not (out / "requeue").exists()
+    assert start(out, *flags).wait() == undisturbed.wait() == 0
+    stopped, never = state_of(out), state_of(whole)
+    assert all(same(stopped[name], never[name]) for name in ("model", "optimizer", "step"))
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once(tree, tmp_path):
+    """The step that would have to end first takes seconds."""
+    out = tmp_path / "out"
+    process = start(out, "--data", tree, "--epochs", 9, "--batch-per-process", 4, "--size", 96,
+                    "--frames", 24, "--fps", 24)
+    wait_for(lambda: (out / "log.jsonl").exists(), process, out)
+    for _ in range(2):
+        time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(2) == INTERRUPTED and left_of(process) == []
+    assert "ended by a second Ctrl-C" in text_of(out) and "Traceback" not in text_of(out)
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_saves(tree, tmp_path):
+    """torchrun alone gets it from the terminal, and passes it on to its processes."""
+    out = tmp_path / "two"
+    process = start(out, "--data", tree, "--epochs", 100, "--batch-per-process", 2,
+                    torchrun=["--standalone", "--nproc_per_node=2"])
+    wait_for(lambda: steps(out), process, out)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) == 1
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert text_of(out).count("stopped by Ctrl-C, saved at step ") == 1
+    assert text_of(out).count("Traceback") == 1 and "SignalException" in text_of(out)  # torchrun's
+    assert state_of(out)["step"] >= 10 and not (out / "requeue").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["scan", "retrieval.py", "finetune.py"])
+def test_ctrl_c_ends_other_work_with_one_line(script, tree, brief, tmp_path):
+    """A file that never gives a byte, a named pipe, holds up the scan or the evaluation."""
+    if script == "scan":
+        (tmp_path / "films").mkdir()
+        os.mkfifo(tmp_path / "films" / "a.mp4")
+        script, args = "pretrain.py", ["--data", tmp_path / "films", "--out", tmp_path / "out"]
+    else:
+        rows = [row for row in scan.scan(tree)]
+        held = next(row for row in rows if row["split"] == "test")
+        held["path"] = str(tmp_path / "a.mp4")
+        os.mkfifo(held["path"])
+        scan.write(rows, tmp_path / "m.csv")
+        args = ["--data", tmp_path / "m.csv", "--checkpoint", brief]
+        if script == "finetune.py":
+            args += ["--linear", "--arch", "r2plus1d_10", "--size", 16, "--frames", 4, "--fps", 4,
+                     "--out", tmp_path / "out", "--train-clips", 1, "--test-clips", 1]
+    output = open(tmp_path / "text", "w")
+    process = subprocess.Popen([sys.executable, script, *map(str, args)], cwd=ROOT, stdout=output,
+                               stderr=output, start_new_session=True)
+    text = lambda: (tmp_path / "text").read_text()
+    while not {"evaluating", "scanning"} & set(text().replace(":", " ").split()):
+        assert process.poll() is None, text()
+        time.sleep(0.05)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == INTERRUPTED, text()
+    assert text().count("stopped by Ctrl-C; the same command goes on from what is saved\n") == 1
+    assert "Traceback" not in text() and left_of(process) == []
 
 
 @pytest.mark.slow
