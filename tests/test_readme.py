@@ -10,12 +10,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, SMALL, command_lines, log_of, make_video, run
 
 import finetune
 import pretrain
 import retrieval
 from data import read_manifest
+from loss import soft_info_nce
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
@@ -24,12 +26,14 @@ SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, finetune, re
 
 @pytest.mark.slow
 def test_first_line_on_the_built_in_set(tmp_path):
-    """`python pretrain.py && python retrieval.py` with one epoch of smaller pictures."""
+    """`python pretrain.py && python retrieval.py` with one epoch of smaller pictures. Two processes
+    pre-train, and share the global batch as the eight of README's next command do."""
     line, = [line for line in command_lines(README) if "pretrain.py && python retrieval.py" in line]
     assert line.startswith("python3 -m venv") and "pip install -r requirements.txt" in line
-    done = run("--out", tmp_path / "svaclr", "--epochs", "1", "--size", "16", fresh=True)
-    assert "No --data: the built-in set" in done.stdout
-    assert "576 clips (0 left out)" in done.stdout
+    done = run("--out", tmp_path / "svaclr", "--epochs", "1", "--size", "16", processes=2)
+    assert "No --data: training on the built-in set, with arch r2plus1d_10, size 16" in done.stdout
+    assert ("576 clips (0 left out), global batch 32 = 2 process(es) x 16 clips, 2 view(s): 62 "
+            "negatives per query, 18 steps an epoch" in done.stdout)
     files = sorted((tmp_path / "demo").rglob("*.mp4"))
     assert len(files) == 800 and sum(path.stat().st_size for path in files) < 25e6
     checkpoint = tmp_path / "svaclr" / "checkpoint.pt"
@@ -64,6 +68,25 @@ def test_snippet_of_the_loss():
     assert done.returncode == 0, done.stderr
     loss, gradient, one_view = map(float, done.stdout.split())
     assert loss > 0 and gradient > 0 and one_view > 0
+
+
+@pytest.mark.slow
+def test_snippet_of_two_processes(tmp_path):
+    """The losses of the two processes of docs/readings.md are those of one with all clips."""
+    code, = re.findall(r"```python\n(.*?)```", DOCUMENTS["readings.md"], re.DOTALL)
+    (tmp_path / "two.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+    done = run(script=tmp_path / "two.py", processes=2)
+    printed = sorted(tuple(map(float, line.split())) for line in done.stdout.splitlines())
+    parts = []
+    for rank in (0, 1):
+        torch.manual_seed(rank)
+        parts.append([torch.randn(4, 2, width) for width in (512, 512, 256, 256)])
+    y_a, y_v, z_a, z_v = (torch.cat(x) for x in zip(*parts))
+    loss = soft_info_nce(y_a, y_v, z_a.requires_grad_(), z_v)
+    assert sum(loss for _, loss, _ in printed) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    (2 * loss).backward()               # each process has the gradient of the sum of both losses
+    norms = [z_a.grad[4 * rank:][:4].norm().item() for rank in (0, 1)]
+    assert [norm for _, _, norm in printed] == pytest.approx(norms, rel=1e-4)
 
 
 class Parsed(Exception):
@@ -101,7 +124,7 @@ def test_commands_are_parsed(name, monkeypatch):
                                  r"( -m \"not slow\")?", command)
             if tests:
                 assert all((ROOT / path).exists() for path in tests[1].split()), command
-            elif "venv" not in command and "pip install" not in command:
+            elif not re.search("venv|pip install|two.py", command):
                 parse_only(command, monkeypatch)
                 count += 1
     assert count >= {"README.md": 6, "data.md": 10, "running.md": 12, "results.md": 30,
