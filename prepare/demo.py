@@ -28,6 +28,7 @@ colour; since then bodies are in the light and walls in the shade.
 import argparse
 import json
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction
@@ -204,7 +205,9 @@ def build(root, seed=0, workers=None):
              for kind in KINDS for n in range(number)]
     for split, kind, _ in names:
         (root / split / kind).mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    # Ctrl-C ends this process, which then ends the pool.
+    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=signal.signal,
+                             initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         done = pool.map(partial(make_clip, root, seed), names, chunksize=8)
         for _ in tqdm(done, total=len(names), desc="building the built-in set", unit="clip",
                       file=sys.stderr):
