@@ -28,6 +28,7 @@ from itertools import chain
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
 RATE = 24000                            # Hz, mono (paper silent; GDT)
@@ -158,6 +159,17 @@ def in_order(video, packets, damaged):
             yield heappop(stamps), waiting.popleft()
     while waiting:
         yield heappop(stamps), waiting.popleft()
+
+
+@classmethod
+def unnamed(cls, value):
+    """Return a member of Type for a type of side data that PyAV does not know, such as EXIF."""
+    member = object.__new__(cls)
+    member._name_, member._value_ = str(value), value
+    return member
+
+
+Type._missing_ = unnamed                # else frame.side_data raises ValueError on such a frame
 
 
 def display_matrix(frame):
