@@ -198,7 +198,7 @@ def probe(file, verify=False):
         with open(path, "rb") as data:
             if not data.read(1):
                 return row | {"reason": "empty file"}
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             return row | measure(container, verify)
     except av.error.FFmpegError as error:
         return row | {"reason": f"{failure}: {error.strerror or error}"}

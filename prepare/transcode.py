@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from prepare.scan import COLUMNS, probe, write
 from support.processes import at_least
-from support.reading import (RATE, SEAM, UPRIGHT, Damage, MonoResampler, Shape, begin, decode, demux,
-                             display_matrix, end, in_order, open_streams, upright)
+from support.reading import (RATE, SEAM, UPRIGHT, Damage, MonoResampler, Shape, begin, decode,
+                             demux, display_matrix, end, in_order, open_streams, upright)
 
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
 
@@ -156,7 +156,7 @@ def encode(source, target, short_side, gop, sound, crop=None):
     """Write source as target, an mp4 of H.264 and, with sound, AAC. Raises FFmpegError, OSError,
     ValueError, or SoundError if only the sound is at fault."""
     # The pictures and the sound are read from containers of their own, each in its own order.
-    with av.open(str(source)) as container, av.open(str(source)) as sound_container:
+    with av.open(f"file:{source}") as container, av.open(f"file:{source}") as sound_container:
         video, _ = open_streams(container, sound=False)
         frames = starmap(Shrinker(short_side, crop), pictures(container, video))
         first = next(frames, None)
@@ -194,7 +194,7 @@ def copy_file(job, short_side, gop, crop):
     """(manifest row, target) -> the row of the copy and "done", "skipped" or "failed". There is no
     target if it failed."""
     row, target = job
-    source, temporary = Path(row["path"]), target.with_name(f"{target.name}.{os.getpid()}.part")
+    source, temporary = Path(row["path"]), target.with_name(f"{os.getpid()}.part")
     label_split = row["label"], row["split"]
     try:
         if is_finished(source, target):
@@ -215,7 +215,8 @@ def copy_file(job, short_side, gop, crop):
         os.replace(temporary, target)
         return copy, "done"
     except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
-        temporary.unlink(missing_ok=True)
+        if os.path.exists(temporary):
+            temporary.unlink()
         reason = f"cannot be transcoded: {getattr(error, 'strerror', None) or error}"
         return {name: row.get(name, "") for name in COLUMNS} | {"reason": reason}, "failed"
 

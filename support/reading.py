@@ -242,7 +242,7 @@ def read(path, times, samples=0, short_side=160):
     """
     reader, clip = Reader(times, samples, short_side), None
     while clip is None:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             clip = reader.attempt(container)
     return clip
 
@@ -256,7 +256,7 @@ def read_sound(path):
     header says, which for an mp3 is often a guess. Raises ValueError, OSError or
     av.error.FFmpegError if it is missing.
     """
-    with av.open(str(path), metadata_errors="replace") as container:
+    with av.open(f"file:{path}", metadata_errors="replace") as container:
         audio, damaged = container.streams.best("audio"), Damage()
         if audio is None or audio.codec_context is None:
             raise ValueError("no audio stream" if audio is None else "no decoder for its sound")
