@@ -413,16 +413,16 @@ def decode_clip(clip, pictures, sound, short_side, sort):
     stamps of the wanted pictures that did not come out. damaged: the times of the damage that
     matters. fault: see `decode_wanted` and `decode_all`.
     """
-    decode_pictures, wave = decode_all if sort else decode_wanted, np.zeros(clip.samples, np.float32)
-    start, damaged_sound = clip.wanted[0], Damage()
+    decode_pictures = decode_all if sort else decode_wanted
+    wave, start, damaged_sound = np.zeros(clip.samples, np.float32), clip.wanted[0], Damage()
     keys = [p.pts * clip.tick for p in pictures if p.is_keyframe and p.pts is not None]
     key = max((time for time in keys if time <= start), default=min(keys, default=0.0))
-    # If the pictures have damage, and these packets are the last of the file, the file may end
-    # within its last picture: then it is read without it.
+    # If there is damage, and these packets are the last of the file, the file may end within its
+    # last picture, so try without it.
     for packets in (pictures, pictures[:-1])[:1 + clip.ended]:
         damaged = Damage()
         images, missing, fault = decode_pictures(clip, packets, Converter(short_side), damaged)
-        damaged = [time for time in damaged if time >= key]     # no wanted picture needs earlier ones
+        damaged = [time for time in damaged if time >= key]     # earlier ones are not needed
         if not damaged and not missing:
             break
         clip.video.codec_context.flush_buffers()

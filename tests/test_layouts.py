@@ -356,7 +356,8 @@ def test_test_share_command(put, tmp_path):
         str(tmp_path / f"r/a/{n}.mp4") for n in drawn]
     for args, code, message in (
             (("folder", tmp_path / "own", *flags), 1,
-             f"error: {tmp_path / 'own'} has parts of its own (test, train): leave out --test-share"),
+             f"error: {tmp_path / 'own'} has parts of its own (test, train): "
+             "leave out --test-share"),
             (("folder", tmp_path / "r", "--test-share", "20"), 1,
              "error: --test-share 20.0: give a share above 0 and below 1, e.g. 0.2"),
             (("ucf101", tmp_path / "r", *flags), 2,
