@@ -17,12 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-SUFFIXES = {".mp4", ".m4v", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".ts", ".vob", ".flv",
-            ".wmv", ".3gp"}
+SUFFIXES = {".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".mpg",
+            ".mpeg", ".vob", ".ts", ".mts", ".m2t", ".m2ts", ".flv", ".f4v", ".wmv", ".asf", ".ogv"}
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validate": "val",
           "validation": "val", "test": "test", "testing": "test"}
 UNLISTED = "not in the official list"
 AMBIGUOUS = "its name is an id with several clips in the official list"
+UNLABELLED = "no label in the official list"
 # The last class is not among the first 31, which is the other number of classes in use.
 KINETICS_SOUNDS = (
     "blowing nose,blowing out candles,bowling,chopping wood,dribbling basketball,laughing,"
@@ -53,31 +54,37 @@ def stem(path):
 
 
 def find_videos(root):
-    """Find the video files below root, also through links.
+    """Find the video files below root, also through links, that neither are hidden nor lie in a
+    hidden folder, such as the trash.
 
-    Returns their paths, sorted and absolute, and the notes of `count_others` about all other files
-    that are not hidden. Raises ValueError if root is not a folder or has no video.
+    Returns their paths, sorted and absolute, and notes about hidden folders and videos and about
+    all other files that are not hidden. Raises ValueError if root is not a folder or has no video.
     """
     root = Path(root).resolve()
     if not root.is_dir():
         raise ValueError(f"no folder {root}: "
                          "give the folder that holds the class folders of videos")
-    paths, others, visited = [], Counter(), set()
+    paths, others, visited, hidden = [], Counter(), set(), 0
     for directory, subdirectories, names in os.walk(root, followlinks=True):
-        subdirectories.sort()
+        hidden += sum(name.startswith(".") for name in subdirectories)
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         if os.path.realpath(directory) in visited:        # links may lead in circles
             subdirectories.clear()
             continue
         visited.add(os.path.realpath(directory))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
-            if suffix in SUFFIXES:
+            if name.startswith("."):
+                hidden += suffix in SUFFIXES
+            elif suffix in SUFFIXES:
                 paths.append(Path(directory, name))
-            elif not name.startswith("."):
+            else:
                 # What follows the last dot is not always a suffix, as in '1. notes'.
                 is_suffix = re.fullmatch(r"\.\w{1,9}", suffix, re.ASCII)
                 others[suffix if is_suffix else "without suffix"] += 1
     notes = count_others(others)
+    if hidden:
+        notes.append(f"{hidden} hidden folders and videos passed over")
     if not paths:
         expected = f"[train|val|test/]class/*.mp4 (or {', '.join(sorted(SUFFIXES - {'.mp4'}))})"
         raise ValueError("; ".join([f"no video in {root}: expected {expected}", *notes]))
@@ -169,14 +176,20 @@ def match(paths, notes, official, expected):
 def folder(root, test_share=None, seed=0):
     """ROOT/[train|val|test/]class/*: the folders give the labels and the splits (see SPLITS).
 
+    If ROOT has another folder beside train, val and test, all of its folders are classes.
     test_share: where the folders give no splits, draw this share of the files for the test part.
     """
     root = Path(root).resolve()
     paths, notes = find_videos(root)
-    entries = []
+    entries, tops = [], {path.relative_to(root).parts[0] for path in paths if path.parent != root}
+    splits = {name: SPLITS[name.lower()] for name in tops if name.lower() in SPLITS}
+    if splits and len(splits) < len(tops):
+        notes.append(f"{', '.join(sorted(splits))} counted among the classes, because "
+                     f"{min(tops - splits.keys())} beside it is no part")
+        splits = {}
     for path in paths:
         *folders, _ = path.relative_to(root).parts
-        split = SPLITS[folders.pop(0).lower()] if folders and folders[0].lower() in SPLITS else ""
+        split = splits[folders.pop(0)] if folders and folders[0] in splits else ""
         entries.append((path, Clip("/".join(folders) or root.name, split, "", path)))
     if test_share is None:
         return entries, notes
@@ -208,17 +221,18 @@ def kinetics400(root, annotations=None):
 
 
 def kinetics_clips(annotations):
-    """Read lists with the columns label, youtube_id, time_start, time_end and split.
+    """Read lists with the columns youtube_id, time_start, time_end, split and, except for a test
+    part, label.
 
     Returns {id_start_end: Clip} and, in the same dictionary, {id: Clip}.
     """
     def parse(header, line):
         cells = dict(zip(header, split_csv(line), strict=True))
         start, stop = int(cells["time_start"]), int(cells["time_end"])
-        name = f"{cells['youtube_id']}_{start:06d}_{stop:06d}"
-        return name, Clip(cells["label"], SPLITS[cells["split"]], "", name)
+        name, label = f"{cells['youtube_id']}_{start:06d}_{stop:06d}", cells.get("label", "")
+        return name, Clip(label, SPLITS[cells["split"]], "" if label else UNLABELLED, name)
 
-    official, columns = {}, "label,youtube_id,time_start,time_end,split"
+    clips, columns = [], "youtube_id,time_start,time_end,split"
     for path in annotation_files(annotations, "*.csv", "the official csv (train.csv, validate.csv, "
                                  "...) or their folder"):
         with open(path, encoding="utf-8-sig", errors="replace") as file:
@@ -226,9 +240,10 @@ def kinetics_clips(annotations):
         if not set(columns.split(",")) <= set(header):
             raise ValueError(f"{path}:1: expected the columns {columns}, "
                              f"got {','.join(header)[:200]!r}")
-        clips = parse_lines(path, partial(parse, header), ",".join(header), skip=1)
-        official = dict(clips) | official
-    by_id = {}
+        clips += parse_lines(path, partial(parse, header), ",".join(header), skip=1)
+    official, by_id = {}, {}
+    for name, clip in sorted(clips, key=lambda entry: entry[1].reason):     # with a label first
+        official.setdefault(name, clip)
     for name, clip in official.items():
         video = name.rsplit("_", 2)[0]                    # an id may have a _ too
         by_id[video] = Clip("", "", AMBIGUOUS, video) if video in by_id else clip

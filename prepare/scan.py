@@ -21,7 +21,8 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
-from support.reading import MonoResampler, Shape, begin, decode, end, forget_before, open_streams
+from support.reading import (Converter, Damage, MonoResampler, Shape, begin, decode, demux,
+                             end, open_streams)
 
 COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height",
            "has_audio", "reason", "note", "stamp")
@@ -197,7 +198,7 @@ def probe(file, verify=False):
         with open(path, "rb") as data:
             if not data.read(1):
                 return row | {"reason": "empty file"}
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             return row | measure(container, verify)
     except av.error.FFmpegError as error:
         return row | {"reason": f"{failure}: {error.strerror or error}"}
@@ -225,7 +226,7 @@ def measure(container, verify):
     if audio is not None and audio.codec_context is None:
         audio, note = None, "no decoder for its sound"
     tracks = {stream: Track(stream) for stream in (video, audio) if stream is not None}
-    for packet in container.demux(list(tracks)):
+    for packet in demux(container, list(tracks)):
         track = tracks[packet.stream]
         if not track.problem and (verify or track.stop is None):
             track.add(packet)
@@ -258,7 +259,7 @@ class Track:
 
     def __init__(self, stream):
         self.stream, self.tick, self.stop, self.problem = stream, float(stream.time_base), None, ""
-        self.damaged, self.shape, self.layouts = [], Shape(), {"mono", "stereo"}
+        self.damaged, self.shape, self.formats = Damage(), Shape(), {"mono", "stereo"}
 
     def add(self, packet):
         """Decode a packet and check its frames as support.reading.read would."""
@@ -269,17 +270,18 @@ class Track:
                 if frame.pts is None and (is_video or self.stop is None):
                     raise ValueError("it has no time stamps")
                 if self.stop is None:
-                    forget_before(self.damaged, frame.time)
+                    self.damaged.forget_before(frame.time)
                 start = self.stop if frame.pts is None else frame.pts * self.tick
                 stop = start + (frame.duration or 0) * self.tick
                 self.stop = max(stop, self.stop or stop)
                 if is_video:
                     self.shape.check(frame)
                     if frame.is_corrupt:
-                        self.damaged.append(start)
-                elif frame.layout.name not in self.layouts:
-                    self.layouts.add(frame.layout.name)
-                    MonoResampler()(frame)                # raises if it does not know the layout
+                        self.damaged.append(frame.time)
+                form = frame.format.name if is_video else frame.layout.name
+                if form not in self.formats:              # raises if a frame cannot be converted
+                    self.formats.add(form)
+                    Converter(160)(frame) if is_video else MonoResampler()(frame)
         except (ValueError, av.error.FFmpegError) as error:
             self.problem = getattr(error, "strerror", None) or str(error)
 
@@ -288,10 +290,11 @@ class Track:
         None if it was not decoded to its end."""
         if self.problem:
             return
+        damaged = self.damaged.inside()
         if self.stop is None:
             self.problem = "it does not decode"
-        elif expected_stop is not None and self.damaged:
-            self.problem = f"damaged frames (first at {self.damaged[0]:.2f} s)"
+        elif expected_stop is not None and damaged:
+            self.problem = f"damaged frames (first at {damaged[0]:.2f} s)"
         elif expected_stop is not None and self.stop < expected_stop - 1:
             self.problem = f"it stops too early (at {self.stop:.2f} s of {expected_stop:.2f} s)"
 
@@ -316,7 +319,7 @@ def last_packets(container, streams):
         if container.duration:
             start = max(first, first + container.duration / av.time_base - seconds)
         container.seek(int(start * av.time_base))
-        for packet in container.demux(streams):
+        for packet in demux(container, streams):
             if packet.pts is not None:
                 stop = float((packet.pts + (packet.duration or 0)) * packet.time_base)
                 stops[packet.stream] = max(stops.get(packet.stream, stop), stop)

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from prepare.scan import COLUMNS, probe, write
 from support.processes import at_least
-from support.reading import (RATE, SEAM, UPRIGHT, MonoResampler, Shape, begin, decode,
-                             display_matrix, end, forget_before, in_order, open_streams, upright)
+from support.reading import (RATE, SEAM, UPRIGHT, Damage, MonoResampler, Shape, begin, decode,
+                             demux, display_matrix, end, in_order, open_streams, upright)
 
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
 
@@ -100,22 +100,22 @@ def pictures(container, video):
     because the beginning of the stream is time 0 of its clips. Raises ValueError if a picture is
     damaged or missing.
     """
-    damaged, last, stop = [], None, begin(video)
-    for stamp, frame in in_order(video, container.demux(video), damaged):
+    damaged, last, stop = Damage(), None, begin(video)
+    for stamp, frame in in_order(video, demux(container, video), damaged):
         if last is None:
-            forget_before(damaged, frame.time)
+            damaged.forget_before(frame.time)
             last = (video.start_time or 0) - 1
             if stamp > last + 1:
                 yield last + 1, frame
         if frame.is_corrupt:
             damaged.append(frame.time)
-        if damaged:
+        if damaged.inside():
             break
-        if stamp > last:                                  # an encoder takes each stamp once
+        if stamp > last and not frame.is_corrupt:         # an encoder takes each stamp once
             yield stamp, frame
         last, stop = stamp, float((stamp + (frame.duration or 0)) * video.time_base)
-    if damaged:
-        raise ValueError(f"damaged frames (first at {damaged[0]:.2f} s)")
+    if damaged.inside():
+        raise ValueError(f"damaged frames (first at {damaged.inside()[0]:.2f} s)")
     if stop < (end(container, video) or 0) - 1:
         raise ValueError(f"its pictures end at {stop:.2f} s, over 1 s before its header says")
 
@@ -126,12 +126,12 @@ def sound_pieces(container, audio):
     Gaps become silence, and sound that comes twice is left out. Raises SoundError if a packet is
     damaged.
     """
-    damaged, resample = [], MonoResampler()
+    damaged, resample = Damage(), MonoResampler()
     position, tolerance = round(begin(audio) * RATE), 0   # samples; position: of the next piece
-    frames = chain(decode(audio, container.demux(audio), damaged), [None])
+    frames = chain(decode(audio, demux(container, audio), damaged), [None])
     for piece in (piece for frame in frames for piece in resample(frame)):
         if tolerance == 0 and piece.pts is not None:
-            forget_before(damaged, piece.time)
+            damaged.forget_before(piece.time)
         start = position if piece.pts is None else round(piece.time * RATE)
         if start < position - SEAM * RATE:
             continue
@@ -148,15 +148,15 @@ def sound_pieces(container, audio):
         yield piece
         # After the first piece, smaller gaps are rounded time stamps.
         position, tolerance = position + piece.samples, SEAM * RATE
-    if damaged:
-        raise SoundError(f"its sound is damaged at {damaged[0]:.2f} s")
+    if damaged.inside():
+        raise SoundError(f"its sound is damaged at {damaged.inside()[0]:.2f} s")
 
 
 def encode(source, target, short_side, gop, sound, crop=None):
     """Write source as target, an mp4 of H.264 and, with sound, AAC. Raises FFmpegError, OSError,
     ValueError, or SoundError if only the sound is at fault."""
     # The pictures and the sound are read from containers of their own, each in its own order.
-    with av.open(str(source)) as container, av.open(str(source)) as sound_container:
+    with av.open(f"file:{source}") as container, av.open(f"file:{source}") as sound_container:
         video, _ = open_streams(container, sound=False)
         frames = starmap(Shrinker(short_side, crop), pictures(container, video))
         first = next(frames, None)
@@ -194,7 +194,7 @@ def copy_file(job, short_side, gop, crop):
     """(manifest row, target) -> the row of the copy and "done", "skipped" or "failed". There is no
     target if it failed."""
     row, target = job
-    source, temporary = Path(row["path"]), target.with_name(f"{target.name}.{os.getpid()}.part")
+    source, temporary = Path(row["path"]), target.with_name(f"{os.getpid()}.part")
     label_split = row["label"], row["split"]
     try:
         if is_finished(source, target):
@@ -215,7 +215,8 @@ def copy_file(job, short_side, gop, crop):
         os.replace(temporary, target)
         return copy, "done"
     except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
-        temporary.unlink(missing_ok=True)
+        if os.path.exists(temporary):
+            temporary.unlink()
         reason = f"cannot be transcoded: {getattr(error, 'strerror', None) or error}"
         return {name: row.get(name, "") for name in COLUMNS} | {"reason": reason}, "failed"
 

@@ -16,8 +16,8 @@ begins earlier. The last resort is to decode from the file's first packet on wit
 is always right.
 
 A packet is compressed, a frame is decoded. A time stamp, in short a stamp, counts the ticks of its
-stream; all other times are in s. `damaged` is always a list, to which a function adds the times of
-the packets that it could not decode.
+stream; all other times are in s. `damaged` is always a Damage, to which a function adds the times
+of the packets that it could not decode.
 """
 
 import re
@@ -28,6 +28,7 @@ from itertools import chain
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 from av.video.reformatter import VideoReformatter
 
 RATE = 24000                            # Hz, mono (paper silent; GDT)
@@ -78,22 +79,63 @@ def end(container, stream):
     return begin(stream) * by_mkvmerge + 3600 * hours + 60 * minutes + seconds
 
 
+def demux(container, streams):
+    """Yield the packets of the streams up to the end of the file."""
+    try:
+        yield from container.demux(streams)
+    except IndexError:      # PyAV raises it at the end if a stream has appeared in mid-file (FLV)
+        return
+
+
+class Damage(list):
+    """The times of the packets of a stream that do not decode."""
+
+    last = None                                         # the time of the last packet so far
+
+    def forget_before(self, first):
+        """Drop the damage before `first`, the time of the first frame: nothing is read before it.
+
+        Later damage stays: a decoder that holds frames back may meet it before its first frame.
+        """
+        self[:] = [time for time in self if time > first]
+
+    def inside(self):
+        """Return the damage that is not in the last packet, a list.
+
+        Many recordings end within a packet. Such a file is read as if it ended before this packet.
+        """
+        return [time for time in self if time != self.last]
+
+
 def decode(stream, packets, damaged):
     """Yield the frames of the packets. The packet None asks for the frames still held back."""
     for packet in packets:
         try:
+            if packet is not None and packet.size:
+                damaged.last = None if packet.pts is None else float(packet.pts * stream.time_base)
+                if packet.is_corrupt and stream.container.format.name not in ("mpegts", "mpeg"):
+                    # The file ends within the packet, which not all decoders notice. In MPEG-TS and
+                    # MPEG-PS the flag is about larger pieces, most of whose packets are whole.
+                    raise av.error.InvalidDataError(0, "cut off")
+                if stream.codec_context.name == "wmv3":
+                    packet = padded(packet)
             yield from stream.decode(packet)
         except av.error.FFmpegError:
             if packet is not None and packet.pts is not None:
-                damaged.append(float(packet.pts * stream.time_base))
+                damaged.append(damaged.last)
 
 
-def forget_before(damaged, first):
-    """Drop the damage before `first`, the time of the first frame: nothing can be read before it.
+def padded(packet):
+    """Return a copy of the packet with a zero byte behind its data.
 
-    Later damage stays: a decoder that holds frames back may meet it before the first frame is out.
+    Encoders of WMV3 may drop a picture's last byte if it is zero. Without it FFmpeg's decoder takes
+    the picture for damaged, and draws over good parts of it. What is really cut off is still found.
     """
-    damaged[:] = [time for time in damaged if time > first]
+    copy = av.Packet(bytes(packet) + b"\0")
+    copy.stream, copy.is_keyframe, copy.time_base = (packet.stream, packet.is_keyframe,
+                                                     packet.time_base)
+    copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
+    return copy
 
 
 def held_back(video):
@@ -117,6 +159,17 @@ def in_order(video, packets, damaged):
             yield heappop(stamps), waiting.popleft()
     while waiting:
         yield heappop(stamps), waiting.popleft()
+
+
+@classmethod
+def unnamed(cls, value):
+    """Return a member of Type for a type of side data that PyAV does not know, such as EXIF."""
+    member = object.__new__(cls)
+    member._name_, member._value_ = str(value), value
+    return member
+
+
+Type._missing_ = unnamed                # else frame.side_data raises ValueError on such a frame
 
 
 def display_matrix(frame):
@@ -189,7 +242,7 @@ def read(path, times, samples=0, short_side=160):
     """
     reader, clip = Reader(times, samples, short_side), None
     while clip is None:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(f"file:{path}", metadata_errors="replace") as container:
             clip = reader.attempt(container)
     return clip
 
@@ -203,18 +256,18 @@ def read_sound(path):
     header says, which for an mp3 is often a guess. Raises ValueError, OSError or
     av.error.FFmpegError if it is missing.
     """
-    with av.open(str(path), metadata_errors="replace") as container:
-        audio, damaged = container.streams.best("audio"), []
+    with av.open(f"file:{path}", metadata_errors="replace") as container:
+        audio, damaged = container.streams.best("audio"), Damage()
         if audio is None or audio.codec_context is None:
             raise ValueError("no audio stream" if audio is None else "no decoder for its sound")
-        packets = [packet for packet in container.demux(audio) if packet.size]
+        packets = [packet for packet in demux(container, audio) if packet.size]
         stops = [float((packet.pts + (packet.duration or 0)) * packet.time_base)
                  for packet in packets if packet.pts is not None]
         start = begin(audio)
         wave = np.zeros(max(0, round((max(stops, default=start) - start) * RATE)), np.float32)
         if not len(wave) or not hear(audio, packets, wave, start, damaged):
             raise ValueError("no sound decodes")
-        return wave, [t - start for t in damaged]
+        return wave, [t - start for t in damaged.inside()]
 
 
 class Reader:
@@ -280,6 +333,7 @@ class Clip:
 
     def __init__(self, container, times, samples):
         self.container, self.samples = container, samples
+        self.ended = False      # whether its last packets are the last of the file
         self.video, self.audio = open_streams(container, sound=samples > 0)
         self.streams = [stream for stream in (self.video, self.audio) if stream is not None]
         self.tick = float(self.video.time_base)         # s
@@ -292,8 +346,8 @@ def seek(container, video, time):
     """Seek to the last keyframe before `time` by the container's index. Return False on failure."""
     if re.search("pal8|444", video.codec_context.pix_fmt or ""):
         # only the first packet has the palette, or the version of x264, that the decoder needs
-        first = next(container.demux(video))
-        list(decode(video, [first], []))
+        first = next(demux(container, video))
+        list(decode(video, [first], Damage()))
     try:
         container.seek(int(time // video.time_base), stream=video)
     except av.error.FFmpegError:
@@ -314,7 +368,7 @@ def collect(clip, first, fresh, sort):
     behind, enough = 0, held_back(video)                # pictures behind the last wanted time
     ticks = {stream: float(stream.time_base) for stream in clip.streams}
     reached = dict.fromkeys(clip.streams, -np.inf)      # where the packets so far end, s
-    for packet in clip.container.demux(clip.streams):
+    for packet in demux(clip.container, clip.streams):
         if not packet.size:                             # PyAV ends each stream with an empty packet
             continue
         stream, tick = packet.stream, ticks[packet.stream]
@@ -337,6 +391,8 @@ def collect(clip, first, fresh, sort):
             behind += time is not None and time > wanted[-1]
             if behind >= enough and audio is None:
                 break
+    else:
+        clip.ended = True
     late = audio is not None and first_sound > max(begin(audio), wanted[0] - WARM_UP) + 1e-3
     nothing = all(packet.is_discard for packet in pictures)     # an edit list hides them
     if not fresh and (late or nothing):
@@ -357,16 +413,23 @@ def decode_clip(clip, pictures, sound, short_side, sort):
     stamps of the wanted pictures that did not come out. damaged: the times of the damage that
     matters. fault: see `decode_wanted` and `decode_all`.
     """
-    damaged, damaged_sound = [], []
     decode_pictures = decode_all if sort else decode_wanted
-    images, missing, fault = decode_pictures(clip, pictures, Converter(short_side), damaged)
-    wave, start = np.zeros(clip.samples, np.float32), clip.wanted[0]
-    if clip.audio is not None and not hear(clip.audio, sound, wave, start, damaged_sound):
-        wave = None
+    wave, start, damaged_sound = np.zeros(clip.samples, np.float32), clip.wanted[0], Damage()
     keys = [p.pts * clip.tick for p in pictures if p.is_keyframe and p.pts is not None]
     key = max((time for time in keys if time <= start), default=min(keys, default=0.0))
-    damaged = [time for time in damaged if time >= key]     # no wanted picture needs earlier ones
-    damaged += [time for time in damaged_sound if start <= time < clip.stop]
+    # If there is damage, and these packets are the last of the file, the file may end within its
+    # last picture, so try without it.
+    for packets in (pictures, pictures[:-1])[:1 + clip.ended]:
+        damaged = Damage()
+        images, missing, fault = decode_pictures(clip, packets, Converter(short_side), damaged)
+        damaged = [time for time in damaged if time >= key]     # earlier ones are not needed
+        if not damaged and not missing:
+            break
+        clip.video.codec_context.flush_buffers()
+    if clip.audio is not None and not hear(clip.audio, sound, wave, start, damaged_sound):
+        wave = None
+    heard = damaged_sound.inside() if clip.ended else damaged_sound
+    damaged += [time for time in heard if start <= time < clip.stop]
     return images, wave, missing, damaged, fault
 
 
@@ -461,7 +524,7 @@ def hear(audio, packets, wave, start, damaged):
             raise ValueError("its sound has no time stamps")
         stamped = position if piece.pts is None else (piece.time - start) * RATE
         if position is None:                            # a fragment after a seek is no damage
-            forget_before(damaged, piece.time)
+            damaged.forget_before(piece.time)
         if position is None or abs(stamped - position) > SEAM * RATE:
             position = round(stamped)
         low, high = max(position, 0), min(position + piece.samples, len(wave))

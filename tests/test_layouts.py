@@ -66,6 +66,24 @@ def test_kinetics400(kinetics):
     assert sum(not row["reason"] for row in rows) == 1
 
 
+def test_a_list_without_labels(put, tmp_path):
+    """Kinetics' list of the test part came without labels. A label in another list counts."""
+    for name in ("listedAAAAA", "bothAAAAAAA", "emptyAAAAAA", "testAAAAAAA"):
+        put(f"k/{name}_000001_000011.mp4")
+    write_text(tmp_path / "lists/train.csv", K400 + "yoga,listedAAAAA,1,11,train\n"
+               "yoga,bothAAAAAAA,1,11,train\n,emptyAAAAAA,1,11,train\n")
+    write_text(tmp_path / "lists/test.csv", K400.removeprefix("label,")
+               + "bothAAAAAAA,1,11,test\ntestAAAAAAA,1,11,test\ngoneAAAAAAA,1,11,test\n")
+    no_label = "no label in the official list"
+    rows, notes = scan.survey("kinetics400", tmp_path / "k", annotations=tmp_path / "lists")
+    assert by_name(rows) == {
+        "listedAAAAA_000001_000011.mp4": ("yoga", "train", ""),
+        "bothAAAAAAA_000001_000011.mp4": ("yoga", "train", ""),
+        "emptyAAAAAA_000001_000011.mp4": ("", "train", no_label),
+        "testAAAAAAA_000001_000011.mp4": ("", "test", no_label)}
+    assert notes == ["0 official entries not on disk"]
+
+
 def test_one_of_two_good_copies_is_used(put, tmp_path):
     copies = [put(f"k/{folder}/abcdefghijk_000001_000011.mp4")
               for folder in ("a", "b", "replacement/for", "train")]
@@ -245,12 +263,42 @@ def test_folder(put, tmp_path):
 def test_folders_of_splits(put, tmp_path, name, split):
     """In the layout `folder` only the first folder can name a split."""
     put(f"r/{name}/bowling/1.mp4")
-    put(f"r/bowling/{name}/2.mp4")
+    put(f"deep/bowling/{name}/2.mp4")
     label = "bowling" if split else f"{name}/bowling"
-    assert by_name(scan.scan(tmp_path / "r"), "label", "split") == {
-        "1.mp4": (label, split), "2.mp4": (f"bowling/{name}", "")}
-    rows = scan.scan(tmp_path / "r", layout="kinetics-sounds")
-    assert by_name(rows, "label", "split") == dict.fromkeys(("1.mp4", "2.mp4"), ("bowling", split))
+    assert by_name(scan.scan(tmp_path / "r"), "label", "split") == {"1.mp4": (label, split)}
+    assert by_name(scan.scan(tmp_path / "deep"), "label", "split") == {
+        "2.mp4": (f"bowling/{name}", "")}
+    for root in ("r", "deep"):
+        rows = scan.scan(tmp_path / root, layout="kinetics-sounds")
+        assert [(row["label"], row["split"]) for row in rows] == [("bowling", split)]
+
+
+@pytest.mark.parametrize("names, parts, note", [
+    (("bus/1", "car/2", "Train/3"), {"bus": "", "car": "", "Train": ""},
+     "Train counted among the classes, because bus beside it is no part"),
+    (("train/a/1", "test/a/2", "more/a/3"), {"train/a": "", "test/a": "", "more/a": ""},
+     "test, train counted among the classes, because more beside it is no part"),
+    (("train/a/1", "val/b/2", "stray"), {"a": "train", "b": "val", "r": ""}, None),
+    (("train/a/1", "Testing/a/2"), {"a": "train test"}, None)])
+def test_only_folders_that_are_all_parts_are_parts(tmp_path, names, parts, note):
+    for name in names:
+        write_text(tmp_path / f"r/{name}.mp4", "")
+    write_text(tmp_path / "r/lists/train.csv", "")        # a folder without videos is no class
+    entries, notes = layouts.folder(tmp_path / "r")
+    found = {}
+    for _, clip in entries:
+        found.setdefault(clip.label, set()).add(clip.split)
+    assert found == {label: set(splits.split()) or {""} for label, splits in parts.items()}
+    assert notes[1:] == ([note] if note else [])
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path):
+    for name in ("a/1.mp4", "a/.ipynb_checkpoints/1-checkpoint.mp4", ".Trash-1000/files/old.mp4",
+                 "b/2.mp4", "b/._2.mp4", "b/.nothing"):
+        write_text(tmp_path / ".cache/r" / name, "")
+    entries, notes = layouts.folder(tmp_path / ".cache/r")
+    assert [clip.label for _, clip in entries] == ["a", "b"]
+    assert notes == ["3 hidden folders and videos passed over"]
 
 
 # ---- a test part that is drawn
@@ -297,7 +345,7 @@ def test_test_share_command(put, tmp_path):
     for n in range(10):
         put(f"r/a/{n}.mp4")
     put("own/train/a/1.mp4")
-    put("own/a/2.mp4")
+    put("own/test/a/2.mp4")
     out = tmp_path / "m.csv"
     flags = ("--test-share", "0.2", "--out", out)
     status, stdout, _ = command("folder", tmp_path / "r", *flags)
@@ -308,7 +356,8 @@ def test_test_share_command(put, tmp_path):
         str(tmp_path / f"r/a/{n}.mp4") for n in drawn]
     for args, code, message in (
             (("folder", tmp_path / "own", *flags), 1,
-             f"error: {tmp_path / 'own'} has parts of its own (train): leave out --test-share"),
+             f"error: {tmp_path / 'own'} has parts of its own (test, train): "
+             "leave out --test-share"),
             (("folder", tmp_path / "r", "--test-share", "20"), 1,
              "error: --test-share 20.0: give a share above 0 and below 1, e.g. 0.2"),
             (("ucf101", tmp_path / "r", *flags), 2,
@@ -350,7 +399,8 @@ def test_a_stem_has_no_suffix_of_a_video(name, stem):
 
 def test_all_suffixes_are_found(put, tmp_path):
     names = ["a", "b.m4v", "c.3GP", "d.ts", "e.mpeg", "f.flv", "g.wmv", "h.vob", "i.mp4", "j.avi",
-             "k.mkv", "l.webm", "m.mpg", "n.MOV", "o.txt"]
+             "k.mkv", "l.webm", "m.mpg", "n.MOV", "o.mts", "p.m2ts", "q.M2T", "r.ogv", "s.3g2",
+             "t.f4v", "u.asf", "v.divx", "w.txt"]
     for name in names:
         put(f"r/a/{name}")
     paths, notes = layouts.find_videos(tmp_path / "r")

@@ -5,6 +5,7 @@ Most films here show the number of each frame as a barcode. `experiments/frames.
 """
 
 import os
+import struct
 from pathlib import Path
 
 import av
@@ -16,7 +17,7 @@ from conftest import make_video, peak_hz, read_barcode
 from data import ActionClips, AudioVisualClips, read_clip, read_manifest
 from experiments import frames
 from prepare import scan, transcode
-from support.reading import RATE, read
+from support.reading import RATE, padded, read, read_sound
 
 SHORT_SIDE = 48
 STORE_NO_DELAY = {".avi", ".3gp"}     # these do not store the delay of the sound encoder
@@ -141,6 +142,36 @@ def test_pictures_as_a_player_shows_them(tmp_path, degrees, hflip, vflip, expect
         assert "".join(letters) == expected, source
 
 
+@pytest.mark.parametrize("suffix", ["avi", "mov", "mkv"])
+@pytest.mark.parametrize("turn,expected", list(enumerate(
+    ("abcd", "badc", "dcba", "cdab", "acbd", "cadb", "dbca", "bdac"), 1)))
+def test_pictures_with_exif(tmp_path, suffix, turn, expected):
+    """Cameras write motion JPEG in which each picture has EXIF, and in it one of eight turns."""
+    path, levels = tmp_path / f"a.{suffix}", dict(zip("abcd", (20, 90, 160, 230)))
+    tags = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x112, 3, 1, turn, 0)
+    exif = b"\xff\xe1" + struct.pack(">H", len(tags) + 8) + b"Exif\0\0" + tags
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("mjpeg", rate=10, width=96, height=64, pix_fmt="yuvj420p")
+        corners = np.array([levels[c] for c in "abcd"], np.uint8).reshape(2, 2)
+        image = np.tile(corners.repeat(32, 0).repeat(48, 1)[..., None], 3)
+        for n in range(10):
+            frame = av.VideoFrame.from_ndarray(image, "rgb24").reformat(format="yuvj420p")
+            for packet in video.encode(frame):
+                data = av.Packet(bytes(packet)[:2] + exif + bytes(packet)[2:])
+                data.stream, data.time_base, data.is_keyframe = video, packet.time_base, True
+                data.pts = data.dts = packet.pts
+                out.mux(data)
+    assert scanned(path)["reason"] == ""
+    transcode.encode(path, tmp_path / "copy.mp4", 64, 15, sound=False)
+    for source in (path, tmp_path / "copy.mp4"):
+        (image,), _ = read(source, [0.3], 0, 64)
+        H, W = image.shape[:2]
+        assert (H, W) == ((64, 96) if turn < 5 else (96, 64))
+        values = [image[y, x].mean() for y in (H // 4, 3 * H // 4) for x in (W // 4, 3 * W // 4)]
+        letters = [min(levels, key=lambda c: abs(levels[c] - value)) for value in values]
+        assert "".join(letters) == expected, source
+
+
 def damage(path, first, last, kind="video"):
     """Overwrite the video or audio packets number `first` to `last` of a file."""
     with av.open(str(path)) as container:
@@ -202,6 +233,78 @@ def test_a_file_that_was_cut_is_refused_past_its_end(tmp_path, suffix):
     for tau_a in ((), (1,)):
         with pytest.raises(ValueError, match=f"a.{suffix}: "):
             read_clip(path, 4, (1,), tau_a, 12, 25, SHORT_SIDE)
+
+
+@pytest.mark.parametrize("suffix,codec,sound", [
+    ("ts", "libx264", "aac"), ("ts", "mpeg2video", "mp2"), ("mpg", "mpeg2video", "mp2"),
+    ("flv", "libx264", "aac"), ("avi", "mpeg4", "libmp3lame"), ("avi", "libvpx", "pcm_s16le"),
+    ("asf", "wmv2", "libmp3lame"), ("mp4", "libx264", None), ("mp4", "libvpx-vp9", None)])
+def test_files_that_end_within_a_packet(tmp_path, suffix, codec, sound):
+    """Recordings end anywhere. The last whole picture is the end of the film and of its copy."""
+    path, copy = tmp_path / f"a.{suffix}", tmp_path / "copy.mp4"
+    fragments = {"movflags": "empty_moov", "frag_duration": "200000"}
+    make_video(path, 4, 25, codec=codec, audio_codec=sound, rate=48000, tone=sound and 400,
+               muxer=fragments if suffix == "mp4" else {})
+    data, whole, (_, _, begins) = path.read_bytes(), pictures_of(path), frames.truth(path)
+    with av.open(str(path)) as container:
+        spans = [(p.pos, p.size) for p in container.demux(video=0) if p.size and p.pos]
+    late = [(size, pos) for pos, size in spans if 0.6 < pos / len(data) < 0.9]
+    for size, pos in sorted(late)[-3:]:
+        length = pos + size * 2 // 3
+        path.write_bytes(data[:length // 188 * 188 if suffix == "ts" else length])
+        row, shown = scanned(path), pictures_of(path)
+        assert (row["reason"], row["note"]) == ("", "")
+        times = np.array([t for t, image in sorted(shown.items()) if (image == whole[t]).all()])
+        numbers = np.array([frames.read_barcode(whole[t]) for t in times])
+        assert len(times) >= len(shown) - 1
+        none_wrong = 0, frames.PLACES * frames.FRAMES
+        assert frames.ask(path, frames.ours, times, numbers, begins) == none_wrong
+        transcode.encode(path, copy, SHORT_SIDE, 15, sound=sound is not None)
+        assert (scanned(copy)["reason"], scanned(copy)["note"]) == ("", "")
+        assert frames.ask(copy, frames.ours, times, numbers, begins) == none_wrong
+        video, _ = read_clip(path, times[-1] - begins[0] - 0.2, (1,), (), 12, 25, SHORT_SIDE)
+        assert read_barcode(video)[0, -1] == numbers[-1]
+
+
+def pictures_of(path):
+    """Return {time in s: (H, W, 3)} of all pictures that FFmpeg shows, damaged or not."""
+    pictures = {}
+    with av.open(str(path)) as container:
+        for packet in container.demux(video=0):
+            try:
+                pictures |= {frame.time: frame.to_ndarray(format="rgb24")
+                             for frame in packet.decode()}
+            except av.error.FFmpegError:
+                pass
+    return pictures
+
+
+def test_wmv3_packets_may_lack_a_last_zero_byte(tmp_path):
+    """A zero byte is put behind each packet for the decoder. Nothing else may change."""
+    path = make_video(tmp_path / "a.mkv", 2, 25, codec="mpeg4")
+    with av.open(str(path)) as container, av.open(str(path)) as again:
+        for packet, same in zip(container.demux(video=0), again.demux(video=0)):
+            longer = padded(same) if same.size else same
+            assert not same.size or bytes(longer) == bytes(packet) + b"\0"
+            for name in ("pts", "dts", "duration", "time_base", "is_keyframe", "stream_index"):
+                assert getattr(longer, name) == getattr(packet, name), name
+            for one, two in zip(packet.decode(), longer.decode(), strict=True):
+                assert (one.time, one.duration) == (two.time, two.duration)
+                assert (one.to_ndarray() == two.to_ndarray()).all()
+
+
+@pytest.mark.parametrize("name", [
+    "take-12:30.mp4", "pipe:1.mp4", "file:a.mp4", "http:a.mp4", "concat:a|b.mp4", "-i.mp4",
+    "%d.mp4", "a?b#c.mp4"])
+def test_a_name_is_no_address(tmp_path, monkeypatch, name):
+    """FFmpeg takes what stands before a colon for a protocol. All functions read such a file."""
+    monkeypatch.chdir(tmp_path)
+    make_video(tmp_path / "film.mp4", 2, 25).rename(name)
+    for path in (name, Path(name)):
+        assert scanned(path)["reason"] == "" and scanned(path)["has_audio"] == 1
+        assert shown(path, [1.0], sound=True).tolist() == [25]
+        assert len(read_sound(path)[0]) > 1.9 * RATE
+        transcode.encode(path, tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=True)
 
 
 def test_pictures_without_time_stamps_are_refused(tmp_path):

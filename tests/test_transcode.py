@@ -307,6 +307,21 @@ def test_failures_are_named_and_left_out(tmp_path, capsys):
     assert f"{broken}: cannot be transcoded" in capsys.readouterr().err
 
 
+def test_long_names(tmp_path):
+    """A name may have 255 bytes. A copy whose name would be longer is left out with this reason."""
+    folder, out = tmp_path / "in" / "x", tmp_path / "out"
+    data = make_video(tmp_path / "a.ts", 1, 25).read_bytes()
+    folder.mkdir(parents=True)
+    for name in ("x" * 252 + ".ts", "y" * 251 + ".ts", "z.ts"):
+        (folder / name).write_bytes(data)
+    scan.scan(tmp_path / "in", out=tmp_path / "in.csv")
+    for words in ("2 done, 0 skipped (already there), 1 failed", "0 done, 2 skipped"):
+        assert words in transcode.run(tmp_path / "in.csv", out, 32, workers=1)
+        usable, left_out = read_manifest(out / "manifest.csv")
+        assert [row.path for row in usable] == [f"{out}/x/{stem}.mp4" for stem in ("y" * 251, "z")]
+        assert list(left_out.values()) == ["cannot be transcoded: File name too long"]
+
+
 def test_sources_of_one_name_get_their_own_copies(tmp_path):
     names, manifest = ("1/same.mp4", "2/same.mp4", "1/other.mp4"), tmp_path / "in.csv"
     for n, name in enumerate(names):
