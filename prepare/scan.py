@@ -258,7 +258,7 @@ class Track:
 
     def __init__(self, stream):
         self.stream, self.tick, self.stop, self.problem = stream, float(stream.time_base), None, ""
-        self.damaged, self.shape, self.layouts = [], Shape(), {"mono", "stereo"}
+        self.damaged, self.shape, self.layouts = [], Shape(stream), {"mono", "stereo"}
 
     def add(self, packet):
         """Decode a packet and check its frames as support.reading.read would."""

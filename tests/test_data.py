@@ -51,7 +51,7 @@ def test_views_come_from_their_times(tmp_path, fps, suffix, codec, start):
         times -= max(float(s.start_time * s.time_base) for s in container.streams)
     assert abs(times - torch.arange(7 * fps) / fps).max() < 0.05
     for t0 in (0, 0.73, 2.4):
-        video, audio = read_clip(path, t0, (1, 2, 4), (1, 3, 4), frames=12, fps=12, short_side=48)
+        video, audio = read_clip(path, t0, (1, 2, 4), (1, 3, 4), frames=12, fps=12, size=48)
         assert video.shape == (3, 12, 48, 64, 3) and video.dtype == torch.uint8
         assert audio.shape == (3, 24000) and audio.dtype == torch.float32
         for k, tau in enumerate((1, 2, 4)):               # the nearest frame in time
@@ -75,7 +75,7 @@ def test_flash_and_beep_coincide(tmp_path, rate, layout, audio_codec):
                       audio_codec=audio_codec, gray=lambda t: 255 if on(t) else 0)
     for t0 in (0.0, 0.2, 1.37, 3.9):
         for tau in (1, 2, 3, 4):
-            video, audio = read_clip(path, t0, (tau,), (tau,), frames=30, fps=30, short_side=16)
+            video, audio = read_clip(path, t0, (tau,), (tau,), frames=30, fps=30, size=16)
             light, loud = video[0].float().mean((1, 2, 3)), audio[0].abs()
             # At speed tau a flash may fall between two frames: only the others are looked at.
             for n in (light > 128).nonzero().flatten().tolist():
@@ -88,7 +88,7 @@ def test_flash_and_beep_coincide(tmp_path, rate, layout, audio_codec):
 def test_a_rotated_film_is_read_upright(tmp_path):
     """Turned a quarter clockwise, the left end of the barcode comes to the top."""
     path = make_video(tmp_path / "a.mp4", 2, 30, turned=-90)
-    video, _ = read_clip(path, 0, (1,), (1,), frames=30, fps=30, short_side=54)
+    video, _ = read_clip(path, 0, (1,), (1,), frames=30, fps=30, size=54)
     assert video.shape == (1, 30, 72, 54, 3)
     assert read_barcode(video.transpose(2, 3))[0].tolist() == list(range(30))
 
@@ -96,7 +96,7 @@ def test_a_rotated_film_is_read_upright(tmp_path):
 def test_variable_frame_rate(tmp_path):
     ticks = [0, 1, 2, 9, 10, 30, 31, 45, 60, 62, 75, 89]
     path = make_video(tmp_path / "a.mkv", 0.4, 30, ticks=ticks, tone=400, wave=lambda t: 0 * t)
-    video, _ = read_clip(path, 0, (1, 2), (), frames=30, fps=20, short_side=54)
+    video, _ = read_clip(path, 0, (1, 2), (), frames=30, fps=20, size=54)
     for k, tau in enumerate((1, 2)):
         for n, seen in enumerate(read_barcode(video)[k].tolist()):
             distance = [abs(t - 1.5 * tau * n) for t in ticks]
@@ -106,7 +106,7 @@ def test_variable_frame_rate(tmp_path):
 def test_surround_sound_odd_sizes_and_several_tracks(tmp_path):
     one = make_video(tmp_path / "one.webm", 2, 30, size=(73, 55), codec="libvpx",
                      audio_codec="libopus", layout="5.1", rate=48000)
-    video, audio = read_clip(one, 0.3, (1,), (2,), frames=15, fps=30, short_side=55)
+    video, audio = read_clip(one, 0.3, (1,), (2,), frames=15, fps=30, size=55)
     assert video.shape == (1, 15, 55, 73, 3) and abs(peak_hz(audio[0]) - 800) < 5
     with av.open(str(one)) as source, av.open(str(tmp_path / "two.mkv"), "w") as out:
         tracks = [out.add_stream_from_template(source.streams[n]) for n in (0, 1, 1)]
@@ -118,13 +118,13 @@ def test_surround_sound_odd_sizes_and_several_tracks(tmp_path):
                     copy.time_base, copy.is_keyframe = packet.time_base, packet.is_keyframe
                     copy.stream = track
                     out.mux(copy)
-    again = read_clip(tmp_path / "two.mkv", 0.3, (1,), (2,), frames=15, fps=30, short_side=55)
+    again = read_clip(tmp_path / "two.mkv", 0.3, (1,), (2,), frames=15, fps=30, size=55)
     assert again[0].equal(video) and abs(peak_hz(again[1][0]) - 800) < 5
 
 
 def test_past_the_end_the_last_frame_stands(tmp_path):
     path = make_video(tmp_path / "a.mp4", 1.0, 30)
-    video, audio = read_clip(path, 0.5, frames=30, fps=30, short_side=48)
+    video, audio = read_clip(path, 0.5, frames=30, fps=30, size=48)
     assert read_barcode(video)[0].tolist() == [*range(15, 30), *[29] * 15]
     assert audio[0, :11000].std() > 0.3 and audio[0, 14000:].abs().max() == 0
 
@@ -161,7 +161,7 @@ def test_damaged_files_are_read_or_named(tmp_path):
         path.write_bytes(data)
         try:
             video, audio = read_clip(path, rng.choice((0, 0.7, 1.4)), (1, 2), (1, 2), frames=8,
-                                     fps=16, short_side=36)
+                                     fps=16, size=36)
             assert video.shape[:2] == (2, 8) and audio.shape == (2, 12000)
             read += 1
         except ValueError as error:
@@ -358,7 +358,7 @@ def test_files_that_fail_leave_an_evaluation(tmp_path, workers, capfd):
 
 def test_a_silent_film_can_be_read_without_sound(tmp_path):
     path = make_video(tmp_path / "silent.mp4", 2, tone=None)
-    video, audio = read_clip(path, 0.5, (1, 2), (), frames=10, fps=20, short_side=48)
+    video, audio = read_clip(path, 0.5, (1, 2), (), frames=10, fps=20, size=48)
     assert audio.shape == (0, 12000)
     expected = 0.5 + torch.tensor([[1], [2]]) * torch.arange(10) / 20       # s
     assert (read_barcode(video) / 30 - expected).abs().max() < 0.5 / 30 + 0.002
