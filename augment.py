@@ -11,6 +11,8 @@ number of frames and samples. Symbols: T frames, H, W pixels, L samples, M mel b
 frames, s or tau a speed from {1, ..., S}.
 """
 
+import functools
+
 import torch
 import torchaudio
 from torchvision.transforms import v2
@@ -44,7 +46,13 @@ def speed_up_audio(wave, speed):
     Nyquist limit are removed first by a windowed sinc, so they are not folded back. speed is an
     integer >= 1.
     """
-    return wave if speed == 1 else torchaudio.functional.resample(wave, speed, 1)
+    return wave if speed == 1 else windowed_sinc(speed)(wave)
+
+
+@functools.cache
+def windowed_sinc(speed):
+    """The low-pass and decimation by `speed`. Its weights are kept: they cost as much as its use."""
+    return torchaudio.transforms.Resample(speed, 1)
 
 
 # A window is the part of a picture that is read. Each function here draws where it lies before the

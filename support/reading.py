@@ -176,54 +176,60 @@ class Cutter:
     interpolated, and those on the window's edge are repeated beyond it.
     """
 
+    kind = matrix = None
+
     def __init__(self, video, view):
-        self.video, self.view, self.shape, self.matrix = video, view, Shape(video), None
-        self.kind = self.window = None
+        self.video, self.view, self.shape = video, view, Shape(video)
         # A reformatter keeps its tables as long as its task is the same, so each task has its own.
         self.unpack, self.scale = VideoReformatter(), VideoReformatter()
 
     def __call__(self, frame, pixels):
         """Return the window as a frame of the pixel format `pixels`. It is not yet upright."""
         self.shape.check(frame)
-        if self.matrix is None:         # ask a copy: PyAV would keep the frame itself in memory
-            small = self.unpack.reformat(frame, 16, 16, "gray", interpolation="POINT", threads=1)
-            self.matrix = display_matrix(small)
-        components = frame.format.components
-        if frame.format.has_palette or len({c.plane for c in components}) < len(components):
-            frame = self.unpack.reformat(frame, format="gbrp", interpolation=EXACT, threads=1)
         kind = frame.format.name, frame.width, frame.height, frame.color_range
         if kind != self.kind:
             self.kind = kind
             self.place(frame)
-        window, x, y = self.window, self.x, self.y
-        for plane, part in zip(frame.planes, self.parts):
-            top = y * plane.height // frame.height
-            left = x * plane.width // frame.width * self.bytes
-            part[:] = rows(plane)[top:top + part.shape[0], left:left + part.shape[1]]
-        window.colorspace, window.color_range = frame.colorspace, frame.color_range
-        return self.scale.reformat(window, *self.size, pixels, interpolation=EXACT, threads=1)
+        if self.is_packed:
+            frame = self.unpack.reformat(frame, format="gbrp", interpolation=EXACT, threads=1)
+        for plane, (part, place) in zip(frame.planes, self.parts):
+            part[:] = rows(plane)[place]
+        self.window.colorspace, self.window.color_range = frame.colorspace, frame.color_range
+        return self.scale.reformat(self.window, *self.size, pixels, interpolation=EXACT, threads=1)
 
     def place(self, frame):
         """Find the window in frames of the kind of this one, and prepare a frame for its pixels."""
+        if self.matrix is None:         # ask a copy: PyAV would keep the frame itself in memory
+            small = self.unpack.reformat(frame, 16, 16, "gray", interpolation="POINT", threads=1)
+            self.matrix = display_matrix(small)
         W, H, form = frame.width, frame.height, frame.format
         wide = W * float(self.video.sample_aspect_ratio or 1)
         turned, reverse_y, reverse_x = turns(self.matrix)
         shown = (H, wide) if turned else (wide, H)
         (left, top, width, height), self.size = self.view(*shown)
-        x, y = left / shown[0], top / shown[1]                  # from here on, shares of the picture
+        x, y = left / shown[0], top / shown[1]              # from here on, shares of the picture
         width, height = width / shown[0], height / shown[1]
         x, y = 1 - x - width if reverse_x else x, 1 - y - height if reverse_y else y
         if turned:
             x, y, width, height, self.size = y, x, height, width, self.size[::-1]
-        self.x, width = whole_samples(x, width, W, 16 // form.chroma_width(16))
-        self.y, height = whole_samples(y, height, H, 16 // form.chroma_height(16))
-        # FFmpeg takes gray for full-range, whatever the file says, so limited gray gets a chroma.
-        name = form.name.replace("gray", "yuv444p") if frame.color_range == ColorRange.MPEG else form.name
+        planes = {component.plane for component in form.components}
+        self.is_packed = form.has_palette or len(planes) < len(form.components)
+        form = av.VideoFormat("gbrp") if self.is_packed else form
+        step_x, step_y = 16 // form.chroma_width(16), 16 // form.chroma_height(16)
+        x, width = whole_samples(x, width, W, step_x)
+        y, height = whole_samples(y, height, H, step_y)
+        # FFmpeg takes gray for full-range whatever the file says, so limited gray gets a chroma.
+        limited_gray = form.name.startswith("gray") and frame.color_range == ColorRange.MPEG
+        name = form.name.replace("gray", "yuv444p") if limited_gray else form.name
+        self.window, self.parts = av.VideoFrame(width, height, name), []
         bits = form.components[0].bits
-        self.window, self.bytes = av.VideoFrame(width, height, name), -(-bits // 8)
-        self.parts = [rows(plane)[:, :plane.width * self.bytes] for plane in self.window.planes]
-        for part in self.parts[len(frame.planes):]:
-            part.view(f"u{self.bytes}")[:] = 1 << (bits - 1)
+        size = -(-bits // 8)                                # bytes of a sample
+        for n, plane in enumerate(self.window.planes):
+            part = rows(plane)[:, :plane.width * size]
+            part.view(f"u{size}")[:] = 1 << (bits - 1)      # no colour, if the frame has no chroma
+            top, left = (y // step_y, x // step_x * size) if n in (1, 2) else (y, x * size)
+            place = slice(top, top + part.shape[0]), slice(left, left + part.shape[1])
+            self.parts.append((part, place))
 
 
 def rows(plane):
