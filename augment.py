@@ -51,13 +51,12 @@ def speed_up_audio(wave, speed):
 
 @functools.cache
 def windowed_sinc(speed):
-    """The low-pass and decimation by `speed`. Its weights are kept: they cost as much as its use."""
+    """The low-pass and decimation by `speed`. Its weights are computed once."""
     return torchaudio.transforms.Resample(speed, 1)
 
 
-# A window is the part of a picture that is read. Each function here draws where it lies before the
-# picture is known, and returns a function that finds it in a picture of W x H pixels:
-# window(W, H) -> (left, top, width, height). All frames and views of a clip share the window and the
+# A window is the part of a picture to read: a function (W, H) -> (left, top, width, height). It is
+# drawn before the picture is opened. All frames and views of a clip share the window and the
 # mirror, so the views differ by their speed alone (paper silent).
 
 def random_crop(generator=None):
@@ -76,10 +75,10 @@ def random_crop(generator=None):
 
 
 def random_resized_crop(generator=None):
-    """Draw the window of fine-tuning (paper silent; GDT), which torchvision calls RandomResizedCrop.
+    """Draw the window of fine-tuning (paper silent; GDT), torchvision's RandomResizedCrop.
 
-    It has 14 to 100 % of the area and an aspect of 3/4 to 4/3. The first of ten draws that fits into
-    the picture counts. If none does, it is the largest one in the middle.
+    It has 14 to 100 % of the area and an aspect of 3/4 to 4/3. The first of ten draws that fits
+    into the picture counts. If none does, it is the largest one in the middle.
     """
     draws = torch.rand(10, 4, generator=generator).tolist()
 

@@ -3,8 +3,9 @@
     pictures, wave = read("film.avi", times=[2.0, 2.1, 2.2], samples=24000, size=160)
 
 The picture at time t is the one whose time stamp is nearest to t. It is turned, mirrored and
-stretched to square pixels as a player shows it. Time 0 is the time at which the pictures begin or, if sound is read too, at which
-both have begun. `read` refuses a file that it cannot read exactly; it never approximates.
+stretched to square pixels as a player shows it. Time 0 is the time at which the pictures begin or,
+if sound is read too, at which both have begun. `read` refuses a file that it cannot read exactly;
+it never approximates.
 
 How `read` works:
 1. Open the file, and seek to a keyframe before the clip.
@@ -35,7 +36,8 @@ WARM_UP = 0.2                           # s; decoding of the sound begins so muc
 SEAM = 0.01                             # s; a smaller gap in the sound is a rounded time stamp
 REORDER = {"h264": 16, "hevc": 16}      # pictures that a decoder may hold back; others: 4
 UNORDERED = {"avi", "asf"}              # these containers do not store when a picture is shown
-SKIPS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video"}   # let skip_frame change in mid-stream
+# These decoders let skip_frame change in mid-stream.
+SKIPS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video"}
 UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
 # Each pixel is the mean of the area below it, or interpolated if the picture is enlarged. Without
 # the other flags swscale takes faster ways at even widths and at the size of the film, which darken
@@ -207,7 +209,7 @@ class Cutter:
         turned, reverse_y, reverse_x = turns(self.matrix)
         shown = (H, wide) if turned else (wide, H)
         (left, top, width, height), self.size = self.view(*shown)
-        x, y = left / shown[0], top / shown[1]              # from here on, shares of the picture
+        x, y = left / shown[0], top / shown[1]              # shares of the picture from here on
         width, height = width / shown[0], height / shown[1]
         x, y = 1 - x - width if reverse_x else x, 1 - y - height if reverse_y else y
         if turned:
@@ -239,7 +241,7 @@ def rows(plane):
 
 
 def whole_samples(first, share, length, step):
-    """Round (beginning, length) of a part, given as shares, to steps of `step` pixels, at least 1."""
+    """Round the beginning and the length of a part, given as shares, to steps of `step` pixels."""
     steps = -(-length // step)
     count = min(max(1, round(share * steps)), steps)
     first = min(max(0, round(first * steps)), steps - count)

@@ -11,7 +11,7 @@ import torch
 from conftest import make_video, peak_hz, read_barcode
 
 import data
-from augment import crop_at
+from augment import centre_band, crop_at
 from data import (ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows,
                   make_loader, read_clip, read_manifest)
 from prepare import scan
@@ -195,6 +195,33 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(clips):
         assert v0.equal(v2) and a0.equal(a2)
 
 
+def test_the_window_is_drawn_before_reading(tmp_path, monkeypatch):
+    """Pre-training and fine-tuning read the drawn window alone, and mirror half of the clips."""
+    make_video(tmp_path / "c" / "a.mp4", 3, 10)
+    rows, _ = rows_of(tmp_path, tmp_path / "m.csv")
+    read, seen = data.read_clip, []
+
+    def watched(*arguments):
+        seen.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(data, "read_clip", watched)
+    clips, mirrored = AudioVisualClips(rows, 4, 8, 24), []
+    for epoch in range(12):
+        video, _, _ = clips[epoch, 0]
+        plain, _ = read(*seen[-1])
+        mirrored.append(not video.equal(plain))
+        assert video.equal(plain.flip(-2)) or not mirrored[-1]
+        assert seen[-1][6] == 24 and 0.69 < seen[-1][7](100, 100)[2] / 100 < 0.88
+    assert {*mirrored} == {True, False}
+    fine = ActionClips(rows, ["c"], 4, 8, 24)
+    for epoch in range(3):
+        video, label, _ = fine[epoch, 0]
+        assert video.shape == (4, 24, 24, 3) and video.equal(fine[epoch, 0][0]) and label == 0
+        assert seen[-1][6] == (24, 24) and seen[-1][7](100, 100) == seen[-2][7](100, 100)
+    assert len({arguments[7](100, 100) for arguments in seen}) == 12 + 3
+
+
 def test_one_view_without_co_augmentation(clips):
     video, audio, _ = AudioVisualClips(clips.rows, 4, 8, 24, max_speed=1)[0, 0]
     assert video.shape[0] == audio.shape[0] == 1
@@ -214,7 +241,7 @@ def test_one_speed_for_video_and_sound_alike(clips, monkeypatch):
 
     def read(path, t0, tau_v, tau_a, *_):
         drawn.append((tau_v[1], tau_a[1]))
-        return torch.zeros(2, 4, 30, 30, 3, dtype=torch.uint8), torch.zeros(2, 12000)
+        return torch.zeros(2, 4, 24, 24, 3, dtype=torch.uint8), torch.zeros(2, 12000)
 
     monkeypatch.setattr(data, "read_clip", read)
     same = AudioVisualClips(clips.rows, 4, 8, 24, max_speed=4)
@@ -316,10 +343,11 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     assert (three[1::3, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
     for n in (0, 1):
         three, sound, _ = evenly_spaced(crops, n, rows[n].duration, sound=False)
-        assert sound.shape[0] == 0 and three[1::3].equal(clips[n][0])
-    whole, _ = read_clip(rows[1].path, 0, (1,), (), 4, 8, 27)       # 8/7 of the size
+        assert sound.shape[0] == 0 and three.shape[0] == 12
+    band, _ = read_clip(rows[1].path, 0, (1,), (), 4, 8, 24, centre_band)
+    assert band.shape == (1, 4, 24, 37, 3)                          # 7/8 of 54 lines, 72 columns
     for crop, place in enumerate((0, 0.5, 1)):
-        assert three[crop].equal(crop_at(whole[0], 24, place))
+        assert three[crop].equal(crop_at(band[0], 24, place))
     assert not three[0].equal(three[1]) and not three[1].equal(three[2])
 
 
