@@ -1,4 +1,4 @@
-"""Speed co-augmentation (§2.1), crops, flip and colours, and the log-mel input.
+"""Speed co-augmentation (§2.1), windows, mirror and colours, and the log-mel input.
 
     tau_v, tau_a = sample_speeds(4)           # ([1, 3], [1, 2]): view 0 at speed 1, view 1 sped up
     times = frame_times(30, 30, tau_v[1])     # (T,) s: three frame intervals apart
@@ -10,6 +10,8 @@ applying different sampling rates", §2.1): a view at speed s covers s times the
 number of frames and samples. Symbols: T frames, H, W pixels, L samples, M mel bands, F spectrogram
 frames, s or tau a speed from {1, ..., S}.
 """
+
+import functools
 
 import torch
 import torchaudio
@@ -44,21 +46,63 @@ def speed_up_audio(wave, speed):
     Nyquist limit are removed first by a windowed sinc, so they are not folded back. speed is an
     integer >= 1.
     """
-    return wave if speed == 1 else torchaudio.functional.resample(wave, speed, 1)
+    return wave if speed == 1 else windowed_sinc(speed)(wave)
 
 
-def crop_flip(frames, size, generator=None):
-    """Cut one random size x size crop and, in half of the cases, mirror it.
+@functools.cache
+def windowed_sinc(speed):
+    """The low-pass and decimation by `speed`. Its weights are computed once."""
+    return torchaudio.transforms.Resample(speed, 1)
 
-    frames: (..., H, W, 3), H and W >= size -> (..., size, size, 3). The leading axes may hold time
-    and views. All of them share the crop, so the views of a clip differ by their speed alone
-    (paper silent).
+
+# A window is the part of a picture to read: a function (W, H) -> (left, top, width, height). It is
+# drawn before the picture is opened. All frames and views of a clip share the window and the
+# mirror, so the views differ by their speed alone (paper silent).
+
+def random_crop(generator=None):
+    """Draw the crop of pre-training (paper silent; GDT): a window, and whether to mirror it.
+
+    GDT makes the shorter side of the picture 128 to 160 pixels long, and cuts 112 x 112 pixels
+    anywhere. So this is a square whose side is 7/8 to 7/10 of the shorter side. Half of the crops
+    are mirrored.
     """
-    H, W = frames.shape[-3:-1]
-    top = int(torch.randint(H - size + 1, (), generator=generator))
-    left = int(torch.randint(W - size + 1, (), generator=generator))
-    frames = frames[..., top:top + size, left:left + size, :]
-    return frames.flip(-2) if torch.rand((), generator=generator) < 0.5 else frames
+    scale, x, y, mirror = torch.rand(4, generator=generator).tolist()
+
+    def window(W, H):
+        side = 7 / (8 + 2 * scale) * min(W, H)
+        return x * (W - side), y * (H - side), side, side
+    return window, mirror < 0.5
+
+
+def random_resized_crop(generator=None):
+    """Draw the window of fine-tuning (paper silent; GDT), torchvision's RandomResizedCrop.
+
+    It has 14 to 100 % of the area and an aspect of 3/4 to 4/3. The first of ten draws that fits
+    into the picture counts. If none does, it is the largest one in the middle.
+    """
+    draws = torch.rand(10, 4, generator=generator).tolist()
+
+    def window(W, H):
+        for area, aspect, x, y in draws:
+            area, aspect = (0.14 + 0.86 * area) * W * H, (4 / 3) ** (2 * aspect - 1)
+            width, height = (area * aspect) ** 0.5, (area / aspect) ** 0.5
+            if width <= W and height <= H:
+                return x * (W - width), y * (H - height), width, height
+        width, height = min(W, H * 4 / 3), min(H, W * 4 / 3)
+        return (W - width) / 2, (H - height) / 2, width, height
+    return window
+
+
+def centre_crop(W, H):
+    """The window of evaluation: a square in the middle, whose side is 7/8 of the shorter side."""
+    side = 7 / 8 * min(W, H)
+    return (W - side) / 2, (H - side) / 2, side, side
+
+
+def centre_band(W, H):
+    """The window that holds all crops of an evaluation along the longer side, see crop_at."""
+    side = 7 / 8 * min(W, H)
+    return (0, (H - side) / 2, W, side) if W >= H else ((W - side) / 2, 0, side, H)
 
 
 def crop_at(frames, size, place=0.5):
@@ -72,15 +116,13 @@ def crop_at(frames, size, place=0.5):
     return frames[..., top:top + size, left:left + size, :]
 
 
-def crop_flip_jitter(frames, size, seed):
-    """Make the training view of fine-tuning (paper silent; GDT).
+def flip_jitter(frames, seed):
+    """Mirror half of the clips of fine-tuning, and change the colours of four of five (GDT).
 
-    A crop of 14 to 100 % of the area is resized to size x size. Half of the clips are mirrored, and
-    four of five change brightness, contrast and saturation by up to 40 %.
-    frames: (T, H, W, 3) uint8 -> (T, size, size, 3) uint8. All frames are treated alike, and the
-    result depends on `seed` alone.
+    Brightness, contrast and saturation change by up to 40 %. frames: (T, H, W, 3) uint8 -> the same
+    shape. All frames are treated alike, and the result depends on `seed` alone.
     """
-    view = v2.Compose([v2.RandomResizedCrop(size, scale=(0.14, 1)), v2.RandomHorizontalFlip(),
+    view = v2.Compose([v2.RandomHorizontalFlip(),
                        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8)])
     with torch.random.fork_rng(devices=[]):      # these transforms draw from the global generator
         torch.manual_seed(seed)

@@ -27,8 +27,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from augment import (crop_at, crop_flip, crop_flip_jitter, frame_times, sample_speeds,
-                     speed_up_audio)
+from augment import (centre_band, centre_crop, crop_at, flip_jitter, frame_times, random_crop,
+                     random_resized_crop, sample_speeds, speed_up_audio)
 from prepare import demo, scan
 from support.batches import TrainingBatches
 from support.processes import (end_with_trainer, end_workers, gather, loading_workers, rank,
@@ -101,7 +101,7 @@ def probe(path):
     return Row(*map(line.get, Row._fields)), line["reason"]
 
 
-def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=160):
+def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, window=None):
     """Read all views of one clip, which covers [t0, t0 + max(tau) * frames / fps) of the file.
 
     Args:
@@ -110,7 +110,8 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
             rate. Past the end of the file the last frame is repeated and the sound is silent.
         tau_v, tau_a: speeds of the video and audio views, integers >= 1. tau_a = () reads no sound.
         frames, fps: T frames, 1/fps s apart at speed 1. The sound of a view lasts T / fps s.
-        short_side: of the frames in pixels. The longer side keeps the aspect.
+        size: of the frames, a pair (H, W) or the shorter side alone, which keeps the aspect.
+        window: the part of the picture that is read, see augment.py; None for all of it.
     Returns:
         video (K, T, H, W, 3) uint8, audio (K, L) float32 at 24 kHz, L = 24000 frames / fps. Raises
         ValueError with the path and the cause if the file cannot give them.
@@ -119,7 +120,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, short_side=16
     times, index = times.unique(return_inverse=True)                            # (n,), (K, T)
     L = round(RATE * frames / fps)
     try:
-        images, wave = read(path, (t0 + times).tolist(), max(tau_a, default=0) * L, short_side)
+        images, wave = read(path, (t0 + times).tolist(), max(tau_a, default=0) * L, size, window)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     views = np.stack([images[n] for n in index.flatten().tolist()])             # (K T, H, W, 3)
@@ -177,10 +178,10 @@ class AudioVisualClips(Dataset):
         tau_v, tau_a = (tau[:K] for tau in sample_speeds(S, generator, self.same_speed))
         room = row.duration - max(tau_v + tau_a) * self.seconds
         t0 = max(0, room) * float(torch.rand((), generator=generator))
-        short_side = int(self.size * (8 + 2 * float(torch.rand((), generator=generator))) / 7)
-        video, audio = read_clip(row.path, t0, tau_v, tau_a, self.frames, self.fps,
-                                 short_side)            # 128 to 160 for 112, as in GDT
-        return crop_flip(video, self.size, generator).contiguous(), audio
+        window, mirrored = random_crop(generator)
+        video, audio = read_clip(row.path, t0, tau_v, tau_a, self.frames, self.fps, self.size,
+                                 window)
+        return (video.flip(-2) if mirrored else video), audio
 
 
 class ActionClips(Dataset):
@@ -216,11 +217,11 @@ class ActionClips(Dataset):
         """One training clip: video (T, H, W, 3) uint8, and its label."""
         room = max(0, row.video_duration - self.frames / self.fps)
         t0 = room * float(torch.rand((), generator=generator))
-        # A crop of 14 % of the area is about `size` wide at twice the size.
-        video, _ = read_clip(row.path, t0, (1,), (), self.frames, self.fps, 2 * self.size)
+        window = random_resized_crop(generator)
         seed = int(torch.randint(2 ** 62, (), generator=generator))
-        return (crop_flip_jitter(video[0], self.size, seed).contiguous(),
-                self.classes.index(row.label))
+        video, _ = read_clip(row.path, t0, (1,), (), self.frames, self.fps, (self.size, self.size),
+                             window)
+        return flip_jitter(video[0], seed).contiguous(), self.classes.index(row.label)
 
 
 def draw_or_replace(dataset, epoch, index):
@@ -251,9 +252,9 @@ def evenly_spaced(dataset, index, duration, sound):
     """
     path, n = dataset.rows[index].path, dataset.clips_per_file
     T, fps, size = dataset.frames, dataset.fps, dataset.size
-    room = max(0, duration - T / fps)
+    room, window = max(0, duration - T / fps), centre_crop if dataset.crops == 1 else centre_band
     try:
-        clips = [read_clip(path, t0, (1,), (1,) * sound, T, fps, size * 8 // 7)
+        clips = [read_clip(path, t0, (1,), (1,) * sound, T, fps, size, window)
                  for t0 in (np.linspace(0, room, n) if n > 1 else [room / 2])]
     except ValueError as error:
         return None, None, (index, str(error))

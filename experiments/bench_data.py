@@ -14,7 +14,7 @@ import av
 import numpy as np
 import torch
 
-from augment import crop_flip
+from augment import random_crop
 from data import AudioVisualClips, make_loader, read_clip, read_manifest
 from experiments import frames as films
 from experiments.timing import ratio, turns
@@ -66,8 +66,9 @@ def sample(path, rounds):
     starts = iter(np.random.default_rng(0).uniform(0, 6, rounds + 1).repeat(2))
 
     def ours():
-        video, _ = read_clip(path, next(starts), (1, 4), (1, 4), 30, 30, 160)
-        crop_flip(video, 128).contiguous()
+        window, mirrored = random_crop()
+        video, _ = read_clip(path, next(starts), (1, 4), (1, 4), 30, 30, 128, window)
+        video.flip(-2) if mirrored else video
 
     def bare():
         t0, times = next(starts), {}

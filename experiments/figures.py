@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from tqdm import tqdm
 
-from augment import LogMel, crop_at, frame_times, normalize_frames, sound_input
+from augment import LogMel, centre_crop, crop_at, frame_times, normalize_frames, sound_input
 from data import read_clip
 from experiments.runs import write_csv
 from loss import cross_affinity, info_nce, similarities
@@ -85,8 +85,8 @@ def method(args):
     if len(rows) < 2:
         raise ValueError(f"the {args.split!r} part has no 2 classes with clips of "
                          f"{max(TAU_V + TAU_A) * T / fps:.1f} s")
-    read = [read_clip(row.path, 0, TAU_V, TAU_A, T, fps, size * 8 // 7) for row in rows]
-    video = torch.stack([crop_at(frames, size) for frames, _ in read])          # (N, K, T, H, W, 3)
+    read = [read_clip(row.path, 0, TAU_V, TAU_A, T, fps, size, centre_crop) for row in rows]
+    video = torch.stack([frames for frames, _ in read])                         # (N, K, T, H, W, 3)
     audio = LogMel()(torch.stack([wave for _, wave in read]))                   # (N, K, 1, M, F)
     ly_a, ly_v, *z = model(audio, normalize_frames(video))
     z_a, z_v = (F.normalize(x, dim=2) for x in z)                               # (N, K, D) x 2
@@ -246,13 +246,13 @@ def views(clips, split, seconds, tau_v, tau_a, frames):
     for n, row in enumerate(tqdm(rows, desc="clips", unit="clip", file=sys.stderr)):
         t0 = max(0, row.duration - seconds) / 2
         try:
-            video, waves = read_clip(row.path, t0, tau_v, tau_a, frames, clips.fps,
-                                     clips.size * 8 // 7)
+            video, waves = read_clip(row.path, t0, tau_v, tau_a, frames, clips.fps, clips.size,
+                                     centre_crop)
         except ValueError as error:
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
         read += 1
-        yield n, row, crop_at(video, clips.size), waves
+        yield n, row, video, waves
     if not read:
         raise ValueError("none of the clips can be read: see the causes above")
 

@@ -213,7 +213,7 @@ def ask(path, reader, times, numbers, begins):
 def ours(path, asked, places, sound):
     """Read with this project's reader, as data.read_clip does."""
     samples = round((asked[-1] - asked[0] + 0.1) * RATE) if sound else 0
-    return np.stack(read(path, asked, samples, short_side=48)[0])
+    return np.stack(read(path, asked, samples, size=48)[0])
 
 
 def with_decord(decord, path, places):

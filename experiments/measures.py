@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from augment import crop_at, sound_input
+from augment import centre_crop, sound_input
 from data import read_clip
 from prepare import demo
 from retrieval import RANKS, embed, extract, load, recall_at_k
@@ -111,9 +111,8 @@ def embed_at(model, settings, clips, dtype, tau):
     z = []
     for row in clips.rows:
         t0 = max(0, row.duration - tau * clips.seconds) / 2
-        video, audio = read_clip(row.path, t0, (tau,), (tau,), clips.frames, clips.fps,
-                                 clips.size * 8 // 7)
-        video = crop_at(video, clips.size)                              # (1, T, H, W, 3)
+        video, audio = read_clip(row.path, t0, (tau,), (tau,), clips.frames, clips.fps, clips.size,
+                                 centre_crop)                           # (1, T, H, W, 3), (1, L)
         z.append(embed(model, log_mel, dtype, "z", video[None], audio[None]))       # (2, 1, D)
     return torch.cat(z, 1)
 

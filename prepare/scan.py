@@ -259,7 +259,7 @@ class Track:
 
     def __init__(self, stream):
         self.stream, self.tick, self.stop, self.problem = stream, float(stream.time_base), None, ""
-        self.damaged, self.shape, self.formats = Damage(), Shape(), {"mono", "stereo"}
+        self.damaged, self.shape, self.formats = Damage(), Shape(stream), {"mono", "stereo"}
 
     def add(self, packet):
         """Decode a packet and check its frames as support.reading.read would."""
@@ -281,7 +281,7 @@ class Track:
                 form = frame.format.name if is_video else frame.layout.name
                 if form not in self.formats:              # raises if a frame cannot be converted
                     self.formats.add(form)
-                    Converter(160)(frame) if is_video else MonoResampler()(frame)
+                    Converter(self.stream, 160, None)(frame) if is_video else MonoResampler()(frame)
         except (ValueError, av.error.FFmpegError) as error:
             self.problem = getattr(error, "strerror", None) or str(error)
 

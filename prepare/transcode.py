@@ -30,13 +30,13 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
 from prepare.scan import COLUMNS, probe, write
 from support.processes import at_least
-from support.reading import (RATE, SEAM, UPRIGHT, Damage, MonoResampler, Shape, begin, decode,
-                             demux, display_matrix, end, in_order, open_streams, upright)
+from support.reading import (RATE, SEAM, UPRIGHT, Cutter, Damage, MonoResampler, begin, decode,
+                             demux, end, in_order, open_streams, rows, upright)
 
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
 
@@ -51,46 +51,45 @@ def even_size(width, height, short_side):
     """(width, height) of the copy: the same aspect, the shorter side of short_side pixels or, if
     that would enlarge it, unchanged. Both are even, because yuv420p needs that."""
     scale = short_side / min(width, height)
-    return tuple(max(2, min(2 * round(side * scale / 2), side // 2 * 2))
+    return tuple(max(2, min(2 * round(side * scale / 2), round(side) // 2 * 2))
                  for side in (width, height))
 
 
 class Shrinker:
     """(time stamp, frame) -> the frame for the encoder: small, yuv420p, as a player shows it.
 
-    crop: None, or (width, height, x, y) of the part to keep, in pixels of the upright picture.
+    crop: None, or (width, height, x, y) of the part to keep, in pixels of the picture as a player
+    shows it, upright and with square pixels.
     """
 
-    def __init__(self, short_side, crop=None):
-        self.short_side, self.crop, self.shape, self.matrix = short_side, crop, Shape(), None
-        self.resize = partial(VideoReformatter().reformat, interpolation="AREA", threads=1)
+    def __init__(self, video, short_side, crop=None):
+        self.short_side, self.crop, self.cut = short_side, crop, Cutter(video, self.view)
+
+    def view(self, W, H):
+        """See Cutter. Raises ValueError if the part to keep is not within the picture."""
+        width, height, x, y = self.crop or (W, H, 0, 0)
+        if x + width > W or y + height > H:
+            raise ValueError(f"--crop {width}:{height}:{x}:{y} is not within its pictures of "
+                             f"{round(W)} x {round(H)} pixels")
+        return (x, y, width, height), even_size(width, height, self.short_side)
 
     def __call__(self, stamp, frame):
-        size = self.shape.check(frame)
-        if self.crop is None:
-            size = even_size(*size, self.short_side)
-        image = self.resize(frame, *size, "yuv420p")
-        self.matrix = self.matrix or display_matrix(image)
-        if self.crop or self.matrix != UPRIGHT:
-            array = upright(self.resize(frame, *size, "rgb24").to_ndarray(), self.matrix)
-            if self.crop:
-                array = self.cut(array)
-                size = even_size(array.shape[1], array.shape[0], self.short_side)
-                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
-                array = self.resize(image, *size, "rgb24").to_ndarray()
-            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24")
-            image = self.resize(image, format="yuv420p")
+        image = self.cut(frame, "yuv420p")
+        if self.cut.matrix != UPRIGHT:
+            image = turn(image, self.cut.matrix)
         image.pts, image.time_base = stamp, frame.time_base
         image.pict_type = 0                               # the encoder chooses its own keyframes
         return image
 
-    def cut(self, array):
-        """(H, W, 3) -> the part to keep. Raises ValueError if it is not within the picture."""
-        width, height, x, y = self.crop
-        if x + width > array.shape[1] or y + height > array.shape[0]:
-            raise ValueError(f"--crop {width}:{height}:{x}:{y} is not within its pictures of "
-                             f"{array.shape[1]} x {array.shape[0]} pixels")
-        return array[y:y + height, x:x + width]
+
+def turn(image, matrix):
+    """Turn and mirror a frame of yuv420p by the display matrix."""
+    planes = [upright(rows(plane)[:, :plane.width], matrix) for plane in image.planes]
+    turned = av.VideoFrame(*planes[0].shape[::-1], "yuv420p")
+    for plane, array in zip(turned.planes, planes):
+        rows(plane)[:, :plane.width] = array
+    turned.colorspace, turned.color_range = image.colorspace, image.color_range
+    return turned
 
 
 def pictures(container, video):
@@ -158,7 +157,7 @@ def encode(source, target, short_side, gop, sound, crop=None):
     # The pictures and the sound are read from containers of their own, each in its own order.
     with av.open(f"file:{source}") as container, av.open(f"file:{source}") as sound_container:
         video, _ = open_streams(container, sound=False)
-        frames = starmap(Shrinker(short_side, crop), pictures(container, video))
+        frames = starmap(Shrinker(video, short_side, crop), pictures(container, video))
         first = next(frames, None)
         if first is None:
             raise ValueError("no picture decodes")
@@ -170,7 +169,7 @@ def encode(source, target, short_side, gop, sound, crop=None):
                                   options=H264 | {"g": str(gop)}, pix_fmt="yuv420p",
                                   width=first.width, height=first.height,
                                   time_base=video.time_base)
-            x264.codec_context.colorspace = first.colorspace
+            x264.codec_context.colorspace = first.colorspace or Colorspace.ITU601   # 0: RGB
             x264.codec_context.color_range = first.color_range
             packets = [packets_of(x264, chain([first], frames))]
             if sound:

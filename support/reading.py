@@ -1,10 +1,11 @@
 """Reads the right pictures and sound of a file, from any container and codec (paper silent).
 
-    pictures, wave = read("film.avi", times=[2.0, 2.1, 2.2], samples=24000, short_side=160)
+    pictures, wave = read("film.avi", times=[2.0, 2.1, 2.2], samples=24000, size=160)
 
-The picture at time t is the one whose time stamp is nearest to t. It is turned and mirrored as a
-player shows it. Time 0 is the time at which the pictures begin or, if sound is read too, at which
-both have begun. `read` refuses a file that it cannot read exactly; it never approximates.
+The picture at time t is the one whose time stamp is nearest to t. It is turned, mirrored and
+stretched to square pixels as a player shows it. Time 0 is the time at which the pictures begin or,
+if sound is read too, at which both have begun. `read` refuses a file that it cannot read exactly;
+it never approximates.
 
 How `read` works:
 1. Open the file, and seek to a keyframe before the clip.
@@ -29,15 +30,20 @@ from itertools import chain
 import av
 import numpy as np
 from av.sidedata.sidedata import Type
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 RATE = 24000                            # Hz, mono (paper silent; GDT)
 WARM_UP = 0.2                           # s; decoding of the sound begins so much earlier
 SEAM = 0.01                             # s; a smaller gap in the sound is a rounded time stamp
 REORDER = {"h264": 16, "hevc": 16}      # pictures that a decoder may hold back; others: 4
 UNORDERED = {"avi", "asf"}              # these containers do not store when a picture is shown
-SKIPS = {"h264", "mpeg4", "mpeg1video", "mpeg2video"}   # decoders that let skip_frame change
+# These decoders let skip_frame change in mid-stream.
+SKIPS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video"}
 UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
+# Each pixel is the mean of the area below it, or interpolated if the picture is enlarged. Without
+# the other flags swscale takes faster ways at even widths and at the size of the film, which darken
+# the pictures by up to 2 levels and blur their colours.
+EXACT = int(Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND)
 
 
 # ---- functions that the scan and the transcoder use too
@@ -180,67 +186,179 @@ def display_matrix(frame):
     return tuple(np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist())
 
 
+def turns(matrix):
+    """Return three booleans of the display matrix (a, b, c, d): whether a player exchanges x and y,
+    and whether it then reverses y and x."""
+    a, b, c, d = matrix
+    return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
+
+
 def upright(image, matrix):
     """Return the pixels (H, W, ...) turned and mirrored by the display matrix (a, b, c, d)."""
-    a, b, c, d = matrix
-    if abs(b) > abs(a):                                 # a quarter turn exchanges x and y
-        image, a, d = image.swapaxes(0, 1), c, b
-    return image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+    turned, reverse_y, reverse_x = turns(matrix)
+    image = image.swapaxes(0, 1) if turned else image
+    return image[::-1 if reverse_y else 1, ::-1 if reverse_x else 1]
 
 
 class Shape:
-    """Checks that all frames have the shape of the first: the pictures of a clip have one shape."""
+    """Checks that all frames of a stream have the shape of the first: a clip has one shape."""
 
     first = None
 
-    def check(self, frame):
-        """Return (width, height) of the first frame.
+    def __init__(self, stream):
+        self.stream = stream
 
-        Raises ValueError if this frame is turned in another way, or if its aspect differs by more
-        than 1 %.
-        """
-        self.first = self.first or (frame.width, frame.height, frame.rotation)
-        width, height, rotation = self.first
-        aspect = frame.width / frame.height / (width / height)
-        if frame.rotation != rotation or abs(aspect - 1) > 0.01:
+    def check(self, frame):
+        """Raise ValueError if the frame is turned in another way than the first frame, if its
+        pixels have another shape, or if its aspect differs by more than 1 %."""
+        pixels = self.stream.codec_context.sample_aspect_ratio
+        self.first = self.first or (frame.width / frame.height, frame.rotation, pixels)
+        aspect = frame.width / frame.height / self.first[0]
+        if (frame.rotation, pixels) != self.first[1:] or abs(aspect - 1) > 0.01:
             raise ValueError("its pictures change their shape")
-        return width, height
+
+
+class Cutter:
+    """Cuts a window out of frames and scales it. Only the window is converted, which saves time.
+
+    view: a function (W, H) -> ((left, top, width, height), (out_width, out_height)). It gets the
+    size of the picture as a player shows it, upright and with square pixels. It returns the window
+    in this picture, and the size to which the window is scaled.
+
+    The edges of the window are rounded to whole samples of chroma, in 4:2:0 to 2 pixels of the
+    file. A window that is made smaller shows the mean of the area below each pixel, as if it had
+    been cut out of the whole scaled picture. Where it is enlarged, the pixels of the file are
+    interpolated, and those on the window's edge are repeated beyond it.
+    """
+
+    kind = matrix = None
+
+    def __init__(self, video, view):
+        self.video, self.view, self.shape = video, view, Shape(video)
+        # A reformatter keeps its tables as long as its task is the same, so each task has its own.
+        self.unpack, self.scale = VideoReformatter(), VideoReformatter()
+
+    def __call__(self, frame, pixels):
+        """Return the window as a frame of the pixel format `pixels`. It is not yet upright."""
+        self.shape.check(frame)
+        kind = frame.format.name, frame.width, frame.height, frame.color_range
+        if kind != self.kind:
+            self.kind = kind
+            self.place(frame)
+        if self.is_packed:
+            frame = self.unpack.reformat(frame, format="gbrp", interpolation=EXACT, threads=1)
+        for plane, (part, place) in zip(frame.planes, self.parts):
+            part[:] = rows(plane)[place]
+        self.window.colorspace, self.window.color_range = frame.colorspace, frame.color_range
+        return self.scale.reformat(self.window, *self.size, pixels, interpolation=EXACT, threads=1)
+
+    def place(self, frame):
+        """Find the window in frames of the kind of this one, and prepare a frame for its pixels."""
+        if self.matrix is None:         # ask a copy: PyAV would keep the frame itself in memory
+            small = self.unpack.reformat(frame, 16, 16, "gray", interpolation="POINT", threads=1)
+            self.matrix = display_matrix(small)
+        W, H, form = frame.width, frame.height, frame.format
+        wide = W * float(self.video.sample_aspect_ratio or 1)
+        turned, reverse_y, reverse_x = turns(self.matrix)
+        shown = (H, wide) if turned else (wide, H)
+        (left, top, width, height), self.size = self.view(*shown)
+        x, y = left / shown[0], top / shown[1]              # shares of the picture from here on
+        width, height = width / shown[0], height / shown[1]
+        x, y = 1 - x - width if reverse_x else x, 1 - y - height if reverse_y else y
+        if turned:
+            x, y, width, height, self.size = y, x, height, width, self.size[::-1]
+        planes = {component.plane for component in form.components}
+        self.is_packed = form.has_palette or len(planes) < len(form.components)
+        form = av.VideoFormat("gbrp") if self.is_packed else form
+        step_x, step_y = 16 // form.chroma_width(16), 16 // form.chroma_height(16)
+        x, width = whole_samples(x, width, W, step_x)
+        y, height = whole_samples(y, height, H, step_y)
+        # FFmpeg takes gray for full-range whatever the file says, so limited gray gets a chroma.
+        limited_gray = form.name.startswith("gray") and frame.color_range == ColorRange.MPEG
+        name = form.name.replace("gray", "yuv444p") if limited_gray else form.name
+        self.window, self.parts = av.VideoFrame(width, height, name), []
+        bits = form.components[0].bits
+        size = -(-bits // 8)                                # bytes of a sample
+        for n, plane in enumerate(self.window.planes):
+            part = rows(plane)[:, :plane.width * size]
+            part.view(f"u{size}")[:] = 1 << (bits - 1)      # no colour, if the frame has no chroma
+            top, left = (y // step_y, x // step_x * size) if n in (1, 2) else (y, x * size)
+            place = slice(top, top + part.shape[0]), slice(left, left + part.shape[1])
+            self.parts.append((part, place))
+
+
+def rows(plane):
+    """Return a view of the bytes of a plane, (height, bytes of a row with its padding) uint8."""
+    array = np.frombuffer(plane, np.uint8).reshape(plane.height, -1)
+    return array[::-1 if plane.line_size < 0 else 1]
+
+
+def whole_samples(first, share, length, step):
+    """Round the beginning and the length of a part, given as shares, to steps of `step` pixels."""
+    steps = -(-length // step)
+    count = min(max(1, round(share * steps)), steps)
+    first = min(max(0, round(first * steps)), steps - count)
+    return first * step, min(count * step, length - first * step)
 
 
 class MonoResampler:
     """Turns frames of sound into AudioFrames that are mono, float32, 24 kHz, called pieces.
 
-    The format of the frames may change in mid-stream.
+    A piece is the mean of all channels, whatever their layout, so it is as loud as they are. The
+    format of the frames may change in mid-stream.
     """
 
-    resampler = format = None
+    graph = format = None
 
     def __call__(self, frame):
         """Return the pieces that the frame completes, a list. None asks for those held back."""
         new = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
-        pieces = self.resampler.resample(None) if self.resampler and new != self.format else []
-        if frame is not None:
-            if new != self.format:
-                self.resampler, self.format = av.AudioResampler("fltp", "mono", RATE), new
-            pieces += self.resampler.resample(frame)
-        return pieces
+        pieces = self.mix(None) if self.graph and new != self.format else []
+        if frame is None:
+            return pieces
+        if new != self.format:
+            self.graph, self.format = None, new
+            if new != ("fltp", "mono", RATE):
+                channels = "+".join(f"c{n}" for n in range(frame.layout.nb_channels))
+                self.graph = av.filter.Graph()
+                self.graph.link_nodes(
+                    self.graph.add_abuffer(sample_rate=frame.sample_rate, format=frame.format,
+                                           layout=frame.layout, time_base=frame.time_base),
+                    self.graph.add("pan", f"mono|c0<{channels}"),   # <: the weights sum up to 1
+                    self.graph.add("aformat", f"sample_fmts=fltp:sample_rates={RATE}"),
+                    self.graph.add("abuffersink")).configure()
+        return pieces + (self.mix(frame) if self.graph else [frame])
+
+    def mix(self, frame):
+        """Put a frame, or None at the end, into the graph, and return what comes out."""
+        self.graph.push(frame)
+        pieces = []
+        try:
+            while True:
+                pieces.append(self.graph.pull())
+        except (BlockingIOError, EOFError):             # it needs more frames, or it is empty
+            return pieces
 
 
 # ---- one clip
 
-def read(path, times, samples=0, short_side=160):
+def read(path, times, samples=0, size=160, window=None):
     """Read the pictures at `times`, and the sound from the first of these times on.
 
     Args:
         times: ascending, in s. Past the end of the file the last picture is repeated.
         samples: length of the sound in samples at 24 kHz. With 0 no sound is read. Gaps in the
             file's sound, and the time past its end, are silent.
-        short_side: shorter side of the pictures in pixels; the longer side keeps the aspect.
+        size: of the pictures. A number is the shorter side in pixels, and the longer side keeps the
+            aspect. A pair is (height, width).
+        window: the part of the picture to read, a function (W, H) -> (left, top, width, height). W
+            and H are the size of the upright picture with square pixels, in any unit. None: all.
+            What its rounding does is described in `Cutter`.
     Returns:
         A list with an array (H, W, 3) uint8 for each time, and the sound (samples,) float32.
         Raises ValueError, OSError or av.error.FFmpegError if the file does not give them exactly.
     """
-    reader, clip = Reader(times, samples, short_side), None
+    reader, clip = Reader(times, samples, size, window), None
     while clip is None:
         with av.open(f"file:{path}", metadata_errors="replace") as container:
             clip = reader.attempt(container)
@@ -273,8 +391,8 @@ def read_sound(path):
 class Reader:
     """Reads one clip in attempts. After a failed attempt the next one begins earlier."""
 
-    def __init__(self, times, samples, short_side):
-        self.times, self.samples, self.short_side = times, samples, short_side
+    def __init__(self, times, samples, size, window):
+        self.times, self.samples, self.size, self.window = times, samples, size, window
         self.early = 0.0        # s from the beginning of decoding to the first wanted picture
         self.back = WARM_UP     # s from the target of the seek to the beginning of decoding
         self.sort = False       # stamps may be missing or out of order: decode all, sort the stamps
@@ -299,7 +417,8 @@ class Reader:
         if not self.sort and any(packet.pts is None for packet in packets[0]):
             self.sort = True
             return None
-        result = decode_clip(clip, *packets, self.short_side, self.sort)
+        convert = Converter(clip.video, self.size, self.window)
+        result = decode_clip(clip, *packets, convert, self.sort)
         return self.judge(clip, result, packets[0][0].pts, fresh)
 
     def judge(self, clip, result, begun, fresh):
@@ -406,7 +525,7 @@ def collect(clip, first, fresh, sort):
     return pictures, sound
 
 
-def decode_clip(clip, pictures, sound, short_side, sort):
+def decode_clip(clip, pictures, sound, convert, sort):
     """Decode the packets of a clip, and return (images, wave, missing, damaged, fault).
 
     images: a list of arrays (H, W, 3). wave: (samples,), or None if no sound decodes. missing: the
@@ -421,7 +540,7 @@ def decode_clip(clip, pictures, sound, short_side, sort):
     # last picture, so try without it.
     for packets in (pictures, pictures[:-1])[:1 + clip.ended]:
         damaged = Damage()
-        images, missing, fault = decode_pictures(clip, packets, Converter(short_side), damaged)
+        images, missing, fault = decode_pictures(clip, packets, convert, damaged)
         damaged = [time for time in damaged if time >= key]     # earlier ones are not needed
         if not damaged and not missing:
             break
@@ -496,20 +615,24 @@ def decode_all(clip, pictures, convert, damaged):
 
 
 class Converter:
-    """Turns frames into arrays (H, W, 3) uint8 as a player shows them."""
+    """Turns frames into arrays (H, W, 3) uint8 of a window as a player shows it. See `read`."""
 
-    def __init__(self, short_side):
-        self.short_side, self.shape, self.matrix = short_side, Shape(), None
-        self.reformatter = VideoReformatter()           # all frames share it: it keeps its tables
+    def __init__(self, video, size, window):
+        self.size, self.window, self.cut = size, window, Cutter(video, self.view)
+        self.interleave = VideoReformatter()
+
+    def view(self, W, H):
+        """See Cutter."""
+        box = self.window(W, H) if self.window else (0, 0, W, H)
+        if not isinstance(self.size, int):
+            return box, self.size[::-1]
+        scale = self.size / min(box[2:])
+        return box, tuple(round(side * scale) for side in box[2:])
 
     def __call__(self, frame):
-        width, height = self.shape.check(frame)
-        scale = self.short_side / min(width, height)
-        size = round(width * scale), round(height * scale)
-        small = self.reformatter.reformat(frame, *size, "rgb24", interpolation="AREA", threads=1)
-        # ask `small`, because PyAV would keep `frame` in memory if it were asked for its matrix
-        self.matrix = self.matrix or display_matrix(small)
-        return upright(small.to_ndarray(), self.matrix)
+        small = self.cut(frame, "gbrp")                 # FFmpeg is faster so than straight to rgb24
+        small = self.interleave.reformat(small, format="rgb24", interpolation=EXACT, threads=1)
+        return upright(small.to_ndarray(), self.cut.matrix)
 
 
 def hear(audio, packets, wave, start, damaged):

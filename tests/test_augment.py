@@ -4,11 +4,13 @@ import math
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 from conftest import peak_hz
 
-from augment import (GDTLogMel, LogMel, crop_at, crop_flip, crop_flip_jitter, frame_times,
-                     normalize_frames, sample_speeds, speed_up_audio)
+from augment import (GDTLogMel, LogMel, centre_band, centre_crop, crop_at, flip_jitter, frame_times,
+                     normalize_frames, random_crop, random_resized_crop, sample_speeds,
+                     speed_up_audio)
 
 
 def tone(hz, seconds=1.0, rate=24000):
@@ -49,46 +51,66 @@ def test_speed_up_audio_is_low_passed():
     assert speed_up_audio(tone(4100, 2), 2)[500:-500].abs().max() > 0.9
 
 
-def test_training_view_of_fine_tuning():
-    """The view is a crop of 14 to 100 % of the area. Half of the views are mirrored, and 80 %
-    change their colours. All frames of a view change alike, and the seed decides how."""
-    H, W, many = 60, 80, 300
+def test_colours_and_mirror_of_fine_tuning():
+    """Half of the clips are mirrored, and 80 % change their colours. All frames of a clip change
+    alike, and the seed decides how."""
+    H, W, many = 6, 80, 300
     x = torch.linspace(0, 240, W).round().to(torch.uint8).expand(H, W)
-    y = torch.linspace(0, 240, H).round().to(torch.uint8)[:, None].expand(H, W)
-    ramps = torch.stack([x, y, torch.full_like(x, 120)], -1).repeat(3, 1, 1, 1)     # (T, H, W, 3)
-    plain = torch.full((3, H, W, 3), 120, dtype=torch.uint8)
-    areas, mirrored, changed = [], 0, 0
+    frames = torch.stack([x, torch.full_like(x, 120), torch.full_like(x, 120)], -1)     # (H, W, 3)
+    frames, mirrored, changed = frames.repeat(3, 1, 1, 1), 0, 0
     for seed in range(many):
-        view = crop_flip_jitter(ramps, 32, seed)
-        assert view.shape == (3, 32, 32, 3) and view.eq(view[0]).all()
-        assert view.equal(crop_flip_jitter(ramps, 32, seed))
-        changed += not crop_flip_jitter(plain, 32, seed).equal(plain[:, :32, :32])
-        if view[..., 2].eq(120).all():    # the colours are unchanged, so the ramps tell the place
-            steps = [view[0, :, :, c].float().mean(c).diff().mean().item() for c in (0, 1)]
-            width, height = (step * 32 / 240 for step in steps)     # shares of the whole picture
-            areas.append(abs(width * height))
-            mirrored += width < 0
-            assert height > 0
-    assert abs(changed / many - 0.8) < 0.1 and len(areas) > 30
-    assert 0.11 < min(areas) < 0.3 and 0.75 < max(areas) < 1.1
-    assert abs(mirrored / len(areas) - 0.5) < 3 * 0.5 / len(areas) ** 0.5
+        view = flip_jitter(frames, seed)
+        assert view.shape == frames.shape and view.eq(view[0]).all()
+        assert view.equal(flip_jitter(frames, seed))
+        mirrored += bool(view[0, 0, 0, 0] > view[0, 0, -1, 0])
+        changed += not view.equal(frames) and not view.equal(frames.flip(-2))
+    assert abs(changed / many - 0.8) < 0.1 and abs(mirrored / many - 0.5) < 0.1
 
 
-def test_crop_flip_is_shared_by_all_frames_and_views():
-    H, W = 10, 14
-    place = torch.arange(H * W, dtype=torch.int32).reshape(H, W, 1)
-    frames = place.expand(2, 5, H, W, 3)  # (K, T, H, W, 3); the value of a pixel tells its place
-    seen = set()
-    for seed in range(60):
-        out = crop_flip(frames, 8, torch.Generator().manual_seed(seed))
-        assert out.shape == (2, 5, 8, 8, 3)
-        assert (out == out[0, 0]).all()
-        first, right, below = (int(out[0, 0, r, c, 0]) for r, c in ((0, 0), (0, 1), (1, 0)))
-        assert abs(right - first) == 1 and below - first == W
-        seen.add((first, right - first))
-    assert {step for _, step in seen} == {1, -1} and len(seen) > 20
-    assert crop_flip(frames, 8, torch.Generator().manual_seed(3)).equal(
-        crop_flip(frames, 8, torch.Generator().manual_seed(3)))
+def within(box, W, H):
+    left, top, width, height = box
+    return left >= 0 and top >= 0 and left + width <= W + 1e-9 and top + height <= H + 1e-9
+
+
+def test_crop_of_pre_training():
+    """A square of 7/8 to 7/10 of the shorter side, anywhere, half of the time mirrored."""
+    g = torch.Generator().manual_seed(0)
+    drawn = [random_crop(g) for _ in range(2000)]
+    for W, H in ((160, 90), (90, 160), (100, 100)):
+        boxes = np.array([window(W, H) for window, _ in drawn])             # (n, 4)
+        assert all(within(box, W, H) for box in boxes)
+        assert np.array_equal(boxes[:, 2], boxes[:, 3])
+        zoom = min(W, H) / boxes[:, 2] * 7      # uniform in 8 to 10
+        assert zoom.min() >= 8 and zoom.max() <= 10 and abs(zoom.mean() - 9) < 0.05
+        for n, side in ((0, W), (1, H)):        # uniform over the room
+            place = boxes[:, n] / (side - boxes[:, n + 2])
+            assert abs(place.mean() - 0.5) < 0.03 and place.min() < 0.01 and place.max() > 0.99
+            assert abs(np.corrcoef(place, zoom)[0, 1]) < 0.08
+    assert abs(np.mean([mirrored for _, mirrored in drawn]) - 0.5) < 0.05
+    again = random_crop(torch.Generator().manual_seed(0))[0]
+    assert again(160, 90) == drawn[0][0](160, 90)
+
+
+def test_crop_of_fine_tuning():
+    """14 to 100 % of the area, an aspect of 3/4 to 4/3. Where none fits, the largest one counts."""
+    g = torch.Generator().manual_seed(0)
+    windows = [random_resized_crop(g) for _ in range(1000)]
+    for W, H in ((120, 100), (90, 160), (100, 100)):
+        boxes = np.array([window(W, H) for window in windows])
+        assert all(within(box, W, H) for box in boxes)
+        area, aspect = boxes[:, 2] * boxes[:, 3] / (W * H), boxes[:, 2] / boxes[:, 3]
+        assert 0.14 <= area.min() < 0.16 and aspect.min() >= 0.7499 and aspect.max() <= 1.3334
+        assert area.max() > 0.95 * min(1, W / H / 0.75, H / W / 0.75)
+        assert abs(np.log(aspect).mean()) < 0.1
+    for W, H, expected in ((1000, 10, (1000 - 40 / 3) / 2), (10, 1000, 0)):
+        boxes = [window(W, H) for window in windows]
+        assert any(box[0] == pytest.approx(expected) and box[2:] == pytest.approx(
+            (min(W, H * 4 / 3), min(H, W * 4 / 3))) for box in boxes)
+
+
+def test_windows_of_evaluation():
+    assert centre_crop(160, 80) == (45, 5, 70, 70) and centre_crop(80, 160) == (5, 45, 70, 70)
+    assert centre_band(160, 80) == (0, 5, 160, 70) and centre_band(80, 160) == (5, 0, 70, 160)
 
 
 def test_crops_of_evaluation():

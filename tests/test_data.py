@@ -11,7 +11,7 @@ import torch
 from conftest import make_video, peak_hz, read_barcode
 
 import data
-from augment import crop_at
+from augment import centre_band, crop_at
 from data import (ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows,
                   make_loader, read_clip, read_manifest)
 from prepare import scan
@@ -51,7 +51,7 @@ def test_views_come_from_their_times(tmp_path, fps, suffix, codec, start):
         times -= max(float(s.start_time * s.time_base) for s in container.streams)
     assert abs(times - torch.arange(7 * fps) / fps).max() < 0.05
     for t0 in (0, 0.73, 2.4):
-        video, audio = read_clip(path, t0, (1, 2, 4), (1, 3, 4), frames=12, fps=12, short_side=48)
+        video, audio = read_clip(path, t0, (1, 2, 4), (1, 3, 4), frames=12, fps=12, size=48)
         assert video.shape == (3, 12, 48, 64, 3) and video.dtype == torch.uint8
         assert audio.shape == (3, 24000) and audio.dtype == torch.float32
         for k, tau in enumerate((1, 2, 4)):               # the nearest frame in time
@@ -75,7 +75,7 @@ def test_flash_and_beep_coincide(tmp_path, rate, layout, audio_codec):
                       audio_codec=audio_codec, gray=lambda t: 255 if on(t) else 0)
     for t0 in (0.0, 0.2, 1.37, 3.9):
         for tau in (1, 2, 3, 4):
-            video, audio = read_clip(path, t0, (tau,), (tau,), frames=30, fps=30, short_side=16)
+            video, audio = read_clip(path, t0, (tau,), (tau,), frames=30, fps=30, size=16)
             light, loud = video[0].float().mean((1, 2, 3)), audio[0].abs()
             # At speed tau a flash may fall between two frames: only the others are looked at.
             for n in (light > 128).nonzero().flatten().tolist():
@@ -88,7 +88,7 @@ def test_flash_and_beep_coincide(tmp_path, rate, layout, audio_codec):
 def test_a_rotated_film_is_read_upright(tmp_path):
     """Turned a quarter clockwise, the left end of the barcode comes to the top."""
     path = make_video(tmp_path / "a.mp4", 2, 30, turned=-90)
-    video, _ = read_clip(path, 0, (1,), (1,), frames=30, fps=30, short_side=54)
+    video, _ = read_clip(path, 0, (1,), (1,), frames=30, fps=30, size=54)
     assert video.shape == (1, 30, 72, 54, 3)
     assert read_barcode(video.transpose(2, 3))[0].tolist() == list(range(30))
 
@@ -96,7 +96,7 @@ def test_a_rotated_film_is_read_upright(tmp_path):
 def test_variable_frame_rate(tmp_path):
     ticks = [0, 1, 2, 9, 10, 30, 31, 45, 60, 62, 75, 89]
     path = make_video(tmp_path / "a.mkv", 0.4, 30, ticks=ticks, tone=400, wave=lambda t: 0 * t)
-    video, _ = read_clip(path, 0, (1, 2), (), frames=30, fps=20, short_side=54)
+    video, _ = read_clip(path, 0, (1, 2), (), frames=30, fps=20, size=54)
     for k, tau in enumerate((1, 2)):
         for n, seen in enumerate(read_barcode(video)[k].tolist()):
             distance = [abs(t - 1.5 * tau * n) for t in ticks]
@@ -106,7 +106,7 @@ def test_variable_frame_rate(tmp_path):
 def test_surround_sound_odd_sizes_and_several_tracks(tmp_path):
     one = make_video(tmp_path / "one.webm", 2, 30, size=(73, 55), codec="libvpx",
                      audio_codec="libopus", layout="5.1", rate=48000)
-    video, audio = read_clip(one, 0.3, (1,), (2,), frames=15, fps=30, short_side=55)
+    video, audio = read_clip(one, 0.3, (1,), (2,), frames=15, fps=30, size=55)
     assert video.shape == (1, 15, 55, 73, 3) and abs(peak_hz(audio[0]) - 800) < 5
     with av.open(str(one)) as source, av.open(str(tmp_path / "two.mkv"), "w") as out:
         tracks = [out.add_stream_from_template(source.streams[n]) for n in (0, 1, 1)]
@@ -118,13 +118,13 @@ def test_surround_sound_odd_sizes_and_several_tracks(tmp_path):
                     copy.time_base, copy.is_keyframe = packet.time_base, packet.is_keyframe
                     copy.stream = track
                     out.mux(copy)
-    again = read_clip(tmp_path / "two.mkv", 0.3, (1,), (2,), frames=15, fps=30, short_side=55)
+    again = read_clip(tmp_path / "two.mkv", 0.3, (1,), (2,), frames=15, fps=30, size=55)
     assert again[0].equal(video) and abs(peak_hz(again[1][0]) - 800) < 5
 
 
 def test_past_the_end_the_last_frame_stands(tmp_path):
     path = make_video(tmp_path / "a.mp4", 1.0, 30)
-    video, audio = read_clip(path, 0.5, frames=30, fps=30, short_side=48)
+    video, audio = read_clip(path, 0.5, frames=30, fps=30, size=48)
     assert read_barcode(video)[0].tolist() == [*range(15, 30), *[29] * 15]
     assert audio[0, :11000].std() > 0.3 and audio[0, 14000:].abs().max() == 0
 
@@ -161,7 +161,7 @@ def test_damaged_files_are_read_or_named(tmp_path):
         path.write_bytes(data)
         try:
             video, audio = read_clip(path, rng.choice((0, 0.7, 1.4)), (1, 2), (1, 2), frames=8,
-                                     fps=16, short_side=36)
+                                     fps=16, size=36)
             assert video.shape[:2] == (2, 8) and audio.shape == (2, 12000)
             read += 1
         except ValueError as error:
@@ -195,6 +195,33 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(clips):
         assert v0.equal(v2) and a0.equal(a2)
 
 
+def test_the_window_is_drawn_before_reading(tmp_path, monkeypatch):
+    """Pre-training and fine-tuning read the drawn window alone, and mirror half of the clips."""
+    make_video(tmp_path / "c" / "a.mp4", 3, 10)
+    rows, _ = rows_of(tmp_path, tmp_path / "m.csv")
+    read, seen = data.read_clip, []
+
+    def watched(*arguments):
+        seen.append(arguments)
+        return read(*arguments)
+
+    monkeypatch.setattr(data, "read_clip", watched)
+    clips, mirrored = AudioVisualClips(rows, 4, 8, 24), []
+    for epoch in range(12):
+        video, _, _ = clips[epoch, 0]
+        plain, _ = read(*seen[-1])
+        mirrored.append(not video.equal(plain))
+        assert video.equal(plain.flip(-2)) or not mirrored[-1]
+        assert seen[-1][6] == 24 and 0.69 < seen[-1][7](100, 100)[2] / 100 < 0.88
+    assert {*mirrored} == {True, False}
+    fine = ActionClips(rows, ["c"], 4, 8, 24)
+    for epoch in range(3):
+        video, label, _ = fine[epoch, 0]
+        assert video.shape == (4, 24, 24, 3) and video.equal(fine[epoch, 0][0]) and label == 0
+        assert seen[-1][6] == (24, 24) and seen[-1][7](100, 100) == seen[-2][7](100, 100)
+    assert len({arguments[7](100, 100) for arguments in seen}) == 12 + 3
+
+
 def test_one_view_without_co_augmentation(clips):
     video, audio, _ = AudioVisualClips(clips.rows, 4, 8, 24, max_speed=1)[0, 0]
     assert video.shape[0] == audio.shape[0] == 1
@@ -214,7 +241,7 @@ def test_one_speed_for_video_and_sound_alike(clips, monkeypatch):
 
     def read(path, t0, tau_v, tau_a, *_):
         drawn.append((tau_v[1], tau_a[1]))
-        return torch.zeros(2, 4, 30, 30, 3, dtype=torch.uint8), torch.zeros(2, 12000)
+        return torch.zeros(2, 4, 24, 24, 3, dtype=torch.uint8), torch.zeros(2, 12000)
 
     monkeypatch.setattr(data, "read_clip", read)
     same = AudioVisualClips(clips.rows, 4, 8, 24, max_speed=4)
@@ -316,10 +343,11 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     assert (three[1::3, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
     for n in (0, 1):
         three, sound, _ = evenly_spaced(crops, n, rows[n].duration, sound=False)
-        assert sound.shape[0] == 0 and three[1::3].equal(clips[n][0])
-    whole, _ = read_clip(rows[1].path, 0, (1,), (), 4, 8, 27)       # 8/7 of the size
+        assert sound.shape[0] == 0 and three.shape[0] == 12
+    band, _ = read_clip(rows[1].path, 0, (1,), (), 4, 8, 24, centre_band)
+    assert band.shape == (1, 4, 24, 37, 3)                          # 7/8 of 54 lines, 72 columns
     for crop, place in enumerate((0, 0.5, 1)):
-        assert three[crop].equal(crop_at(whole[0], 24, place))
+        assert three[crop].equal(crop_at(band[0], 24, place))
     assert not three[0].equal(three[1]) and not three[1].equal(three[2])
 
 
@@ -358,7 +386,7 @@ def test_files_that_fail_leave_an_evaluation(tmp_path, workers, capfd):
 
 def test_a_silent_film_can_be_read_without_sound(tmp_path):
     path = make_video(tmp_path / "silent.mp4", 2, tone=None)
-    video, audio = read_clip(path, 0.5, (1, 2), (), frames=10, fps=20, short_side=48)
+    video, audio = read_clip(path, 0.5, (1, 2), (), frames=10, fps=20, size=48)
     assert audio.shape == (0, 12000)
     expected = 0.5 + torch.tensor([[1], [2]]) * torch.arange(10) / 20       # s
     assert (read_barcode(video) / 30 - expected).abs().max() < 0.5 / 30 + 0.002

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_video
 
-from augment import LogMel, crop_at, normalize_frames
+from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
 from experiments import figures
 from experiments.figures import SHIFTS, lambda_by_speeds, role, similarity_by_shift, spread
@@ -119,9 +119,9 @@ def test_ratios_show_the_lambda_of_training(tree, brief, tmp_path):
     for row, lam in zip(clips.rows, lams):
         for tau_a, tau_v in ((1, 1), (2, 4), (4, 3)):
             video, waves = read_clip(row.path, (row.duration - 2) / 2, (1, tau_v), (1, tau_a), 4, 8,
-                                     16 * 8 // 7)
+                                     16, centre_crop)
             y_a, y_v, _, _ = model(LogMel()(waves)[None],
-                                   normalize_frames(crop_at(video, 16))[None])
+                                   normalize_frames(video)[None])
             expected = cross_affinity(y_a, y_v)[0, 1, 1]
             assert abs(lam[tau_a - 1, tau_v - 1] - expected) < 1e-5
         assert abs(lam[0, 0] - 0.25) < 1e-6             # the same view twice
@@ -139,11 +139,11 @@ def test_shifts_move_the_sound(tree, brief, tmp_path):
     z = {}                                              # (file, shift): z_a, and z_v without shift
     for n, row in enumerate(clips.rows):
         t0 = (row.duration - 0.5) / 2
-        video, _ = read_clip(row.path, t0, (1,), (1,), 4, 8, 16 * 8 // 7)
+        video, _ = read_clip(row.path, t0, (1,), (1,), 4, 8, 16, centre_crop)
         for shift in (-1, 0, 0.5):
-            _, waves = read_clip(row.path, t0 + shift, (1,), (1,), 4, 8, 16 * 8 // 7)
+            _, waves = read_clip(row.path, t0 + shift, (1,), (1,), 4, 8, 16, centre_crop)
             _, _, z[n, shift], z[n] = model(LogMel()(waves)[None],
-                                            normalize_frames(crop_at(video, 16))[None])
+                                            normalize_frames(video)[None])
     for n in range(3):
         for shift in (-1, 0, 0.5):
             s = [(z[m, shift][0, 0] @ z[n][0, 0]).item() for m in range(3)]

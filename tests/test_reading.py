@@ -6,6 +6,7 @@ Most films here show the number of each frame as a barcode. `experiments/frames.
 
 import os
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -170,6 +171,221 @@ def test_pictures_with_exif(tmp_path, suffix, turn, expected):
         values = [image[y, x].mean() for y in (H // 4, 3 * H // 4) for x in (W // 4, 3 * W // 4)]
         letters = [min(levels, key=lambda c: abs(levels[c] - value)) for value in values]
         assert "".join(letters) == expected, source
+
+
+# ---- values
+
+def film_of_planes(path, planes, pixels="yuv420p", codec="ffv1", **settings):
+    """Write 3 pictures whose planes are the given arrays, and return the path.
+
+    settings: of the codec, among them `turned` (degrees, counter-clockwise).
+    """
+    height, width = planes[0].shape
+    with av.open(str(path), "w") as out:
+        video = out.add_stream(codec, rate=10, width=width, height=height, pix_fmt=pixels)
+        if "turned" in settings:
+            video.set_display_rotation(settings.pop("turned"))
+        for name, value in settings.items():
+            setattr(video.codec_context, name, value)
+        for _ in range(3):
+            frame = av.VideoFrame(width, height, pixels)
+            frame.colorspace, frame.color_range = (getattr(video.codec_context, name)
+                                                   for name in ("colorspace", "color_range"))
+            for plane, array in zip(frame.planes, planes):
+                rows = np.frombuffer(plane, array.dtype).reshape(plane.height, -1)
+                rows[:, :plane.width] = array
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+    return path
+
+
+def rgb(y, cb, cr, matrix, full):
+    """Return the colour of 8-bit Y, Cb, Cr by BT.601 (5), BT.709 (1) or BT.2020 (9)."""
+    red, blue = {5: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}[matrix]
+    y, cb, cr = ((y / 255, (cb - 128) / 255, (cr - 128) / 255) if full else
+                 ((y - 16) / 219, (cb - 128) / 224, (cr - 128) / 224))
+    r, b = y + 2 * (1 - red) * cr, y + 2 * (1 - blue) * cb
+    return np.clip(255 * np.array([r, (y - red * r - blue * b) / (1 - red - blue), b]), 0, 255)
+
+
+COLOURS = [(60, 90, 200), (200, 60, 110), (126, 128, 128), (235, 128, 128)]     # Y, Cb, Cr
+
+
+@pytest.mark.parametrize("pixels,matrix,full", [
+    ("yuv420p", 5, False), ("yuv420p", 1, False), ("yuv420p", 9, False), ("yuv420p", 1, True),
+    ("yuv422p", 5, False), ("yuv444p", 1, False), ("yuv410p", 5, False), ("yuv420p10le", 1, False),
+    ("yuv422p10le", 9, False), ("gray", 5, False), ("gray", 5, True), ("gray10le", 5, False)])
+def test_colours_at_every_size(tmp_path, pixels, matrix, full):
+    """Four colours come out within a level at even and odd sizes, the file's own and larger ones,
+    in the file and in its copy."""
+    for size in ((160, 96), (75, 51)):
+        blank, planes = av.VideoFrame(*size, pixels), []
+        bits = blank.format.components[0].bits
+        for n, plane in enumerate(blank.planes):
+            values = np.reshape([colour[n] << (bits - 8) for colour in COLOURS], (2, 2))
+            grid = np.ix_(*(np.arange(side) * 2 // side for side in (plane.height, plane.width)))
+            planes.append(values[grid].astype(np.uint8 if bits == 8 else np.uint16))
+        path = film_of_planes(tmp_path / f"{size[0]}.mkv", planes, pixels, colorspace=matrix,
+                              color_range=2 if full else 1)
+        transcode.encode(path, tmp_path / "copy.mp4", 48, 15, sound=False)
+        for source in (path, tmp_path / "copy.mp4"):
+            for short_side in (20, 33, 47, 48, 51, 96, 131):
+                (image,), _ = read(source, [0.1], 0, short_side)
+                H, W = image.shape[:2]
+                for n, (y, cb, cr) in enumerate(COLOURS):
+                    colour = (y, 128, 128) if pixels.startswith("gray") else (y, cb, cr)
+                    found = image[H // 4 + n // 2 * H // 2, W // 4 + n % 2 * W // 2]
+                    off = abs(found - rgb(*colour, matrix, full)).max()
+                    assert off <= 1, (source, short_side, colour)
+
+
+@pytest.mark.parametrize("name,codec,pixels", [
+    ("a.mov", "png", "rgb24"), ("a.avi", "rawvideo", "bgr24"), ("a.mkv", "ffv1", "bgr0"),
+    ("a.mkv", "libx264rgb", "rgb24"), ("a.mkv", "ffv1", "gbrp10le"), ("a.avi", "rawvideo", "pal8"),
+    ("a.nut", "rawvideo", "nv12")])
+def test_colours_that_are_not_stored_as_planes_of_yuv(tmp_path, name, codec, pixels):
+    colours = np.array([(200, 30, 60), (20, 180, 240), (128, 128, 128), (255, 255, 255)], np.uint8)
+    number = (np.arange(96)[:, None] // 48 * 2 + np.arange(160) // 80).astype(np.uint8)
+    palette = np.full((256, 4), 255, np.uint8)
+    palette[:4, 1:] = colours
+    with av.open(str(tmp_path / name), "w") as out:
+        video = out.add_stream(codec, rate=10, width=160, height=96, pix_fmt=pixels,
+                               options={"crf": "0"} if codec == "libx264rgb" else {})
+        if pixels == "pal8":
+            frame = av.VideoFrame.from_ndarray((number, palette), "pal8")
+        else:
+            frame = av.VideoFrame.from_ndarray(colours[number], "rgb24").reformat(format=pixels)
+        for n in range(3):
+            frame.pts = n
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+    transcode.encode(tmp_path / name, tmp_path / "copy.mp4", 48, 15, sound=False)
+    for source in (tmp_path / name, tmp_path / "copy.mp4"):
+        for short_side in (33, 48, 96, 131):
+            (image,), _ = read(source, [0.1], 0, short_side)
+            H, W = image.shape[:2]
+            found = image[H // 4::H // 2, W // 4::W // 2][:2, :2].reshape(4, 3).astype(int)
+            assert abs(found - colours).max() <= 2, (source, short_side)     # YUV is rounded
+
+
+def texture(height, width, period):
+    """Return Y, Cb, Cr of smooth waves in all directions, in 4:2:0."""
+    planes = []
+    for n, step in enumerate((1, 2, 2)):
+        y, x = step * np.mgrid[:-(-height // step), :-(-width // step)]
+        wave = np.sin(2 * np.pi * x / period + n) + np.sin(2 * np.pi * (x + 2 * y) / period / 2)
+        planes.append((128 + (30, 15, 15)[n] * wave).round().astype(np.uint8))
+    return planes
+
+
+def test_stripes_of_colour_stay_sharp(tmp_path):
+    """Red stripes of 8 pixels, 32 apart, at a quarter of the size: each is 2 of 8 pixels."""
+    cr = np.where(np.arange(320) % 16 < 4, 240, 128).astype(np.uint8)
+    planes = [np.full((360, 640), 120, np.uint8), np.full((180, 320), 128, np.uint8),
+              np.tile(cr, (180, 1))]
+    path = film_of_planes(tmp_path / "a.mkv", planes, color_range=1)
+    transcode.encode(path, tmp_path / "copy.mp4", 360, 15, sound=False)
+    for source in (path, tmp_path / "copy.mp4"):
+        (image,), _ = read(source, [0.1], 0, 90)
+        redness = (image[40, 16:32, 0].astype(int) - image[40, 16:32, 1]).tolist()
+        assert redness == pytest.approx([225, 225, 0, 0, 0, 0, 0, 0] * 2, abs=6), source
+
+
+def test_a_copy_looks_like_its_original(tmp_path):
+    """Their pictures differ by less than a level on average, at even and odd sizes."""
+    path = film_of_planes(tmp_path / "a.mkv", texture(320, 480, 200), color_range=1)
+    transcode.encode(path, tmp_path / "copy.mp4", 160, 15, sound=False)
+    for short_side in range(120, 161, 5):
+        (one,), _ = read(path, [0.1], 0, short_side)
+        (two,), _ = read(tmp_path / "copy.mp4", [0.1], 0, short_side)
+        apart = (one.astype(int) - two).mean((0, 1))
+        assert one.shape == two.shape and abs(apart).max() < 1, short_side
+
+
+@pytest.mark.parametrize("turned", [0, 90, 180, -90])
+def test_a_window_is_cut_from_the_picture(tmp_path, turned):
+    """A window shows what is cut out of the whole picture of the same scale. The edges of a window
+    are rounded to whole samples of chroma, which are 2 pixels of the file here."""
+    path = film_of_planes(tmp_path / "a.mov", texture(96, 144, 48), codec="mpeg4", turned=turned,
+                          bit_rate=20_000_000)
+    rng = np.random.default_rng(0)
+    for scale in (Fraction(1, 2), Fraction(2, 3), Fraction(1), Fraction(3, 2)):
+        (whole,), _ = read(path, [0.1], 0, int(96 * scale))
+        assert whole.shape[:2] == tuple(int(side * scale) for side in
+                                        ((144, 96) if turned in (90, -90) else (96, 144)))
+        for _ in range(10):
+            box = [6 * int(n) for n in rng.integers((0, 0, 3, 3), (9, 9, 8, 8))]
+            x, y, wide, high = (int(n * scale) for n in box)
+            (found,), _ = read(path, [0.1], 0, (high, wide), lambda W, H: box)
+            apart = abs(found.astype(int) - whole[y:y + high, x:x + wide])
+            assert apart[2:-2, 2:-2].max() <= 1 and apart.max() <= 12, scale    # nothing beyond it
+            nearby = np.add(box, (0.4, -0.3, 0.3, -0.4))
+            (again,), _ = read(path, [0.1], 0, (high, wide), lambda W, H: nearby)
+            assert (again == found).all()
+
+
+def test_windows_at_the_edges_and_of_any_size(tmp_path):
+    """The shape asked for comes out, whatever the window is, and nothing beyond the picture."""
+    path = film_of_planes(tmp_path / "a.mkv", [np.full((51, 75), 235, np.uint8)] + [
+        np.full((26, 38), 128, np.uint8)] * 2, color_range=1)
+    for box in ((0, 0, 75, 51), (74.5, 50.5, 0.5, 0.5), (0, 0, 1e-3, 1e-3), (0, 50.9, 75, 0.1),
+                (11.1, 0, 40, 51), (-1e-9, 0, 75 + 2e-9, 51)):
+        (image,), _ = read(path, [0.1], 0, (17, 30), lambda W, H: box)
+        assert image.shape == (17, 30, 3) and image.min() >= 254, box
+
+
+@pytest.mark.parametrize("turned", [0, 90])
+@pytest.mark.parametrize("pixel", [Fraction(64, 45), Fraction(8, 9)])
+def test_pixels_that_are_not_square(tmp_path, turned, pixel):
+    """A player stretches them, so that a circle is one. The copy has square pixels."""
+    y, x = np.mgrid[:144, :180]
+    disc = ((x - 90) * float(pixel)) ** 2 + (y - 72) ** 2 < 50 ** 2
+    planes = [np.where(disc, 235, 16).astype(np.uint8)] + [np.full((72, 90), 128, np.uint8)] * 2
+    path = film_of_planes(tmp_path / "a.mp4", planes, codec="libx264", turned=turned,
+                          sample_aspect_ratio=pixel)
+    transcode.encode(path, tmp_path / "copy.mp4", 72, 15, sound=False)
+    wide = round(180 * pixel)
+    short, long = sorted((wide, 144))
+    for source in (path, tmp_path / "copy.mp4"):
+        (image,), _ = read(source, [0.1], 0, 72)
+        H, W = image.shape[:2]
+        if turned:
+            H, W = W, H
+        assert (min(H, W), W > H) == (72, wide > 144) and abs(max(H, W) - 72 * long / short) <= 1
+        light = image[..., 0] > 127
+        across, down = (light.any(axis).sum() for axis in (0, 1))
+        assert abs(across - 72 * 100 / short) <= 2 and abs(down - 72 * 100 / short) <= 2
+        window = lambda W, H: (W / 2 - 25, H / 2 - 35, 50, 70)          # noqa: E731
+        (part,), _ = read(path, [0.1], 0, (40, 30), window)
+        assert part.min() > 200
+    with av.open(str(tmp_path / "copy.mp4")) as copy:
+        assert copy.streams.video[0].sample_aspect_ratio in (None, 1)
+
+
+@pytest.mark.parametrize("layout", ["mono", "stereo", "2.1", "quad", "5.1", "7.1"])
+def test_mono_is_the_mean_of_the_channels(tmp_path, layout):
+    """Each channel has a tone of its own, which comes out with its share of the loudness."""
+    many = av.AudioLayout(layout).nb_channels
+    path, t = tmp_path / "a.mkv", np.arange(3 * 48000) / 48000
+    tones = [300 + 200 * n for n in range(many)]
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("ffv1", rate=10, width=64, height=48, pix_fmt="yuv420p")
+        audio = out.add_stream("pcm_s16le", rate=48000, layout=layout)
+        for n in range(30):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), "rgb24")
+            frame.pts = n
+            out.mux(video.encode(frame))
+        waves = np.stack([0.9 * np.sin(2 * np.pi * hz * t) for hz in tones], 1)         # (L, C)
+        sound = av.AudioFrame.from_ndarray((32767 * waves).astype(np.int16).reshape(1, -1), "s16",
+                                           layout)
+        sound.sample_rate, sound.pts, sound.time_base = 48000, 0, Fraction(1, 48000)
+        out.mux([*video.encode(None), *audio.encode(sound), *audio.encode(None)])
+    transcode.encode(path, tmp_path / "copy.mp4", 48, 15, sound=True)
+    for wave, tolerance in ((read_sound(path)[0], 0.002), (read(path, [0.5], 48000, 48)[1], 0.002),
+                            (read(tmp_path / "copy.mp4", [0.5], 48000, 48)[1], 0.02)):
+        part = wave[6000:30000]                                             # 1 s
+        heard = 2 * abs(np.fft.rfft(part))[tones] / len(part)
+        assert abs(heard * many - 0.9).max() < tolerance * many, (layout, heard)
 
 
 def damage(path, first, last, kind="video"):

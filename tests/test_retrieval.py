@@ -15,7 +15,7 @@ from conftest import ROOT, make_video, run, run_here, with_damaged
 from torch.nn.functional import normalize
 
 import retrieval
-from augment import LogMel, crop_at, normalize_frames
+from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
 from models import load_encoder, load_svaclr
 from prepare import scan
@@ -291,10 +291,10 @@ def test_pool_has_the_features_of_each_file(tree, brief, pool):
     for n in (0, 17):
         means = {}
         for t0 in np.linspace(0, rows[n]["duration"] - 0.5, 3):
-            frames, wave = read_clip(rows[n]["path"], t0, (1,), (1,), 4, 8, 16 * 8 // 7)
+            frames, wave = read_clip(rows[n]["path"], t0, (1,), (1,), 4, 8, 16, centre_crop)
             with torch.no_grad():
                 y_a = model.g(LogMel()(wave))
-                y_v = model.f(normalize_frames(crop_at(frames, 16)))
+                y_v = model.f(normalize_frames(frames))
                 features = {"y_audio": y_a, "y_video": y_v, "z_audio": model.h_a(y_a),
                             "z_video": model.h_v(y_v)}
             for name, x in features.items():
@@ -549,10 +549,10 @@ def test_videos_find_videos(brief, silent, features, float32):
     f, y = load_encoder(brief, "r2plus1d_10").eval(), {"train": [], "test": []}
     labels = {"train": [], "test": []}
     for row in rows:
-        clips = [read_clip(row["path"], t0, (1,), (), 4, 8, 16 * 8 // 7)[0][0]
+        clips = [read_clip(row["path"], t0, (1,), (), 4, 8, 16, centre_crop)[0][0]
                  for t0 in np.linspace(0, row["video_duration"] - 0.5, 3)]
         with torch.no_grad():
-            y_v = f(normalize_frames(crop_at(torch.stack(clips), 16)))
+            y_v = f(normalize_frames(torch.stack(clips)))
         y[row["split"]].append(normalize(normalize(y_v, dim=1).mean(0), dim=0).numpy())
         labels[row["split"]].append(row["label"])
     assert np.allclose(features[0], y["train"], atol=1e-5)
