@@ -169,7 +169,7 @@ def film_of_planes(path, planes, pixels="yuv420p", codec="ffv1", **settings):
 
 
 def rgb(y, cb, cr, matrix, full):
-    """Return the colour of 8-bit Y, Cb, Cr by the formula of BT.601 (5), BT.709 (1), BT.2020 (9)."""
+    """Return the colour of 8-bit Y, Cb, Cr by BT.601 (matrix 5), BT.709 (1) or BT.2020 (9)."""
     red, blue = {5: (0.299, 0.114), 1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}[matrix]
     y, cb, cr = ((y / 255, (cb - 128) / 255, (cr - 128) / 255) if full else
                  ((y - 16) / 219, (cb - 128) / 224, (cr - 128) / 224))
