@@ -147,7 +147,7 @@ class LogMel(torch.nn.Module):
     of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers.
     """
 
-    def __init__(self, rate=24000, bands=40, mean=-0.4, std=4.3):
+    def __init__(self, rate=24000, bands=40, mean=-0.9, std=4.3):
         super().__init__()
         self.mel = torchaudio.transforms.MelSpectrogram(
             rate, n_fft=1024, win_length=rate // 50, hop_length=rate // 100, n_mels=bands)

@@ -68,7 +68,7 @@ class Shrinker:
     def view(self, W, H):
         """See Cutter. Raises ValueError if the part to keep is not within the picture."""
         width, height, x, y = self.crop or (W, H, 0, 0)
-        if x + width > W or y + height > H:
+        if x + width > round(W) or y + height > round(H):
             raise ValueError(f"--crop {width}:{height}:{x}:{y} is not within its pictures of "
                              f"{round(W)} x {round(H)} pixels")
         return (x, y, width, height), even_size(width, height, self.short_side)
