@@ -2,13 +2,13 @@
 
     tau_v, tau_a = sample_speeds(4)           # ([1, 3], [1, 2]): view 0 at speed 1, view 1 sped up
     times = frame_times(30, 30, tau_v[1])     # (T,) s: three frame intervals apart
-    fast = speed_up_audio(wave, tau_a[1])     # (s L,) -> (L,): the pitch is s times as high
+    fast = speed_up_audio(wave, tau_a[1])     # (tau L,) -> (L,): the pitch is tau times as high
     x = LogMel()(fast)                        # (L,) -> (1, M, F)
 
 This file needs torch, torchvision and torchaudio alone. Speed is a sampling rate ("implemented by
-applying different sampling rates", §2.1): a view at speed s covers s times the source in the same
-number of frames and samples. Symbols: T frames, H, W pixels, L samples, M mel bands, F spectrogram
-frames, s or tau a speed from {1, ..., S}.
+applying different sampling rates", §2.1): a view at speed tau covers tau times the source in the
+same number of frames and samples. Symbols: T frames of a view, H, W pixels, L samples of a view, M
+mel bands, F spectrogram frames, tau a speed from {1, ..., S}.
 """
 
 import functools
@@ -23,36 +23,36 @@ MEAN, STD = 0.45, 0.225                                 # of pixels in [0, 1] (p
 def sample_speeds(max_speed, generator=None, same=False):
     """Draw tau_v and tau_a, the speeds of the video views and of the audio views of a clip (§2.1).
 
-    Both are lists of two integers. View 0 has speed 1. View 1 draws from T = {1, ..., max_speed},
+    Both are lists of two integers. View 0 has speed 1. View 1 draws from {1, ..., max_speed},
     uniformly (paper silent) and independently for video and audio, or once for both (`same`).
     """
     tau_v, tau_a = torch.randint(1, max_speed + 1, (2,), generator=generator).tolist()
     return [1, tau_v], [1, tau_v if same else tau_a]
 
 
-def frame_times(frames, fps, speed):
-    """When the T = `frames` frames of a view are taken, in s after its start: (T,).
+def frame_times(frames, fps, tau):
+    """When the T = `frames` frames of a view are taken, in seconds after its start: (T,).
 
-    At speed s (an integer >= 1) a view takes every s-th of the times that lie 1/fps s apart, so it
-    covers s times the source.
+    At speed tau (an integer >= 1) a view takes every tau-th of the times that lie 1/fps seconds
+    apart, so it covers tau times the source.
     """
-    return torch.arange(frames) * speed / fps
+    return torch.arange(frames) * tau / fps
 
 
-def speed_up_audio(wave, speed):
-    """Squeeze `speed` times the source into the same length: (..., s L) -> (..., L).
+def speed_up_audio(wave, tau):
+    """Squeeze tau times the source into the same length: (..., tau L) -> (..., L).
 
-    The sampling rate stays, so a tone of f Hz comes out at s f Hz. Frequencies that would pass the
-    Nyquist limit are removed first by a windowed sinc, so they are not folded back. speed is an
+    The sampling rate stays, so a tone of f Hz comes out at tau f Hz. Frequencies that would pass
+    the Nyquist limit are removed first by a windowed sinc, so they are not folded back. tau is an
     integer >= 1.
     """
-    return wave if speed == 1 else windowed_sinc(speed)(wave)
+    return wave if tau == 1 else windowed_sinc(tau)(wave)
 
 
 @functools.cache
-def windowed_sinc(speed):
-    """The low-pass and decimation by `speed`. Its weights are computed once."""
-    return torchaudio.transforms.Resample(speed, 1)
+def windowed_sinc(tau):
+    """The low-pass and decimation by tau. Its weights are computed once."""
+    return torchaudio.transforms.Resample(tau, 1)
 
 
 # A window is the part of a picture to read: a function (W, H) -> (left, top, width, height). It is

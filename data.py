@@ -5,13 +5,14 @@
     for video, audio, sources in make_loader(dataset, batch_size=8):
         ...                         # video (B, K, T, H, W, 3) uint8, audio (B, K, L) float32
 
-A view at speed s covers s times the source in the same number of frames and samples (§2.1):
+A view at speed tau covers tau times the source in the same number of frames and samples (§2.1):
 
     source       t0 |-------------|-------------|-------------|-------------|   T / fps seconds each
     view 0          |x x x x x x x|
-    view 1, s = 3   |x     x     x     x     x     x     x     |
+    view 1, tau = 3 |x     x     x     x     x     x     x     |
 
-Symbols: B clips, K views, T frames, H, W pixels, L samples. To train, the parent opens no file.
+Symbols: B clips, K views, T frames, H, W pixels, L samples. Only the loading processes open videos,
+because a forked copy of an open decoder does not work.
 """
 
 import atexit
@@ -116,7 +117,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
         video (K, T, H, W, 3) uint8, audio (K, L) float32 at 24 kHz, L = 24000 frames / fps. Raises
         ValueError with the path and the cause if the file cannot give them.
     """
-    times = torch.stack([frame_times(frames, fps, s) for s in tau_v])           # (K, T) s after t0
+    times = torch.stack([frame_times(frames, fps, tau) for tau in tau_v])   # (K, T), seconds after t0
     times, index = times.unique(return_inverse=True)                            # (n,), (K, T)
     L = round(RATE * frames / fps)
     try:
@@ -125,7 +126,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     views = np.stack([images[n] for n in index.flatten().tolist()])             # (K T, H, W, 3)
     video = torch.from_numpy(views).unflatten(0, index.shape)                   # (K, T, H, W, 3)
-    audio = [speed_up_audio(torch.from_numpy(wave[:s * L]), s) for s in tau_a]
+    audio = [speed_up_audio(torch.from_numpy(wave[:tau * L]), tau) for tau in tau_a]
     return video, torch.stack(audio) if audio else torch.empty(0, L)            # (K, L)
 
 
