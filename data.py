@@ -117,7 +117,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
         video (K, T, H, W, 3) uint8, audio (K, L) float32 at 24 kHz, L = 24000 frames / fps. Raises
         ValueError with the path and the cause if the file cannot give them.
     """
-    times = torch.stack([frame_times(frames, fps, tau) for tau in tau_v])   # (K, T), seconds after t0
+    times = torch.stack([frame_times(frames, fps, tau) for tau in tau_v])       # (K, T) s after t0
     times, index = times.unique(return_inverse=True)                            # (n,), (K, T)
     L = round(RATE * frames / fps)
     try:

@@ -318,7 +318,7 @@ def test_a_window_is_cut_from_the_picture(tmp_path, turned):
             x, y, wide, high = (int(n * scale) for n in box)
             (found,), _ = read(path, [0.1], 0, (high, wide), lambda W, H: box)
             apart = abs(found.astype(int) - whole[y:y + high, x:x + wide])
-            assert apart[2:-2, 2:-2].max() <= 1 and apart.max() <= 16, scale    # at its edge: colour
+            assert apart[2:-2, 2:-2].max() <= 1 and apart.max() <= 16, scale
             nearby = np.add(box, (0.4, -0.3, 0.3, -0.4))
             (again,), _ = read(path, [0.1], 0, (high, wide), lambda W, H: nearby)
             assert (again == found).all()
