@@ -254,9 +254,9 @@ class Cutter:
 
     def place(self, frame):
         """Find the window in frames of the kind of this one, and prepare a frame for its pixels."""
-        if self.matrix is None:         # ask a copy: PyAV would keep the frame itself in memory
-            small = self.unpack.reformat(frame, 16, 16, "gray", interpolation="POINT", threads=1)
-            self.matrix = display_matrix(small)
+        copy = self.unpack.reformat(frame, 16, 16, "gray", interpolation="POINT", threads=1)
+        # ask the copy, because PyAV would keep `frame` in memory if it were asked for its matrix
+        self.matrix = self.matrix or display_matrix(copy)
         W, H, form = frame.width, frame.height, frame.format
         wide = W * float(self.video.sample_aspect_ratio or 1)
         turned, reverse_y, reverse_x = turns(self.matrix)
@@ -276,7 +276,11 @@ class Cutter:
         # FFmpeg takes gray for full-range whatever the file says, so limited gray gets a chroma.
         limited_gray = form.name.startswith("gray") and frame.color_range == ColorRange.MPEG
         name = form.name.replace("gray", "yuv444p") if limited_gray else form.name
+        # A frame made from another one keeps what the file says of the place of the chroma. It also
+        # keeps that it is interlaced, and then FFmpeg would scale each field alone.
         self.window, self.parts = av.VideoFrame(width, height, name), []
+        if not frame.interlaced_frame:
+            self.window = self.unpack.reformat(copy, width, height, name, threads=1)
         bits = form.components[0].bits
         size = -(-bits // 8)                                # bytes of a sample
         for n, plane in enumerate(self.window.planes):
