@@ -21,7 +21,8 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
-from support.reading import MonoResampler, Shape, begin, decode, end, forget_before, open_streams
+from support.reading import (MonoResampler, Shape, begin, decode, end, forget_before, open_file,
+                             open_streams)
 
 COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height",
            "has_audio", "reason", "note", "stamp")
@@ -197,7 +198,7 @@ def probe(file, verify=False):
         with open(path, "rb") as data:
             if not data.read(1):
                 return row | {"reason": "empty file"}
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_file(path) as container:
             return row | measure(container, verify)
     except av.error.FFmpegError as error:
         return row | {"reason": f"{failure}: {error.strerror or error}"}

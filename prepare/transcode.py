@@ -36,7 +36,8 @@ from tqdm import tqdm
 from prepare.scan import COLUMNS, probe, write
 from support.processes import at_least
 from support.reading import (RATE, SEAM, UPRIGHT, MonoResampler, Shape, begin, decode,
-                             display_matrix, end, forget_before, in_order, open_streams, upright)
+                             display_matrix, end, forget_before, in_order, open_file, open_streams,
+                             upright)
 
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
 
@@ -156,7 +157,7 @@ def encode(source, target, short_side, gop, sound, crop=None):
     """Write source as target, an mp4 of H.264 and, with sound, AAC. Raises FFmpegError, OSError,
     ValueError, or SoundError if only the sound is at fault."""
     # The pictures and the sound are read from containers of their own, each in its own order.
-    with av.open(str(source)) as container, av.open(str(source)) as sound_container:
+    with open_file(source) as container, open_file(source) as sound_container:
         video, _ = open_streams(container, sound=False)
         frames = starmap(Shrinker(short_side, crop), pictures(container, video))
         first = next(frames, None)

@@ -41,6 +41,11 @@ UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
 
 # ---- functions that the scan and the transcoder use too
 
+def open_file(path):
+    """Open a file to be read. Text in its header that is not UTF-8 does no harm."""
+    return av.open(str(path), metadata_errors="replace")
+
+
 def open_streams(container, sound=True):
     """Return the best video stream and the best audio stream of an open file.
 
@@ -189,7 +194,7 @@ def read(path, times, samples=0, short_side=160):
     """
     reader, clip = Reader(times, samples, short_side), None
     while clip is None:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with open_file(path) as container:
             clip = reader.attempt(container)
     return clip
 
@@ -203,7 +208,7 @@ def read_sound(path):
     header says, which for an mp3 is often a guess. Raises ValueError, OSError or
     av.error.FFmpegError if it is missing.
     """
-    with av.open(str(path), metadata_errors="replace") as container:
+    with open_file(path) as container:
         audio, damaged = container.streams.best("audio"), []
         if audio is None or audio.codec_context is None:
             raise ValueError("no audio stream" if audio is None else "no decoder for its sound")
