@@ -21,8 +21,8 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
-from support.reading import (MonoResampler, Shape, begin, decode, end, forget_before, open_file,
-                             open_streams)
+from support.reading import (JOINABLE, MonoResampler, Shape, StampCheck, begin, decode, end,
+                             forget_before, open_file, open_streams)
 
 COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height",
            "has_audio", "reason", "note", "stamp")
@@ -212,7 +212,7 @@ def probe(file, verify=False):
 
 def measure(container, verify):
     """The measured columns of an open file, after decoding the first frame of each stream or, with
-    verify, all frames.
+    verify, all frames. The stamps of JOINABLE files are checked to the end in either case.
 
     support.reading.read can read a verified file at every place. If only the sound cannot be used,
     `note` says why and has_audio is 0, because the pictures can be used without it. Raises
@@ -226,11 +226,12 @@ def measure(container, verify):
     if audio is not None and audio.codec_context is None:
         audio, note = None, "no decoder for its sound"
     tracks = {stream: Track(stream) for stream in (video, audio) if stream is not None}
+    to_end = verify or container.format.name in JOINABLE
     for packet in container.demux(list(tracks)):
         track = tracks[packet.stream]
-        if not track.problem and (verify or track.stop is None):
-            track.add(packet)
-        if not verify and all(track.problem or track.stop is not None for track in tracks.values()):
+        if not track.problem:
+            track.add(packet, verify or track.stop is None)
+        if not to_end and all(track.problem or track.stop is not None for track in tracks.values()):
             break
     stops = expected_stops(container, tracks, verify)
     for stream, track in tracks.items():
@@ -260,15 +261,19 @@ class Track:
     def __init__(self, stream):
         self.stream, self.tick, self.stop, self.problem = stream, float(stream.time_base), None, ""
         self.damaged, self.shape, self.layouts = [], Shape(), {"mono", "stereo"}
+        self.stamps = StampCheck(stream)
 
-    def add(self, packet):
-        """Decode a packet and check its frames as support.reading.read would."""
+    def add(self, packet, to_decode):
+        """Check a packet, and decode it and check its frames, as support.reading.read would."""
         is_video = self.stream.type == "video"
         try:
-            for frame in decode(self.stream, [packet], self.damaged):
-                # A frame of sound without a time stamp continues the frame before it.
-                if frame.pts is None and (is_video or self.stop is None):
+            self.stamps.check(packet)
+            for frame in decode(self.stream, [packet] * to_decode, self.damaged):
+                if frame.pts is None and is_video:
                     raise ValueError("it has no time stamps")
+                if frame.pts is None and self.stop is None:
+                    continue                # place_sound places it before the first with a stamp
+                # Another frame of sound without a time stamp continues the frame before it.
                 if self.stop is None:
                     forget_before(self.damaged, frame.time)
                 start = self.stop if frame.pts is None else frame.pts * self.tick
@@ -312,15 +317,19 @@ def expected_stops(container, tracks, verify):
 def last_packets(container, streams):
     """{stream: when its last packet ends, s}. A stream without packets is not in it."""
     stops, seconds = {}, 2.0                              # seconds: how much of the end is read
-    start = first = min(map(begin, streams))
+    first, by_index = min(map(begin, streams)), {stream.index: stream for stream in streams}
     while len(stops) < len(streams):
-        if container.duration:
-            start = max(first, first + container.duration / av.time_base - seconds)
-        container.seek(int(start * av.time_base))
-        for packet in container.demux(streams):
-            if packet.pts is not None:
-                stop = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                stops[packet.stream] = max(stops.get(packet.stream, stop), stop)
+        with open_file(container.name) as file:
+            start = first
+            if file.duration:
+                start = max(first, first + file.duration / av.time_base - seconds)
+            if start > first:
+                file.seek(int(start * av.time_base))
+            for packet in file.demux([file.streams[index] for index in by_index]):
+                if packet.pts is not None:
+                    stream = by_index[packet.stream.index]
+                    stop = (packet.pts + (packet.duration or 0)) * float(stream.time_base)
+                    stops[stream] = max(stops.get(stream, stop), stop)
         if start == first:
             break
         seconds *= 8

@@ -6,6 +6,10 @@ The picture at time t is the one whose time stamp is nearest to t. It is turned 
 player shows it. Time 0 is the time at which the pictures begin or, if sound is read too, at which
 both have begun. `read` refuses a file that it cannot read exactly; it never approximates.
 
+This module alone decides when a stream begins (`begin`) and ends (`end`), whether its time stamps
+run on (`StampCheck`), how early a decoder of sound must begin (`lead_in`), and where each sample
+lies (`place_sound`).
+
 How `read` works:
 1. Open the file, and seek to a keyframe before the clip.
 2. Collect the packets from this keyframe to the end of the clip, without decoding them.
@@ -31,19 +35,40 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 RATE = 24000                            # Hz, mono (paper silent; GDT)
-WARM_UP = 0.2                           # s; decoding of the sound begins so much earlier
 SEAM = 0.01                             # s; a smaller gap in the sound is a rounded time stamp
+SLACK = 0.1                             # s by which stamps may go back: recordings often overlap so
+JUMP = 10                               # s; a larger gap in JOINABLE is a jump of the stamps
+JOINABLE = {"mpegts", "mpeg"}           # files that stay files if others are appended to them
 REORDER = {"h264": 16, "hevc": 16}      # pictures that a decoder may hold back; others: 4
 UNORDERED = {"avi", "asf"}              # these containers do not store when a picture is shown
 SKIPS = {"h264", "mpeg4", "mpeg1video", "mpeg2video"}   # decoders that let skip_frame change
 UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
+# Sound decoders that are right after 0.2 s. Bit reservoirs and filters with memory need 1 s.
+QUICK = re.compile("aac|e?ac3|alac|flac|mp2|(lib)?opus|(lib)?vorbis|wmav[12]|pcm_.*")
 
 
 # ---- functions that the scan and the transcoder use too
 
 def open_file(path):
-    """Open a file to be read. Text in its header that is not UTF-8 does no harm."""
-    return av.open(str(path), metadata_errors="replace")
+    """Open a file to be read. Text in its header that is not UTF-8 does no harm.
+
+    If the edit list of an mp4 hides its first pictures, FFmpeg moves the next one to time 0, which
+    is up to one picture too early beside the sound. Such a file is opened without this correction,
+    and `begin` tells which pictures are hidden. Raises ValueError if the list has several parts.
+    """
+    container = av.open(str(path), metadata_errors="replace")
+    video = container.streams.best("video")
+    index = video.index_entries if video and "mp4" in container.format.name else ()
+    if not len(index) or not index[0].is_discard:
+        return container
+    moved = [(entry.pos, entry.timestamp) for entry in index]
+    container.close()
+    container = av.open(str(path), metadata_errors="replace", options={"advanced_editlist": "0"})
+    stamps = {e.pos: e.timestamp for e in container.streams.best("video").index_entries}
+    if len({stamps[pos] - stamp for pos, stamp in moved}) > 1:
+        container.close()
+        raise ValueError("its edit list has several parts")
+    return container
 
 
 def open_streams(container, sound=True):
@@ -68,19 +93,58 @@ def open_streams(container, sound=True):
 
 def begin(stream):
     """Return the time of the stream's first picture or sample, on the container's clock."""
-    return float((stream.start_time or 0) * stream.time_base)
+    start = (stream.start_time or 0) * float(stream.time_base)
+    return max(0.0, start) if has_hidden_beginning(stream.container) else start
+
+
+def has_hidden_beginning(container):
+    """Return whether an edit list hides what comes before time 0 (see open_file)."""
+    return "advanced_editlist" in container.options
 
 
 def end(container, stream):
-    """Return when the stream ends, by the file's header or by Matroska's tags, or None."""
+    """Return when the stream ends, by the file's header or by Matroska's tags, or None.
+
+    Some headers tell when the file ends but not when the stream does.
+    """
+    if container.format.name == "asf" or has_hidden_beginning(container):
+        return None
     if stream.duration:
-        return begin(stream) + float(stream.duration * stream.time_base)
+        return begin(stream) + stream.duration * float(stream.time_base)
     tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if tag is None:
         return None
     hours, minutes, seconds = map(float, tag.groups())
     by_mkvmerge = "_STATISTICS_TAGS" in stream.metadata     # mkvmerge counts from its beginning
     return begin(stream) * by_mkvmerge + 3600 * hours + 60 * minutes + seconds
+
+
+class StampCheck:
+    """Checks that the time stamps of a stream run on. In joined files they begin anew or jump."""
+
+    def __init__(self, stream):
+        self.is_video, self.tick = stream.type == "video", float(stream.time_base)
+        self.joinable = stream.container.format.name in JOINABLE
+        self.begun, self.latest = False, None           # latest: the latest time so far, s
+
+    def check(self, packet):
+        """Check the stream's next packet in the order of the file, and return it.
+
+        The first one is to be the file's first or a keyframe. Raises ValueError.
+        """
+        if self.is_video and not self.begun and packet.size and not packet.is_keyframe:
+            raise ValueError("its pictures begin without a keyframe: cut off what lies before one")
+        self.begun = True
+        if packet.pts is None:
+            return packet
+        time = packet.pts * self.tick
+        latest = time if self.latest is None else self.latest
+        back = time < latest - SLACK and (packet.is_keyframe or not self.is_video)
+        if back or self.joinable and time > latest + JUMP:
+            raise ValueError(f"its time stamps go from {latest:.2f} to {time:.2f} s, as in joined "
+                             "recordings: split it there")
+        self.latest = max(latest, time)
+        return packet
 
 
 def decode(stream, packets, damaged):
@@ -90,7 +154,7 @@ def decode(stream, packets, damaged):
             yield from stream.decode(packet)
         except av.error.FFmpegError:
             if packet is not None and packet.pts is not None:
-                damaged.append(float(packet.pts * stream.time_base))
+                damaged.append(packet.pts * float(stream.time_base))
 
 
 def forget_before(damaged, first):
@@ -203,23 +267,23 @@ def read_sound(path):
     """Read all sound of a file, which need not have pictures.
 
     The whole sound is decoded from its first packet on, without a seek, and is held in memory: 6 MB
-    for a minute. Returns the sound (samples,) float32, mono at 24 kHz, from its beginning on, and
-    the times in s at which it is damaged. Gaps in it are silent. It may end before the file's
-    header says, which for an mp3 is often a guess. Raises ValueError, OSError or
-    av.error.FFmpegError if it is missing.
+    for a minute. Returns the sound (samples,) float32, mono at 24 kHz, from its first sample to its
+    last, and the times in s at which it is damaged. Gaps in it are silent. Raises ValueError,
+    OSError or av.error.FFmpegError if it is missing.
     """
     with open_file(path) as container:
         audio, damaged = container.streams.best("audio"), []
         if audio is None or audio.codec_context is None:
             raise ValueError("no audio stream" if audio is None else "no decoder for its sound")
-        packets = [packet for packet in container.demux(audio) if packet.size]
-        stops = [float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                 for packet in packets if packet.pts is not None]
-        start = begin(audio)
-        wave = np.zeros(max(0, round((max(stops, default=start) - start) * RATE)), np.float32)
-        if not len(wave) or not hear(audio, packets, wave, start, damaged):
+        packets = map(StampCheck(audio).check, container.demux(audio))
+        pieces = [(round(place), samples) for place, samples in place_sound(audio, packets, damaged)]
+        if not pieces:
             raise ValueError("no sound decodes")
-        return wave, [t - start for t in damaged]
+        start = pieces[0][0]
+        wave = np.zeros(max(place + len(samples) for place, samples in pieces) - start, np.float32)
+        for place, samples in pieces:
+            wave[place - start:place - start + len(samples)] = samples
+        return wave, [time - start / RATE for time in damaged]
 
 
 class Reader:
@@ -228,7 +292,7 @@ class Reader:
     def __init__(self, times, samples, short_side):
         self.times, self.samples, self.short_side = times, samples, short_side
         self.early = 0.0        # s from the beginning of decoding to the first wanted picture
-        self.back = WARM_UP     # s from the target of the seek to the beginning of decoding
+        self.back = 0.0         # s from the target of the seek to the beginning of decoding
         self.sort = False       # stamps may be missing or out of order: decode all, sort the stamps
         self.trouble = None     # (stamp of the first packet, missing, damaged) of the last attempt
 
@@ -239,6 +303,7 @@ class Reader:
         self.sort = self.sort or kind in UNORDERED and clip.video.codec_context.has_b_frames
         if self.sort or kind == "mpeg":                 # the first stamps after a seek are wrong
             self.early = max(1.0, self.early)
+        self.back = max(clip.lead, self.back)
         first = clip.wanted[0] - self.early             # decode from a keyframe not after this time
         fresh = first - self.back <= begin(clip.video)      # read from the file's first packet on
         if not fresh and not seek(container, clip.video, first - self.back):
@@ -288,19 +353,33 @@ class Clip:
         self.video, self.audio = open_streams(container, sound=samples > 0)
         self.streams = [stream for stream in (self.video, self.audio) if stream is not None]
         self.tick = float(self.video.time_base)         # s
+        self.first = begin(self.video) / self.tick      # the first stamp that is not hidden
+        self.lead = lead_in(self.audio)
         self.zero = max(begin(stream) for stream in self.streams)
         self.wanted = [self.zero + time for time in times]      # times of the wanted pictures
         self.stop = self.wanted[0] + samples / RATE     # end of the sound
 
 
+def lead_in(audio):
+    """Return how many s earlier than wanted a decoder of sound must begin, 0 without sound."""
+    if audio is None:
+        return 0.0
+    context = audio.codec_context
+    quick = QUICK.fullmatch(context.name) and "HE" not in (context.profile or "")
+    return 0.2 if quick else 1.0
+
+
 def seek(container, video, time):
-    """Seek to the last keyframe before `time` by the container's index. Return False on failure."""
+    """Seek to the last keyframe before `time` by the container's index. Return False on failure.
+
+    Raises ValueError if the file's first picture is no keyframe.
+    """
+    first = StampCheck(video).check(next(container.demux(video)))
     if re.search("pal8|444", video.codec_context.pix_fmt or ""):
         # only the first packet has the palette, or the version of x264, that the decoder needs
-        first = next(container.demux(video))
         list(decode(video, [first], []))
     try:
-        container.seek(int(time // video.time_base), stream=video)
+        container.seek(int(time // float(video.time_base)), stream=video)
     except av.error.FFmpegError:
         return False
     return True
@@ -310,14 +389,15 @@ def collect(clip, first, fresh, sort):
     """Return the packets of a clip, (pictures, sound), or None if the seek came too late.
 
     The packets of the pictures reach from the last keyframe not after the time `first` to
-    `held_back` packets behind the last wanted time. The packets of the sound reach from WARM_UP
+    `held_back` packets behind the last wanted time. The packets of the sound reach from `clip.lead`
     before the first wanted time to the end of the clip. Raises ValueError if the file ends within
-    the clip, and more than 1 s earlier than its header says.
+    the clip, and more than 1 s earlier than its header says, or if its stamps do not run on.
     """
     video, audio, wanted = clip.video, clip.audio, clip.wanted
     pictures, sound, first_sound = [], [], np.inf
     behind, enough = 0, held_back(video)                # pictures behind the last wanted time
     ticks = {stream: float(stream.time_base) for stream in clip.streams}
+    checks = {stream: StampCheck(stream) for stream in clip.streams}
     reached = dict.fromkeys(clip.streams, -np.inf)      # where the packets so far end, s
     for packet in clip.container.demux(clip.streams):
         if not packet.size:                             # PyAV ends each stream with an empty packet
@@ -327,12 +407,14 @@ def collect(clip, first, fresh, sort):
         if time is not None:
             reached[stream] = max(reached[stream], time + (packet.duration or 0) * tick)
         if stream is audio:
+            checks[stream].check(packet)
             first_sound = min(first_sound, np.inf if time is None else time)
-            if time is None or reached[audio] >= wanted[0] - WARM_UP:
+            if time is None or reached[audio] >= wanted[0] - clip.lead:
                 sound.append(packet)
             if behind >= enough and time is not None and time > clip.stop + 0.1:
                 break                                   # 0.1 s: decoder and resampler hold back
         elif behind < enough and (pictures or fresh or packet.is_keyframe):
+            checks[stream].check(packet)
             if packet.is_keyframe and not fresh and time is not None:
                 if time > first and not pictures:
                     return None
@@ -342,8 +424,8 @@ def collect(clip, first, fresh, sort):
             behind += time is not None and time > wanted[-1]
             if behind >= enough and audio is None:
                 break
-    late = audio is not None and first_sound > max(begin(audio), wanted[0] - WARM_UP) + 1e-3
-    nothing = all(packet.is_discard for packet in pictures)     # an edit list hides them
+    late = audio is not None and first_sound > max(begin(audio), wanted[0] - clip.lead) + 1e-3
+    nothing = all(is_hidden(clip, packet) for packet in pictures)
     if not fresh and (late or nothing):
         return None
     if nothing:
@@ -353,6 +435,11 @@ def collect(clip, first, fresh, sort):
         if stated is not None and reached[stream] < min(last, stated - 1):
             raise ValueError(f"its {stream.type} ends at {reached[stream]:.2f} s of {stated:.2f} s")
     return pictures, sound
+
+
+def is_hidden(clip, packet):
+    """Return whether an edit list hides a picture, which is decoded but never shown."""
+    return packet.is_discard or packet.pts is not None and packet.pts < clip.first - 0.5
 
 
 def decode_clip(clip, pictures, sound, short_side, sort):
@@ -389,7 +476,7 @@ def decode_wanted(clip, pictures, convert, damaged):
     their stamps, else "".
     """
     context, images, before, fault = clip.video.codec_context, {}, -np.inf, "key"
-    stamps = sorted({packet.pts for packet in pictures if not packet.is_discard})
+    stamps = sorted({packet.pts for packet in pictures if not is_hidden(clip, packet)})
     chosen = nearest(stamps, [time / clip.tick for time in clip.wanted])
     missing = set(chosen)
     last = max(n for n, packet in enumerate(pictures) if packet.pts in missing)
@@ -454,26 +541,43 @@ class Converter:
         return upright(small.to_ndarray(), self.matrix)
 
 
+def place_sound(audio, packets, damaged):
+    """Decode packets, and yield (place, samples): the pieces of the sound in the order of time.
+
+    place: when the piece begins, in samples at 24 kHz on the container's clock. samples: (n,)
+    float32. What comes before the first time stamp ends there. Raises ValueError without any stamp.
+    """
+    place, resample, early = None, MonoResampler(), []
+    frames = chain(decode(audio, packets, damaged), [None])
+    for piece in (piece for frame in frames for piece in resample(frame)):
+        samples = np.frombuffer(piece.planes[0], np.float32, piece.samples)
+        if place is None:
+            early.append(samples)
+            if piece.pts is None:
+                continue
+            forget_before(damaged, piece.time)          # a fragment after a seek is no damage
+            place = piece.time * RATE - sum(map(len, early[:-1]))
+        elif piece.pts is not None and abs(piece.time * RATE - place) > SEAM * RATE:
+            place = piece.time * RATE
+        for samples in early or [samples]:
+            yield place, samples
+            place += len(samples)
+        early = []
+    if early:
+        raise ValueError("its sound has no time stamps")
+
+
 def hear(audio, packets, wave, start, damaged):
     """Decode the packets into `wave` (samples,), which begins at the time `start`.
 
-    Returns False if no packet decodes. Raises ValueError if the first frame has no stamp.
+    Returns False if no packet decodes. Raises ValueError if no frame has a stamp.
     """
-    position, resample = None, MonoResampler()          # place in the wave of the next sample
-    frames = chain(decode(audio, packets, damaged), [None])
-    for piece in (piece for frame in frames for piece in resample(frame)):
-        if piece.pts is None and position is None:
-            raise ValueError("its sound has no time stamps")
-        stamped = position if piece.pts is None else (piece.time - start) * RATE
-        if position is None:                            # a fragment after a seek is no damage
-            forget_before(damaged, piece.time)
-        if position is None or abs(stamped - position) > SEAM * RATE:
-            position = round(stamped)
-        low, high = max(position, 0), min(position + piece.samples, len(wave))
+    place = None
+    for place, samples in place_sound(audio, packets, damaged):
+        place = round(place - start * RATE)             # in the wave
+        low, high = max(place, 0), min(place + len(samples), len(wave))
         if low < high:
-            samples = np.frombuffer(piece.planes[0], np.float32, piece.samples)
-            wave[low:high] = samples[low - position:high - position]
-        position += piece.samples
-        if position >= len(wave):
+            wave[low:high] = samples[low - place:high - place]
+        if place + len(samples) >= len(wave):
             break
-    return position is not None
+    return place is not None
