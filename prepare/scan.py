@@ -233,11 +233,18 @@ def measure(container, verify):
             track.add(packet, verify or track.stop is None)
         if not to_end and all(track.problem or track.stop is not None for track in tracks.values()):
             break
-    stops = expected_stops(container, tracks, verify)
+    stops = {stream: end(container, stream) for stream in tracks}
     for stream, track in tracks.items():
-        track.finish(stops[stream] if verify else None)
+        track.finish(verify, stops[stream])
     if tracks[video].problem:
         raise ValueError(tracks[video].problem)
+    unknown = [stream for stream in tracks if stops[stream] is None]
+    if to_end:
+        stops |= {stream: tracks[stream].reached for stream in unknown}
+    elif unknown:
+        stops |= last_packets(container, unknown)
+    # A stream whose end nothing tells ends where it begins.
+    stops = {stream: begin(stream) if stop is None else stop for stream, stop in stops.items()}
     start, stop = begin(video), stops[video]
     if stop - start < 1e-3:
         raise ValueError("its length is not known")
@@ -255,19 +262,23 @@ def measure(container, verify):
 
 
 class Track:
-    """What a scan learns about one stream: `stop`, when the last decoded frame ends (s; None before
-    the first frame), and `problem`, why the stream cannot be used ("" if it can)."""
+    """What a scan learns about one stream: `reached` and `stop`, when its last packet and its last
+    decoded frame end (s; None before the first one), and `problem`, why the stream cannot be used
+    ("" if it can)."""
 
     def __init__(self, stream):
         self.stream, self.tick, self.stop, self.problem = stream, float(stream.time_base), None, ""
         self.damaged, self.shape, self.layouts = [], Shape(), {"mono", "stereo"}
-        self.stamps = StampCheck(stream)
+        self.stamps, self.reached = StampCheck(stream), None
 
     def add(self, packet, to_decode):
         """Check a packet, and decode it and check its frames, as support.reading.read would."""
         is_video = self.stream.type == "video"
         try:
             self.stamps.check(packet)
+            if packet.pts is not None:
+                reached = (packet.pts + (packet.duration or 0)) * self.tick
+                self.reached = reached if self.reached is None else max(reached, self.reached)
             for frame in decode(self.stream, [packet] * to_decode, self.damaged):
                 if frame.pts is None and is_video:
                     raise ValueError("it has no time stamps")
@@ -289,29 +300,17 @@ class Track:
         except (ValueError, av.error.FFmpegError) as error:
             self.problem = getattr(error, "strerror", None) or str(error)
 
-    def finish(self, expected_stop):
-        """Find the problems that show at the end. expected_stop: when the stream should end (s), or
-        None if it was not decoded to its end."""
+    def finish(self, verify, stated):
+        """Find the problems that show at the end. verify: whether it was decoded to its end.
+        stated: when it should end (s), or None if the file does not tell."""
         if self.problem:
             return
         if self.stop is None:
             self.problem = "it does not decode"
-        elif expected_stop is not None and self.damaged:
+        elif verify and self.damaged:
             self.problem = f"damaged frames (first at {self.damaged[0]:.2f} s)"
-        elif expected_stop is not None and self.stop < expected_stop - 1:
-            self.problem = f"it stops too early (at {self.stop:.2f} s of {expected_stop:.2f} s)"
-
-
-def expected_stops(container, tracks, verify):
-    """{stream: when it should end, s}: by the header or, if the header does not tell, by the last
-    frame (verify) or the last packet. A stream without any of these ends where it begins."""
-    stops = {stream: end(container, stream) for stream in tracks}
-    unknown = [stream for stream in tracks if stops[stream] is None]
-    if unknown and verify:
-        stops |= {stream: tracks[stream].stop for stream in unknown}
-    elif unknown:
-        stops |= last_packets(container, unknown)
-    return {stream: stop or begin(stream) for stream, stop in stops.items()}
+        elif verify and stated is not None and self.stop < stated - 1:
+            self.problem = f"it stops too early (at {self.stop:.2f} s of {stated:.2f} s)"
 
 
 def last_packets(container, streams):

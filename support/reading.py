@@ -28,7 +28,8 @@ import re
 from bisect import bisect_right
 from collections import deque
 from heapq import heappop, heappush
-from itertools import chain
+from itertools import accumulate, chain
+from statistics import median
 
 import av
 import numpy as np
@@ -36,7 +37,8 @@ from av.video.reformatter import VideoReformatter
 
 RATE = 24000                            # Hz, mono (paper silent; GDT)
 SEAM = 0.01                             # s; a smaller gap in the sound is a rounded time stamp
-SLACK = 0.1                             # s by which stamps may go back: recordings often overlap so
+ROUGH_SEAM = 0.1                        # s; the same in asf, which stamps packets and not frames
+SLACK = {"video": 0.1, "audio": 0.25}   # s by which stamps may go back, as where sound changes
 JUMP = 10                               # s; a larger gap in JOINABLE is a jump of the stamps
 JOINABLE = {"mpegts", "mpeg"}           # files that stay files if others are appended to them
 REORDER = {"h264": 16, "hevc": 16}      # pictures that a decoder may hold back; others: 4
@@ -105,9 +107,11 @@ def has_hidden_beginning(container):
 def end(container, stream):
     """Return when the stream ends, by the file's header or by Matroska's tags, or None.
 
-    Some headers tell when the file ends but not when the stream does.
+    Some headers tell when the file ends but not when the stream does, and where files were joined
+    no header tells it.
     """
-    if container.format.name == "asf" or has_hidden_beginning(container):
+    kind = container.format.name
+    if kind == "asf" or kind in JOINABLE or has_hidden_beginning(container):
         return None
     if stream.duration:
         return begin(stream) + stream.duration * float(stream.time_base)
@@ -123,7 +127,7 @@ class StampCheck:
     """Checks that the time stamps of a stream run on. In joined files they begin anew or jump."""
 
     def __init__(self, stream):
-        self.is_video, self.tick = stream.type == "video", float(stream.time_base)
+        self.kind, self.tick = stream.type, float(stream.time_base)
         self.joinable = stream.container.format.name in JOINABLE
         self.begun, self.latest = False, None           # latest: the latest time so far, s
 
@@ -132,14 +136,15 @@ class StampCheck:
 
         The first one is to be the file's first or a keyframe. Raises ValueError.
         """
-        if self.is_video and not self.begun and packet.size and not packet.is_keyframe:
+        inner = self.kind == "video" and not packet.is_keyframe
+        if inner and not self.begun and packet.size:
             raise ValueError("its pictures begin without a keyframe: cut off what lies before one")
         self.begun = True
         if packet.pts is None:
             return packet
         time = packet.pts * self.tick
         latest = time if self.latest is None else self.latest
-        back = time < latest - SLACK and (packet.is_keyframe or not self.is_video)
+        back = time < latest - SLACK[self.kind] and not inner       # B-frames go back always
         if back or self.joinable and time > latest + JUMP:
             raise ValueError(f"its time stamps go from {latest:.2f} to {time:.2f} s, as in joined "
                              "recordings: split it there")
@@ -269,20 +274,25 @@ def read_sound(path):
     The whole sound is decoded from its first packet on, without a seek, and is held in memory: 6 MB
     for a minute. Returns the sound (samples,) float32, mono at 24 kHz, from its first sample to its
     last, and the times in s at which it is damaged. Gaps in it are silent. Raises ValueError,
-    OSError or av.error.FFmpegError if it is missing.
+    OSError or av.error.FFmpegError if it is missing or its stamps do not run on.
     """
     with open_file(path) as container:
         audio, damaged = container.streams.best("audio"), []
         if audio is None or audio.codec_context is None:
             raise ValueError("no audio stream" if audio is None else "no decoder for its sound")
         packets = map(StampCheck(audio).check, container.demux(audio))
-        pieces = [(round(place), samples) for place, samples in place_sound(audio, packets, damaged)]
+        pieces = [(round(place), wave) for place, wave in place_sound(audio, packets, damaged)]
         if not pieces:
             raise ValueError("no sound decodes")
         start = pieces[0][0]
         wave = np.zeros(max(place + len(samples) for place, samples in pieces) - start, np.float32)
         for place, samples in pieces:
             wave[place - start:place - start + len(samples)] = samples
+        if "mp4" in container.format.name:              # its edit list cuts off what encoders add
+            first, last = begin(audio), end(container, audio) or np.inf
+            wave = wave[max(0, round(first * RATE) - start):]
+            start = max(start, round(first * RATE))
+            wave = wave[:round(min((last * RATE) - start, len(wave)))]
         return wave, [time - start / RATE for time in damaged]
 
 
@@ -542,29 +552,32 @@ class Converter:
 
 
 def place_sound(audio, packets, damaged):
-    """Decode packets, and yield (place, samples): the pieces of the sound in the order of time.
+    """Decode packets, and yield (place, samples): the pieces of the sound in the file's order.
 
     place: when the piece begins, in samples at 24 kHz on the container's clock. samples: (n,)
-    float32. What comes before the first time stamp ends there. Raises ValueError without any stamp.
+    float32. The first stamp places the pieces before it too. In asf, where a stamp may be off by a
+    frame, the median of all stamps does. Raises ValueError without any stamp.
     """
-    place, resample, early = None, MonoResampler(), []
+    resample, rough, head = MonoResampler(), audio.container.format.name == "asf", []
     frames = chain(decode(audio, packets, damaged), [None])
-    for piece in (piece for frame in frames for piece in resample(frame)):
-        samples = np.frombuffer(piece.planes[0], np.float32, piece.samples)
-        if place is None:
-            early.append(samples)
-            if piece.pts is None:
-                continue
-            forget_before(damaged, piece.time)          # a fragment after a seek is no damage
-            place = piece.time * RATE - sum(map(len, early[:-1]))
-        elif piece.pts is not None and abs(piece.time * RATE - place) > SEAM * RATE:
-            place = piece.time * RATE
-        for samples in early or [samples]:
-            yield place, samples
-            place += len(samples)
-        early = []
-    if early:
+    pieces = (piece for frame in frames for piece in resample(frame))
+    for piece in pieces:
+        head.append(piece)
+        if piece.pts is not None and not rough:
+            break
+    counts = accumulate((piece.samples for piece in head), initial=0)
+    places = [piece.time * RATE - count for piece, count in zip(head, counts)
+              if piece.pts is not None]
+    if head and not places:
         raise ValueError("its sound has no time stamps")
+    place = median(places) if places else 0
+    forget_before(damaged, place / RATE)                # a fragment after a seek is no damage
+    for piece in chain(head, pieces):
+        stamped = place if piece.pts is None else piece.time * RATE
+        if abs(stamped - place) > RATE * (ROUGH_SEAM if rough else SEAM):
+            place = stamped
+        yield place, np.frombuffer(piece.planes[0], np.float32, piece.samples)
+        place += piece.samples
 
 
 def hear(audio, packets, wave, start, damaged):
