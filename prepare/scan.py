@@ -318,18 +318,20 @@ def last_packets(container, streams):
     stops, seconds = {}, 2.0                              # seconds: how much of the end is read
     first, by_index = min(map(begin, streams)), {stream.index: stream for stream in streams}
     while len(stops) < len(streams):
-        with open_file(container.name) as file:
-            start = first
-            if file.duration:
-                start = max(first, first + file.duration / av.time_base - seconds)
-            if start > first:
-                file.seek(int(start * av.time_base))
-            for packet in file.demux([file.streams[index] for index in by_index]):
-                if packet.pts is not None:
-                    stream = by_index[packet.stream.index]
-                    stop = (packet.pts + (packet.duration or 0)) * float(stream.time_base)
-                    stops[stream] = max(stops.get(stream, stop), stop)
+        start = first
+        if container.duration:
+            start = max(first, first + container.duration / av.time_base - seconds)
+        if start > first:
+            container.seek(int(start * av.time_base))
+        else:                                             # some files cannot seek to their beginning
+            container = open_file(container.name)
+        for packet in container.demux([container.streams[index] for index in by_index]):
+            if packet.pts is not None:
+                stream = by_index[packet.stream.index]
+                stop = (packet.pts + (packet.duration or 0)) * float(stream.time_base)
+                stops[stream] = max(stops.get(stream, stop), stop)
         if start == first:
+            container.close()
             break
         seconds *= 8
     return stops

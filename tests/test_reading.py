@@ -230,7 +230,7 @@ def test_each_track_has_a_length_of_its_own(tmp_path):
                                  ("flv", "flv", "libmp3lame"), ("wmv", "wmv2", "wmav2")):
         rate = 44100 if suffix in ("flv", "wmv") else 48000
         path = make_video(tmp_path / f"a.{suffix}", 6, 25, rate=rate, codec=codec,
-                          audio_codec=sound, sound_seconds=2)
+                          audio_codec=sound, sound_seconds=2, bit_rate=64000)
         for verify in (False, True):
             row = scanned(path, verify)
             assert row["reason"] == row["note"] == "", (suffix, row)
@@ -293,12 +293,12 @@ def test_joined_parts_are_refused(tmp_path, suffix, codec, sound, start):
         transcode.encode(path, tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=True)
     with pytest.raises(ValueError, match=words):
         read_sound(path)
-    for t0 in np.arange(0, 8, 0.5):       # a clip is of one part, or it is refused
+    for t0 in np.arange(0, 4, 0.5):       # a clip is of one part, or it is refused
         try:
-            seen, wave = shown(path, t0 + np.arange(12) / 25), read(path, [t0], RATE // 2)[1]
+            seen = shown(path, t0 + np.arange(12) / 25, sound=True)
         except ValueError:
             continue
-        assert (np.diff(seen) >= 0).all() and len(wave), t0
+        assert (np.diff(seen) >= 0).all(), t0
 
 
 @pytest.mark.parametrize("suffix,codec,sound", [
@@ -374,9 +374,9 @@ def test_an_edit_list_of_several_parts(tmp_path):
 
 
 @pytest.mark.parametrize("suffix,codec,rate,bits", [
-    ("mp4", "libmp3lame", 8000, 8000), ("mp4", "libmp3lame", 24000, 64000),
+    ("mp4", "libmp3lame", 24000, 8000), ("mp4", "libmp3lame", 24000, 64000),
     ("3gp", "libopencore_amrnb", 8000, 4750), ("3gp", "libopencore_amrnb", 8000, 12200),
-    ("mp4", "mp2", 24000, 64000), ("mp4", "flac", 24000, None), ("mov", "alac", 24000, None)])
+    ("mov", "pcm_s16le", 24000, None), ("mp4", "flac", 24000, None), ("mov", "alac", 24000, None)])
 def test_the_sound_of_a_clip_is_that_of_the_whole_decode(tmp_path, suffix, codec, rate, bits):
     path = tmp_path / f"a.{suffix}"
     make_video(path, 6, 25, audio_codec=codec, rate=rate, bit_rate=bits, gop=12, tone=1,
@@ -412,20 +412,17 @@ def test_opus_begins_and_ends_where_it_did(tmp_path, suffix, codec, rate):
 
 def test_sound_whose_first_frames_have_no_stamp_is_placed_by_the_next(tmp_path):
     path = make_video(tmp_path / "a.mkv", 2, 25, audio_codec="pcm_s16le")
-    with open_file(path) as container:
-        audio = container.streams.audio[0]
-        packets = list(container.demux(audio))
-        right = list(place_sound(audio, packets, []))
-    with open_file(path) as container:
-        audio = container.streams.audio[0]
-        packets = list(container.demux(audio))
-        for packet in packets[:3]:
-            packet.pts = None
-        got = list(place_sound(audio, packets, []))
-        assert np.allclose([place for place, _ in got], [place for place, _ in right], atol=15)
-        assert (np.concatenate([x for _, x in got]) == np.concatenate([x for _, x in right])).all()
-        for packet in packets:
-            packet.pts = None
+    results = []
+    for unstamped in (0, 3):
+        with open_file(path) as container:
+            audio = container.streams.audio[0]
+            packets = list(container.demux(audio))
+            for packet in packets[:unstamped]:
+                packet.pts = None
+            results.append(list(place_sound(audio, packets, [])))
+    places, waves = ([[piece[n] for piece in result] for result in results] for n in (0, 1))
+    assert np.allclose(*places, atol=RATE / 1000)         # the clock of an mkv ticks in ms
+    assert (np.concatenate(waves[0]) == np.concatenate(waves[1])).all()
 
 
 # ---- sound that cannot be used
