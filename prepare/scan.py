@@ -323,7 +323,7 @@ def last_packets(container, streams):
             start = max(first, first + container.duration / av.time_base - seconds)
         if start > first:
             container.seek(int(start * av.time_base))
-        else:                                             # some files cannot seek to their beginning
+        else:                                             # an flv may not seek to its beginning
             container = open_file(container.name)
         for packet in container.demux([container.streams[index] for index in by_index]):
             if packet.pts is not None:

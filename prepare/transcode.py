@@ -121,7 +121,8 @@ def pictures(container, video):
         last, stop = max(last, stamp), (stamp + (frame.duration or 0)) * tick
     if damaged:
         raise ValueError(f"damaged frames (first at {damaged[0]:.2f} s)")
-    if stop < (end(container, video) or 0) - 1:
+    stated = end(container, video)
+    if stated is not None and stop < stated - 1:
         raise ValueError(f"its pictures end at {stop:.2f} s, over 1 s before its header says")
 
 

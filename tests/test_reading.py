@@ -273,9 +273,10 @@ def test_an_edit_list_cuts_off_the_beginning(tmp_path):
 
 # ---- when streams begin, and whether their stamps run on
 
-@pytest.mark.parametrize("start", [0, 2, 1000])
-@pytest.mark.parametrize("suffix,codec,sound", [
-    ("ts", "libx264", "aac"), ("mpg", "mpeg2video", "mp2"), ("mkv", "libx264", "aac")])
+@pytest.mark.parametrize("suffix,codec,sound,start", [
+    ("ts", "libx264", "aac", 0), ("ts", "libx264", "aac", 2), ("ts", "libx264", "aac", 1000),
+    ("mpg", "mpeg2video", "mp2", 0), ("mpg", "mpeg2video", "mp2", 1000),
+    ("mkv", "libx264", "aac", 0), ("mkv", "libx264", "aac", 2)])
 def test_joined_parts_are_refused(tmp_path, suffix, codec, sound, start):
     """The stamps begin anew or jump where two files were joined. Only --verify looks so far in mkv,
     whose headers say that the file ends with the first part."""
@@ -284,9 +285,7 @@ def test_joined_parts_are_refused(tmp_path, suffix, codec, sound, start):
     one = make_video(tmp_path / f"1.{suffix}", 4, 25, **film).read_bytes()
     two = make_video(tmp_path / f"2.{suffix}", 4, 25, start=start, **film).read_bytes()
     path.write_bytes(one + two)
-    if suffix == "mkv" and start == 1000:                 # an mkv may have such a gap
-        return
-    for verify in (True, False)[:2 if suffix != "mkv" else 1]:
+    for verify in (True,) if suffix == "mkv" else (True, False):
         row = scanned(path, verify)
         assert re.search(words, row["reason"]), row
     with pytest.raises(ValueError, match=words):
@@ -360,7 +359,8 @@ def test_a_cut_without_encoding_keeps_sight_and_sound_together(tmp_path, codec, 
         for samples in (0, 3 * RATE):
             images, wave = read(source, times, samples, SHORT_SIDE)
             turns = times[np.argmax([image.mean() > 120 for image in images])]
-            assert abs(turns + 0.02 - (2 - cut)) < 0.005, (source, samples)   # nearest: 0.02 s early
+            # The nearest picture turns white half a picture before the time stamp of the first one.
+            assert abs(turns + 0.02 - (2 - cut)) < 0.005, (source, samples)
         assert abs(np.argmax(abs(wave) > 0.2) / RATE - (2 - cut)) < 0.005, source
 
 
