@@ -21,8 +21,8 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
-from support.reading import (Converter, Damage, MonoResampler, Shape, begin, decode, demux,
-                             end, open_streams)
+from support.reading import (JOINABLE, Converter, Damage, MonoResampler, Shape, StampCheck, begin,
+                             decode, demux, end, open_file, open_streams)
 
 COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height",
            "has_audio", "reason", "note", "stamp")
@@ -198,7 +198,7 @@ def probe(file, verify=False):
         with open(path, "rb") as data:
             if not data.read(1):
                 return row | {"reason": "empty file"}
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
+        with open_file(path) as container:
             return row | measure(container, verify)
     except av.error.FFmpegError as error:
         return row | {"reason": f"{failure}: {error.strerror or error}"}
@@ -212,7 +212,7 @@ def probe(file, verify=False):
 
 def measure(container, verify):
     """The measured columns of an open file, after decoding the first frame of each stream or, with
-    verify, all frames.
+    verify, all frames. The stamps of JOINABLE files are checked to the end in either case.
 
     support.reading.read can read a verified file at every place. If only the sound cannot be used,
     `note` says why and has_audio is 0, because the pictures can be used without it. Raises
@@ -226,17 +226,25 @@ def measure(container, verify):
     if audio is not None and audio.codec_context is None:
         audio, note = None, "no decoder for its sound"
     tracks = {stream: Track(stream) for stream in (video, audio) if stream is not None}
+    to_end = verify or container.format.name in JOINABLE
     for packet in demux(container, list(tracks)):
         track = tracks[packet.stream]
-        if not track.problem and (verify or track.stop is None):
-            track.add(packet)
-        if not verify and all(track.problem or track.stop is not None for track in tracks.values()):
+        if not track.problem:
+            track.add(packet, verify or track.stop is None)
+        if not to_end and all(track.problem or track.stop is not None for track in tracks.values()):
             break
-    stops = expected_stops(container, tracks, verify)
+    stops = {stream: end(container, stream) for stream in tracks}
     for stream, track in tracks.items():
-        track.finish(stops[stream] if verify else None)
+        track.finish(verify, stops[stream])
     if tracks[video].problem:
         raise ValueError(tracks[video].problem)
+    unknown = [stream for stream in tracks if stops[stream] is None]
+    if to_end:
+        stops |= {stream: tracks[stream].reached for stream in unknown}
+    elif unknown:
+        stops |= last_packets(container, unknown)
+    # A stream whose end nothing tells ends where it begins.
+    stops = {stream: begin(stream) if stop is None else stop for stream, stop in stops.items()}
     start, stop = begin(video), stops[video]
     if stop - start < 1e-3:
         raise ValueError("its length is not known")
@@ -254,21 +262,29 @@ def measure(container, verify):
 
 
 class Track:
-    """What a scan learns about one stream: `stop`, when the last decoded frame ends (s; None before
-    the first frame), and `problem`, why the stream cannot be used ("" if it can)."""
+    """What a scan learns about one stream: `reached` and `stop`, when its last packet and its last
+    decoded frame end (s; None before the first one), and `problem`, why the stream cannot be used
+    ("" if it can)."""
 
     def __init__(self, stream):
         self.stream, self.tick, self.stop, self.problem = stream, float(stream.time_base), None, ""
         self.damaged, self.shape, self.formats = Damage(), Shape(stream), {"mono", "stereo"}
+        self.stamps, self.reached = StampCheck(stream), None
 
-    def add(self, packet):
-        """Decode a packet and check its frames as support.reading.read would."""
+    def add(self, packet, to_decode):
+        """Check a packet, and decode it and check its frames, as support.reading.read would."""
         is_video = self.stream.type == "video"
         try:
-            for frame in decode(self.stream, [packet], self.damaged):
-                # A frame of sound without a time stamp continues the frame before it.
-                if frame.pts is None and (is_video or self.stop is None):
+            self.stamps.check(packet)
+            if packet.pts is not None:
+                reached = (packet.pts + (packet.duration or 0)) * self.tick
+                self.reached = reached if self.reached is None else max(reached, self.reached)
+            for frame in decode(self.stream, [packet] * to_decode, self.damaged):
+                if frame.pts is None and is_video:
                     raise ValueError("it has no time stamps")
+                if frame.pts is None and self.stop is None:
+                    continue                # place_sound places it before the first with a stamp
+                # Another frame of sound without a time stamp continues the frame before it.
                 if self.stop is None:
                     self.damaged.forget_before(frame.time)
                 start = self.stop if frame.pts is None else frame.pts * self.tick
@@ -285,45 +301,39 @@ class Track:
         except (ValueError, av.error.FFmpegError) as error:
             self.problem = getattr(error, "strerror", None) or str(error)
 
-    def finish(self, expected_stop):
-        """Find the problems that show at the end. expected_stop: when the stream should end (s), or
-        None if it was not decoded to its end."""
+    def finish(self, verify, stated):
+        """Find the problems that show at the end. verify: whether it was decoded to its end.
+        stated: when it should end (s), or None if the file does not tell."""
         if self.problem:
             return
         damaged = self.damaged.inside()
         if self.stop is None:
             self.problem = "it does not decode"
-        elif expected_stop is not None and damaged:
+        elif verify and damaged:
             self.problem = f"damaged frames (first at {damaged[0]:.2f} s)"
-        elif expected_stop is not None and self.stop < expected_stop - 1:
-            self.problem = f"it stops too early (at {self.stop:.2f} s of {expected_stop:.2f} s)"
-
-
-def expected_stops(container, tracks, verify):
-    """{stream: when it should end, s}: by the header or, if the header does not tell, by the last
-    frame (verify) or the last packet. A stream without any of these ends where it begins."""
-    stops = {stream: end(container, stream) for stream in tracks}
-    unknown = [stream for stream in tracks if stops[stream] is None]
-    if unknown and verify:
-        stops |= {stream: tracks[stream].stop for stream in unknown}
-    elif unknown:
-        stops |= last_packets(container, unknown)
-    return {stream: stop or begin(stream) for stream, stop in stops.items()}
+        elif verify and stated is not None and self.stop < stated - 1:
+            self.problem = f"it stops too early (at {self.stop:.2f} s of {stated:.2f} s)"
 
 
 def last_packets(container, streams):
     """{stream: when its last packet ends, s}. A stream without packets is not in it."""
     stops, seconds = {}, 2.0                              # seconds: how much of the end is read
-    start = first = min(map(begin, streams))
+    first, by_index = min(map(begin, streams)), {stream.index: stream for stream in streams}
     while len(stops) < len(streams):
+        start = first
         if container.duration:
             start = max(first, first + container.duration / av.time_base - seconds)
-        container.seek(int(start * av.time_base))
-        for packet in demux(container, streams):
+        if start > first:
+            container.seek(int(start * av.time_base))
+        else:                                             # an flv may not seek to its beginning
+            container = open_file(container.name.removeprefix("file:"))
+        for packet in demux(container, [container.streams[index] for index in by_index]):
             if packet.pts is not None:
-                stop = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                stops[packet.stream] = max(stops.get(packet.stream, stop), stop)
+                stream = by_index[packet.stream.index]
+                stop = (packet.pts + (packet.duration or 0)) * float(stream.time_base)
+                stops[stream] = max(stops.get(stream, stop), stop)
         if start == first:
+            container.close()
             break
         seconds *= 8
     return stops

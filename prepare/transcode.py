@@ -26,6 +26,7 @@ from fractions import Fraction
 from functools import partial
 from heapq import merge
 from itertools import chain, starmap
+from math import ceil
 from pathlib import Path
 
 import av
@@ -35,9 +36,10 @@ from tqdm import tqdm
 
 from prepare.scan import COLUMNS, probe, write
 from support.processes import at_least
-from support.reading import (RATE, SEAM, UPRIGHT, Cutter, Damage, MonoResampler, begin, decode,
-                             demux, end, in_order, open_streams, rows, upright)
+from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
+                             open_file, open_streams, place_sound, rows, upright)
 
+PRIMING = 1024                          # samples that the AAC encoder puts before the first one
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
 
 
@@ -95,75 +97,95 @@ def turn(image, matrix):
 def pictures(container, video):
     """Yield (time stamp, frame) of all pictures in the order of presentation.
 
-    If the file says that the stream begins before its first picture, that picture comes twice,
-    because the beginning of the stream is time 0 of its clips. Raises ValueError if a picture is
-    damaged or missing.
+    If the stream begins before its first picture, that picture comes twice, because the beginning
+    of the stream is time 0 of its clips. Pictures that an edit list hides are left out. Raises
+    ValueError if a picture is damaged or missing, or if the stamps do not run on.
     """
+    tick = float(video.time_base)
+    first = round(begin(video) / tick)
     damaged, last, stop = Damage(), None, begin(video)
-    for stamp, frame in in_order(video, demux(container, video), damaged):
+    packets = map(StampCheck(video).check, demux(container, video))
+    for stamp, frame in in_order(video, packets, damaged):
         if last is None:
             damaged.forget_before(frame.time)
-            last = (video.start_time or 0) - 1
-            if stamp > last + 1:
-                yield last + 1, frame
+            last = first - 1
         if frame.is_corrupt:
             damaged.append(frame.time)
         if damaged.inside():
             break
+        if stamp > first > last and not frame.is_corrupt:
+            yield first, frame
         if stamp > last and not frame.is_corrupt:         # an encoder takes each stamp once
             yield stamp, frame
-        last, stop = stamp, float((stamp + (frame.duration or 0)) * video.time_base)
+        last, stop = max(last, stamp), (stamp + (frame.duration or 0)) * tick
     if damaged.inside():
         raise ValueError(f"damaged frames (first at {damaged.inside()[0]:.2f} s)")
-    if stop < (end(container, video) or 0) - 1:
+    stated = end(container, video)
+    if stated is not None and stop < stated - 1:
         raise ValueError(f"its pictures end at {stop:.2f} s, over 1 s before its header says")
 
 
-def sound_pieces(container, audio):
+def sound_pieces(container, audio, start):
     """Yield all sound as mono frames at 24 kHz without gaps, from the beginning of the stream on.
 
-    Gaps become silence, and sound that comes twice is left out. Raises SoundError if a packet is
-    damaged.
+    start: the stamp of the first sample, in samples. Gaps become silence, and sound that comes
+    twice is left out. Raises SoundError if a packet is damaged, or without stamps that run on.
     """
-    damaged, resample = Damage(), MonoResampler()
-    position, tolerance = round(begin(audio) * RATE), 0   # samples; position: of the next piece
-    frames = chain(decode(audio, demux(container, audio), damaged), [None])
-    for piece in (piece for frame in frames for piece in resample(frame)):
-        if tolerance == 0 and piece.pts is not None:
-            damaged.forget_before(piece.time)
-        start = position if piece.pts is None else round(piece.time * RATE)
-        if start < position - SEAM * RATE:
-            continue
-        if start > position + 3600 * RATE:
-            raise SoundError("its sound has a gap of over an hour")
-        if start > position + tolerance:
-            zeros = np.zeros((1, start - position), np.float32)
-            silence = av.AudioFrame.from_ndarray(zeros, "fltp", "mono")
-            silence.sample_rate, silence.time_base = RATE, Fraction(1, RATE)
-            silence.pts = position
-            yield silence
-            position = start
-        piece.pts, piece.time_base = position, Fraction(1, RATE)
-        yield piece
-        # After the first piece, smaller gaps are rounded time stamps.
-        position, tolerance = position + piece.samples, SEAM * RATE
+    # position: of the next piece, in samples
+    damaged, position = Damage(), round(begin(audio) * RATE)
+    shift = start - position
+    try:
+        packets = map(StampCheck(audio).check, demux(container, audio))
+        for place, samples in place_sound(audio, packets, damaged):
+            gap = round(place) - position
+            if gap > 3600 * RATE:
+                raise SoundError("its sound has a gap of over an hour")
+            wave = np.concatenate([np.zeros(max(0, gap), np.float32), samples[max(0, -gap):]])
+            if len(wave):
+                piece = av.AudioFrame.from_ndarray(wave[None], "fltp", "mono")
+                piece.sample_rate, piece.time_base = RATE, Fraction(1, RATE)
+                piece.pts = position + shift
+                yield piece
+            position += len(wave)
+    except ValueError as error:
+        raise SoundError(str(error)) from error
     if damaged.inside():
         raise SoundError(f"its sound is damaged at {damaged.inside()[0]:.2f} s")
+
+
+def ticks_later(video, audio):
+    """Return how many ticks of the video stream the copy's stamps come later than the file's.
+
+    An mp4 has no stamps below 0. Sound that begins above 0 must leave room for PRIMING.
+    """
+    tick, room = float(video.time_base), PRIMING / RATE
+    ticks = max(0, ceil(-min(begin(stream) for stream in (video, audio) if stream) / tick))
+    if audio and 0.5 / RATE < begin(audio) + ticks * tick < room:
+        ticks += ceil(room / tick)
+    return ticks
 
 
 def encode(source, target, short_side, gop, sound, crop=None):
     """Write source as target, an mp4 of H.264 and, with sound, AAC. Raises FFmpegError, OSError,
     ValueError, or SoundError if only the sound is at fault."""
     # The pictures and the sound are read from containers of their own, each in its own order.
-    with av.open(f"file:{source}") as container, av.open(f"file:{source}") as sound_container:
-        video, _ = open_streams(container, sound=False)
-        frames = starmap(Shrinker(video, short_side, crop), pictures(container, video))
+    with open_file(source) as container, open_file(source) as sound_container:
+        video, audio = open_streams(container, sound=False)
+        if sound:
+            try:
+                _, audio = open_streams(sound_container)
+            except ValueError as error:
+                raise SoundError(str(error)) from error
+        ticks = ticks_later(video, audio)
+        shown = ((stamp + ticks, frame) for stamp, frame in pictures(container, video))
+        frames = starmap(Shrinker(video, short_side, crop), shown)
         first = next(frames, None)
         if first is None:
             raise ValueError("no picture decodes")
         # The mp4 rounds the beginning of a track to its own clock, so this clock must be fine.
         scale = video.time_base.denominator
-        clock = {"movie_timescale": str(scale * -(-10000 // scale))}
+        scale *= -(-10000 // scale)
+        clock = {"movie_timescale": str(scale)}
         with av.open(str(target), "w", format="mp4", options=clock) as out:
             x264 = out.add_stream("libx264", rate=video.average_rate or 30,
                                   options=H264 | {"g": str(gop)}, pix_fmt="yuv420p",
@@ -173,14 +195,30 @@ def encode(source, target, short_side, gop, sound, crop=None):
             x264.codec_context.color_range = first.color_range
             packets = [packets_of(x264, chain([first], frames))]
             if sound:
-                try:
-                    _, audio = open_streams(sound_container)
-                except ValueError as error:
-                    raise SoundError(str(error)) from error
                 aac = out.add_stream("aac", rate=RATE, layout="mono", bit_rate=64000)
-                packets.append(packets_of(aac, sound_pieces(sound_container, audio)))
-            for packet in merge(*packets, key=lambda packet: packet.dts * packet.time_base):
+                start = round((begin(audio) + ticks * float(video.time_base)) * RATE)
+                packets.append(packets_of(aac, sound_pieces(sound_container, audio, start)))
+            for packet in merge(*packets, key=lambda packet: packet.dts * float(packet.time_base)):
                 out.mux(packet)
+        if sound and start > 0:
+            hide_priming(Path(target), start, scale)
+
+
+def hide_priming(path, start, scale):
+    """Hide what the AAC encoder puts before the first sample, in the edit list of a finished mp4.
+
+    FFmpeg hides it only where the sound begins at 0. start: where the sound begins, in samples.
+    scale: ticks in 1 s of the mp4's clock.
+    """
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"elst") + 4                         # that of the sound, which is the last
+    width = 8 if data[at] else 4                          # bytes of a number, by the version
+    empty, edit = at + 8, at + 8 + 2 * width + 4          # the two entries: (length, media time)
+    length = int.from_bytes(data[edit:edit + width]) - round(PRIMING / RATE * scale)
+    for place, number in ((empty, round(start / RATE * scale)), (edit, length),
+                          (edit + width, PRIMING)):
+        data[place:place + width] = number.to_bytes(width)
+    path.write_bytes(data)
 
 
 def packets_of(stream, frames):

@@ -7,6 +7,10 @@ stretched to square pixels as a player shows it. Time 0 is the time at which the
 if sound is read too, at which both have begun. `read` refuses a file that it cannot read exactly;
 it never approximates.
 
+This module alone decides when a stream begins (`begin`) and ends (`end`), whether its time stamps
+run on (`StampCheck`), how early a decoder of sound must begin (`lead_in`), and where each sample
+lies (`place_sound`).
+
 How `read` works:
 1. Open the file, and seek to a keyframe before the clip.
 2. Collect the packets from this keyframe to the end of the clip, without decoding them.
@@ -25,7 +29,8 @@ import re
 from bisect import bisect_right
 from collections import deque
 from heapq import heappop, heappush
-from itertools import chain
+from itertools import accumulate, chain
+from statistics import median
 
 import av
 import numpy as np
@@ -33,8 +38,11 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
 RATE = 24000                            # Hz, mono (paper silent; GDT)
-WARM_UP = 0.2                           # s; decoding of the sound begins so much earlier
 SEAM = 0.01                             # s; a smaller gap in the sound is a rounded time stamp
+ROUGH_SEAM = 0.1                        # s; the same in asf, which stamps packets and not frames
+SLACK = {"video": 0.1, "audio": 0.25}   # s by which stamps may go back, as where sound changes
+JUMP = 10                               # s; a larger gap in JOINABLE is a jump of the stamps
+JOINABLE = {"mpegts", "mpeg"}           # files that stay files if others are appended to them
 REORDER = {"h264": 16, "hevc": 16}      # pictures that a decoder may hold back; others: 4
 UNORDERED = {"avi", "asf"}              # these containers do not store when a picture is shown
 # These decoders let skip_frame change in mid-stream.
@@ -44,9 +52,35 @@ UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
 # the other flags swscale takes faster ways at even widths and at the size of the film, which darken
 # the pictures by up to 2 levels and blur their colours.
 EXACT = int(Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND)
+# Sound decoders that are right after 0.2 s. Bit reservoirs and filters with memory need 1 s.
+QUICK = re.compile("aac|e?ac3|alac|flac|mp2|(lib)?opus|(lib)?vorbis|wmav[12]|pcm_.*")
 
 
 # ---- functions that the scan and the transcoder use too
+
+def open_file(path):
+    """Open a file to be read. Text in its header that is not UTF-8 does no harm.
+
+    If the edit list of an mp4 hides its first pictures, FFmpeg moves the next one to time 0, which
+    is up to one picture too early beside the sound. Such a file is opened without this correction,
+    and `begin` tells which pictures are hidden. Raises ValueError if the list has several parts.
+    """
+    # With "file:" a colon in the path does not make an address of it.
+    container = av.open(f"file:{path}", metadata_errors="replace")
+    video = container.streams.best("video")
+    index = video.index_entries if video and "mp4" in container.format.name else ()
+    if not len(index) or not index[0].is_discard:
+        return container
+    moved = [(entry.pos, entry.timestamp) for entry in index]
+    container.close()
+    container = av.open(f"file:{path}", metadata_errors="replace",
+                        options={"advanced_editlist": "0"})
+    stamps = {e.pos: e.timestamp for e in container.streams.best("video").index_entries}
+    if len({stamps[pos] - stamp for pos, stamp in moved}) > 1:
+        container.close()
+        raise ValueError("its edit list has several parts")
+    return container
+
 
 def open_streams(container, sound=True):
     """Return the best video stream and the best audio stream of an open file.
@@ -70,13 +104,26 @@ def open_streams(container, sound=True):
 
 def begin(stream):
     """Return the time of the stream's first picture or sample, on the container's clock."""
-    return float((stream.start_time or 0) * stream.time_base)
+    start = (stream.start_time or 0) * float(stream.time_base)
+    return max(0.0, start) if has_hidden_beginning(stream.container) else start
+
+
+def has_hidden_beginning(container):
+    """Return whether an edit list hides what comes before time 0 (see open_file)."""
+    return "advanced_editlist" in container.options
 
 
 def end(container, stream):
-    """Return when the stream ends, by the file's header or by Matroska's tags, or None."""
+    """Return when the stream ends, by the file's header or by Matroska's tags, or None.
+
+    Some headers tell when the file ends but not when the stream does, and where files were joined
+    no header tells it.
+    """
+    kind = container.format.name
+    if kind == "asf" or kind in JOINABLE or has_hidden_beginning(container):
+        return None
     if stream.duration:
-        return begin(stream) + float(stream.duration * stream.time_base)
+        return begin(stream) + stream.duration * float(stream.time_base)
     tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if tag is None:
         return None
@@ -111,6 +158,35 @@ class Damage(list):
         Many recordings end within a packet. Such a file is read as if it ended before this packet.
         """
         return [time for time in self if time != self.last]
+
+
+class StampCheck:
+    """Checks that the time stamps of a stream run on. In joined files they begin anew or jump."""
+
+    def __init__(self, stream):
+        self.kind, self.tick = stream.type, float(stream.time_base)
+        self.joinable = stream.container.format.name in JOINABLE
+        self.begun, self.latest = False, None           # latest: the latest time so far, s
+
+    def check(self, packet):
+        """Check the stream's next packet in the order of the file, and return it.
+
+        The first one is to be the file's first or a keyframe. Raises ValueError.
+        """
+        inner = self.kind == "video" and not packet.is_keyframe
+        if inner and not self.begun and packet.size:
+            raise ValueError("its pictures begin without a keyframe: cut off what lies before one")
+        self.begun = True
+        if packet.pts is None:
+            return packet
+        time = packet.pts * self.tick
+        latest = time if self.latest is None else self.latest
+        back = time < latest - SLACK[self.kind] and not inner       # B-frames go back always
+        if back or self.joinable and time > latest + JUMP:
+            raise ValueError(f"its time stamps go from {latest:.2f} to {time:.2f} s, as in joined "
+                             "recordings: split it there")
+        self.latest = max(latest, time)
+        return packet
 
 
 def decode(stream, packets, damaged):
@@ -364,7 +440,7 @@ def read(path, times, samples=0, size=160, window=None):
     """
     reader, clip = Reader(times, samples, size, window), None
     while clip is None:
-        with av.open(f"file:{path}", metadata_errors="replace") as container:
+        with open_file(path) as container:
             clip = reader.attempt(container)
     return clip
 
@@ -373,23 +449,28 @@ def read_sound(path):
     """Read all sound of a file, which need not have pictures.
 
     The whole sound is decoded from its first packet on, without a seek, and is held in memory: 6 MB
-    for a minute. Returns the sound (samples,) float32, mono at 24 kHz, from its beginning on, and
-    the times in s at which it is damaged. Gaps in it are silent. It may end before the file's
-    header says, which for an mp3 is often a guess. Raises ValueError, OSError or
-    av.error.FFmpegError if it is missing.
+    for a minute. Returns the sound (samples,) float32, mono at 24 kHz, from its first sample to its
+    last, and the times in s at which it is damaged. Gaps in it are silent. Raises ValueError,
+    OSError or av.error.FFmpegError if it is missing or its stamps do not run on.
     """
-    with av.open(f"file:{path}", metadata_errors="replace") as container:
+    with open_file(path) as container:
         audio, damaged = container.streams.best("audio"), Damage()
         if audio is None or audio.codec_context is None:
             raise ValueError("no audio stream" if audio is None else "no decoder for its sound")
-        packets = [packet for packet in demux(container, audio) if packet.size]
-        stops = [float((packet.pts + (packet.duration or 0)) * packet.time_base)
-                 for packet in packets if packet.pts is not None]
-        start = begin(audio)
-        wave = np.zeros(max(0, round((max(stops, default=start) - start) * RATE)), np.float32)
-        if not len(wave) or not hear(audio, packets, wave, start, damaged):
+        packets = map(StampCheck(audio).check, demux(container, audio))
+        pieces = [(round(place), wave) for place, wave in place_sound(audio, packets, damaged)]
+        if not pieces:
             raise ValueError("no sound decodes")
-        return wave, [t - start for t in damaged.inside()]
+        start = pieces[0][0]
+        wave = np.zeros(max(place + len(samples) for place, samples in pieces) - start, np.float32)
+        for place, samples in pieces:
+            wave[place - start:place - start + len(samples)] = samples
+        if "mp4" in container.format.name:              # its edit list cuts off what encoders add
+            first, last = begin(audio), end(container, audio) or np.inf
+            wave = wave[max(0, round(first * RATE) - start):]
+            start = max(start, round(first * RATE))
+            wave = wave[:round(min((last * RATE) - start, len(wave)))]
+        return wave, [time - start / RATE for time in damaged.inside()]
 
 
 class Reader:
@@ -398,7 +479,7 @@ class Reader:
     def __init__(self, times, samples, size, window):
         self.times, self.samples, self.size, self.window = times, samples, size, window
         self.early = 0.0        # s from the beginning of decoding to the first wanted picture
-        self.back = WARM_UP     # s from the target of the seek to the beginning of decoding
+        self.back = 0.0         # s from the target of the seek to the beginning of decoding
         self.sort = False       # stamps may be missing or out of order: decode all, sort the stamps
         self.trouble = None     # (stamp of the first packet, missing, damaged) of the last attempt
 
@@ -409,6 +490,7 @@ class Reader:
         self.sort = self.sort or kind in UNORDERED and clip.video.codec_context.has_b_frames
         if self.sort or kind == "mpeg":                 # the first stamps after a seek are wrong
             self.early = max(1.0, self.early)
+        self.back = max(clip.lead, self.back)
         first = clip.wanted[0] - self.early             # decode from a keyframe not after this time
         fresh = first - self.back <= begin(clip.video)      # read from the file's first packet on
         if not fresh and not seek(container, clip.video, first - self.back):
@@ -460,19 +542,33 @@ class Clip:
         self.video, self.audio = open_streams(container, sound=samples > 0)
         self.streams = [stream for stream in (self.video, self.audio) if stream is not None]
         self.tick = float(self.video.time_base)         # s
+        self.first = begin(self.video) / self.tick      # the first stamp that is not hidden
+        self.lead = lead_in(self.audio)
         self.zero = max(begin(stream) for stream in self.streams)
         self.wanted = [self.zero + time for time in times]      # times of the wanted pictures
         self.stop = self.wanted[0] + samples / RATE     # end of the sound
 
 
+def lead_in(audio):
+    """Return how many s earlier than wanted a decoder of sound must begin, 0 without sound."""
+    if audio is None:
+        return 0.0
+    context = audio.codec_context
+    quick = QUICK.fullmatch(context.name) and "HE" not in (context.profile or "")
+    return 0.2 if quick else 1.0
+
+
 def seek(container, video, time):
-    """Seek to the last keyframe before `time` by the container's index. Return False on failure."""
+    """Seek to the last keyframe before `time` by the container's index. Return False on failure.
+
+    Raises ValueError if the file's first picture is no keyframe.
+    """
+    first = StampCheck(video).check(next(demux(container, video)))
     if re.search("pal8|444", video.codec_context.pix_fmt or ""):
         # only the first packet has the palette, or the version of x264, that the decoder needs
-        first = next(demux(container, video))
         list(decode(video, [first], Damage()))
     try:
-        container.seek(int(time // video.time_base), stream=video)
+        container.seek(int(time // float(video.time_base)), stream=video)
     except av.error.FFmpegError:
         return False
     return True
@@ -482,14 +578,15 @@ def collect(clip, first, fresh, sort):
     """Return the packets of a clip, (pictures, sound), or None if the seek came too late.
 
     The packets of the pictures reach from the last keyframe not after the time `first` to
-    `held_back` packets behind the last wanted time. The packets of the sound reach from WARM_UP
+    `held_back` packets behind the last wanted time. The packets of the sound reach from `clip.lead`
     before the first wanted time to the end of the clip. Raises ValueError if the file ends within
-    the clip, and more than 1 s earlier than its header says.
+    the clip, and more than 1 s earlier than its header says, or if its stamps do not run on.
     """
     video, audio, wanted = clip.video, clip.audio, clip.wanted
     pictures, sound, first_sound = [], [], np.inf
     behind, enough = 0, held_back(video)                # pictures behind the last wanted time
     ticks = {stream: float(stream.time_base) for stream in clip.streams}
+    checks = {stream: StampCheck(stream) for stream in clip.streams}
     reached = dict.fromkeys(clip.streams, -np.inf)      # where the packets so far end, s
     for packet in demux(clip.container, clip.streams):
         if not packet.size:                             # PyAV ends each stream with an empty packet
@@ -499,12 +596,14 @@ def collect(clip, first, fresh, sort):
         if time is not None:
             reached[stream] = max(reached[stream], time + (packet.duration or 0) * tick)
         if stream is audio:
+            checks[stream].check(packet)
             first_sound = min(first_sound, np.inf if time is None else time)
-            if time is None or reached[audio] >= wanted[0] - WARM_UP:
+            if time is None or reached[audio] >= wanted[0] - clip.lead:
                 sound.append(packet)
             if behind >= enough and time is not None and time > clip.stop + 0.1:
                 break                                   # 0.1 s: decoder and resampler hold back
         elif behind < enough and (pictures or fresh or packet.is_keyframe):
+            checks[stream].check(packet)
             if packet.is_keyframe and not fresh and time is not None:
                 if time > first and not pictures:
                     return None
@@ -516,8 +615,8 @@ def collect(clip, first, fresh, sort):
                 break
     else:
         clip.ended = True
-    late = audio is not None and first_sound > max(begin(audio), wanted[0] - WARM_UP) + 1e-3
-    nothing = all(packet.is_discard for packet in pictures)     # an edit list hides them
+    late = audio is not None and first_sound > max(begin(audio), wanted[0] - clip.lead) + 1e-3
+    nothing = all(is_hidden(clip, packet) for packet in pictures)
     if not fresh and (late or nothing):
         return None
     if nothing:
@@ -527,6 +626,11 @@ def collect(clip, first, fresh, sort):
         if stated is not None and reached[stream] < min(last, stated - 1):
             raise ValueError(f"its {stream.type} ends at {reached[stream]:.2f} s of {stated:.2f} s")
     return pictures, sound
+
+
+def is_hidden(clip, packet):
+    """Return whether an edit list hides a picture, which is decoded but never shown."""
+    return packet.is_discard or packet.pts is not None and packet.pts < clip.first - 0.5
 
 
 def decode_clip(clip, pictures, sound, convert, sort):
@@ -570,7 +674,7 @@ def decode_wanted(clip, pictures, convert, damaged):
     their stamps, else "".
     """
     context, images, before, fault = clip.video.codec_context, {}, -np.inf, "key"
-    stamps = sorted({packet.pts for packet in pictures if not packet.is_discard})
+    stamps = sorted({packet.pts for packet in pictures if not is_hidden(clip, packet)})
     chosen = nearest(stamps, [time / clip.tick for time in clip.wanted])
     missing = set(chosen)
     last = max(n for n, packet in enumerate(pictures) if packet.pts in missing)
@@ -639,26 +743,46 @@ class Converter:
         return upright(small.to_ndarray(), self.cut.matrix)
 
 
+def place_sound(audio, packets, damaged):
+    """Decode packets, and yield (place, samples): the pieces of the sound in the file's order.
+
+    place: when the piece begins, in samples at 24 kHz on the container's clock. samples: (n,)
+    float32. The first stamp places the pieces before it too. In asf, where a stamp may be off by a
+    frame, the median of all stamps does. Raises ValueError without any stamp.
+    """
+    resample, rough, head = MonoResampler(), audio.container.format.name == "asf", []
+    frames = chain(decode(audio, packets, damaged), [None])
+    pieces = (piece for frame in frames for piece in resample(frame))
+    for piece in pieces:
+        head.append(piece)
+        if piece.pts is not None and not rough:
+            break
+    counts = accumulate((piece.samples for piece in head), initial=0)
+    places = [piece.time * RATE - count for piece, count in zip(head, counts)
+              if piece.pts is not None]
+    if head and not places:
+        raise ValueError("its sound has no time stamps")
+    place = median(places) if places else 0
+    damaged.forget_before(place / RATE)                 # a fragment after a seek is no damage
+    for piece in chain(head, pieces):
+        stamped = place if piece.pts is None else piece.time * RATE
+        if abs(stamped - place) > RATE * (ROUGH_SEAM if rough else SEAM):
+            place = stamped
+        yield place, np.frombuffer(piece.planes[0], np.float32, piece.samples)
+        place += piece.samples
+
+
 def hear(audio, packets, wave, start, damaged):
     """Decode the packets into `wave` (samples,), which begins at the time `start`.
 
-    Returns False if no packet decodes. Raises ValueError if the first frame has no stamp.
+    Returns False if no packet decodes. Raises ValueError if no frame has a stamp.
     """
-    position, resample = None, MonoResampler()          # place in the wave of the next sample
-    frames = chain(decode(audio, packets, damaged), [None])
-    for piece in (piece for frame in frames for piece in resample(frame)):
-        if piece.pts is None and position is None:
-            raise ValueError("its sound has no time stamps")
-        stamped = position if piece.pts is None else (piece.time - start) * RATE
-        if position is None:                            # a fragment after a seek is no damage
-            damaged.forget_before(piece.time)
-        if position is None or abs(stamped - position) > SEAM * RATE:
-            position = round(stamped)
-        low, high = max(position, 0), min(position + piece.samples, len(wave))
+    place = None
+    for place, samples in place_sound(audio, packets, damaged):
+        place = round(place - start * RATE)             # in the wave
+        low, high = max(place, 0), min(place + len(samples), len(wave))
         if low < high:
-            samples = np.frombuffer(piece.planes[0], np.float32, piece.samples)
-            wave[low:high] = samples[low - position:high - position]
-        position += piece.samples
-        if position >= len(wave):
+            wave[low:high] = samples[low - place:high - place]
+        if place + len(samples) >= len(wave):
             break
-    return position is not None
+    return place is not None

@@ -186,6 +186,7 @@ FILM = dict(
     gray=None,              # gray(t): one gray value at time t (s) in place of the barcode
     wave=None,              # wave(t): samples in place of the tone
     sound_seconds=None,     # length of the sound, if the pictures have another
+    bit_rate=None,          # of the sound, bits per s
     muxer=None)             # options of the container
 
 
@@ -208,6 +209,8 @@ def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, **film):
         audio = None
         if tone is not None:
             audio = out.add_stream(film.audio_codec, rate=film.rate, layout=film.layout)
+            if film.bit_rate:
+                audio.bit_rate = film.bit_rate
         for n in range(round(seconds * fps)):
             image = barcode(n, size)
             if film.gray:

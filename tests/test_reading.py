@@ -5,6 +5,7 @@ Most films here show the number of each frame as a barcode. `experiments/frames.
 """
 
 import os
+import re
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +19,8 @@ from conftest import make_video, peak_hz, read_barcode
 from data import ActionClips, AudioVisualClips, read_clip, read_manifest
 from experiments import frames
 from prepare import scan, transcode
-from support.reading import EXACT, RATE, padded, read, read_sound
+from support.reading import (EXACT, RATE, Damage, begin, lead_in, open_file, open_streams, padded,
+                             place_sound, read, read_sound)
 
 SHORT_SIDE = 48
 STORE_NO_DELAY = {".avi", ".3gp"}     # these do not store the delay of the sound encoder
@@ -554,9 +556,11 @@ def test_each_track_has_a_length_of_its_own(tmp_path):
     """Pictures of 6 s and sound of 2 s have 2 s in common. Some containers do not tell lengths."""
     for suffix, codec, sound in (("mp4", "libx264", "aac"), ("mkv", "libx264", "aac"),
                                  ("flv", "libx264", "aac"), ("ts", "libx264", "aac"),
-                                 ("avi", "mpeg4", "libmp3lame"), ("webm", "libvpx", "libopus")):
-        path = make_video(tmp_path / f"a.{suffix}", 6, 25, rate=48000, codec=codec,
-                          audio_codec=sound, sound_seconds=2)
+                                 ("avi", "mpeg4", "libmp3lame"), ("webm", "libvpx", "libopus"),
+                                 ("flv", "flv", "libmp3lame"), ("wmv", "wmv2", "wmav2")):
+        rate = 44100 if suffix in ("flv", "wmv") else 48000
+        path = make_video(tmp_path / f"a.{suffix}", 6, 25, rate=rate, codec=codec,
+                          audio_codec=sound, sound_seconds=2, bit_rate=64000)
         for verify in (False, True):
             row = scanned(path, verify)
             assert row["reason"] == row["note"] == "", (suffix, row)
@@ -595,6 +599,160 @@ def test_an_edit_list_cuts_off_the_beginning(tmp_path):
     assert row["reason"] == "" and abs(row["video_duration"] - 3.5) < 0.05
     assert shown(path, [0, 0.1, 0.6, 3.4]).tolist() == [45, 48, 63, 147]
     assert shown(path, [2.0, 2.1]).tolist() == [105, 108]
+
+
+# ---- when streams begin, and whether their stamps run on
+
+@pytest.mark.parametrize("suffix,codec,sound,start", [
+    ("ts", "libx264", "aac", 0), ("ts", "libx264", "aac", 2), ("ts", "libx264", "aac", 1000),
+    ("mpg", "mpeg2video", "mp2", 0), ("mpg", "mpeg2video", "mp2", 1000),
+    ("mkv", "libx264", "aac", 0), ("mkv", "libx264", "aac", 2)])
+def test_joined_parts_are_refused(tmp_path, suffix, codec, sound, start):
+    """The stamps begin anew or jump where two files were joined. Only --verify looks so far in mkv,
+    whose headers say that the file ends with the first part."""
+    path, words = tmp_path / f"a.{suffix}", "time stamps go from .* to .* as in joined recordings"
+    film = dict(codec=codec, audio_codec=sound, rate=48000)
+    one = make_video(tmp_path / f"1.{suffix}", 4, 25, **film).read_bytes()
+    two = make_video(tmp_path / f"2.{suffix}", 4, 25, start=start, **film).read_bytes()
+    path.write_bytes(one + two)
+    for verify in (True,) if suffix == "mkv" else (True, False):
+        row = scanned(path, verify)
+        assert re.search(words, row["reason"]), row
+    with pytest.raises(ValueError, match=words):
+        transcode.encode(path, tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=True)
+    with pytest.raises(ValueError, match=words):
+        read_sound(path)
+    for t0 in np.arange(0, 4, 0.5):       # a clip is of one part, or it is refused
+        try:
+            seen = shown(path, t0 + np.arange(12) / 25, sound=True)
+        except ValueError:
+            continue
+        assert (np.diff(seen) >= 0).all(), t0
+
+
+@pytest.mark.parametrize("suffix,codec,sound", [
+    ("ts", "libx264", "aac"), ("ts", "mpeg2video", "mp2")])
+def test_a_stream_that_begins_without_a_keyframe_is_refused(tmp_path, suffix, codec, sound):
+    path, words = tmp_path / f"a.{suffix}", "begin without a keyframe"
+    make_video(path, 6, 25, codec=codec, audio_codec=sound, rate=48000, gop=12)
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    path.write_bytes(data[places[5] // 188 * 188:])
+    for verify in (False, True):
+        assert words in scanned(path, verify)["reason"]
+    for t0 in (0, 1, 3):
+        with pytest.raises(ValueError, match=words):
+            read(path, [t0], RATE)
+    with pytest.raises(ValueError, match=words):
+        transcode.encode(path, tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=True)
+
+
+def cut_by_edit_list(path, seconds, parts=1):
+    """Let the edit lists of an mp4 begin so many s later, in so many parts of 1 s.
+
+    That is what cutting without encoding does.
+    """
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        scales = [stream.time_base.denominator for stream in container.streams]
+    at = 0
+    for scale in scales:
+        at = data.index(b"elst", at) + 4                  # version, number of entries, entries
+        begins = int.from_bytes(data[at + 12:at + 16])
+        entries = b"".join((1000).to_bytes(4) + (begins + round((seconds + 2 * n) * scale)
+                                                 ).to_bytes(4) + data[at + 16:at + 20]
+                           for n in range(parts)) if parts > 1 else (
+            data[at + 8:at + 12] + (begins + round(seconds * scale)).to_bytes(4)
+            + data[at + 16:at + 20])
+        data[at + 4:at + 20] = parts.to_bytes(4) + entries
+        for box, place in ((b"elst", at), (b"edts", at), (b"trak", at), (b"moov", at)):
+            start = data.rindex(box, 0, place) - 4        # the boxes around grow too
+            size = int.from_bytes(data[start:start + 4]) + 12 * (parts - 1)
+            data[start:start + 4] = size.to_bytes(4)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("cut", [0.213, 0.5, 0.52, 0.733])
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_a_cut_without_encoding_keeps_sight_and_sound_together(tmp_path, codec, cut):
+    """The picture turns white when the sound begins, at 2 s. The cut is within a picture."""
+    path, copy = tmp_path / "a.mp4", tmp_path / "copy.mp4"
+    make_video(path, 4, 25, codec=codec, gop=25, gray=lambda t: 235 * (t >= 2),
+               wave=lambda t: 0.5 * np.sin(2 * np.pi * 1000 * t) * (t >= 2))
+    cut_by_edit_list(path, cut)
+    row = scanned(path)
+    assert row["reason"] == row["note"] == "" and abs(row["duration"] - (4 - cut)) < 0.06
+    transcode.encode(path, copy, SHORT_SIDE, 15, sound=True)
+    for source in (path, copy):
+        times = np.arange(0, 3, 0.002)
+        for samples in (0, 3 * RATE):
+            images, wave = read(source, times, samples, SHORT_SIDE)
+            turns = times[np.argmax([image.mean() > 120 for image in images])]
+            # The nearest picture turns white half a picture before the time stamp of the first one.
+            assert abs(turns + 0.02 - (2 - cut)) < 0.005, (source, samples)
+        assert abs(np.argmax(abs(wave) > 0.2) / RATE - (2 - cut)) < 0.005, source
+
+
+def test_an_edit_list_of_several_parts(tmp_path):
+    path = make_video(tmp_path / "a.mp4", 6, 25, gop=25)
+    cut_by_edit_list(path, 0.213, parts=2)
+    for verify in (False, True):
+        assert "edit list has several parts" in scanned(path, verify)["reason"]
+    with pytest.raises(ValueError, match="edit list has several parts"):
+        read(path, [1], RATE)
+
+
+@pytest.mark.parametrize("suffix,codec,rate,bits", [
+    ("mp4", "libmp3lame", 24000, 8000), ("mp4", "libmp3lame", 24000, 64000),
+    ("3gp", "libopencore_amrnb", 8000, 4750), ("3gp", "libopencore_amrnb", 8000, 12200),
+    ("mov", "pcm_s16le", 24000, None), ("mp4", "flac", 24000, None), ("mov", "alac", 24000, None)])
+def test_the_sound_of_a_clip_is_that_of_the_whole_decode(tmp_path, suffix, codec, rate, bits):
+    path = tmp_path / f"a.{suffix}"
+    make_video(path, 6, 25, audio_codec=codec, rate=rate, bit_rate=bits, gop=12, tone=1,
+               wave=lambda t: np.random.default_rng(0).normal(0, 0.2, len(t)))
+    with open_file(path) as container:
+        lead = lead_in(open_streams(container)[1])
+    assert lead == (1.0 if codec in ("libmp3lame", "libopencore_amrnb") else 0.2)
+    whole, _ = read_sound(path)
+    for t0 in np.random.default_rng(1).integers(1000, 4500, 8) / 1000:
+        _, wave = read(path, [t0], RATE, SHORT_SIDE)
+        error = wave - whole[round(t0 * RATE):][:RATE]
+        assert np.sqrt((error ** 2).mean()) < 1e-3 * np.sqrt((wave ** 2).mean()), t0
+
+
+@pytest.mark.parametrize("rate", [12000, 24000, 48000])
+@pytest.mark.parametrize("suffix,codec", [("webm", "libvpx"), ("mkv", "libx264"),
+                                          ("mp4", "libx264")])
+def test_opus_begins_and_ends_where_it_did(tmp_path, suffix, codec, rate):
+    path = make_video(tmp_path / f"a.{suffix}", 2, 25, codec=codec, audio_codec="libopus",
+                      rate=rate, wave=lambda t: 0.5 * np.sin(2 * np.pi * 1000 * t) * (t >= 1))
+    transcode.encode(path, tmp_path / "copy.mp4", SHORT_SIDE, 15, sound=True)
+    begins = []
+    for source in (path, tmp_path / "copy.mp4"):
+        with open_file(source) as container:
+            video, audio = open_streams(container)
+            begins.append(begin(audio) - begin(video))
+        _, wave = read(source, [0], 2 * RATE, SHORT_SIDE)
+        assert abs(begins[-1] + np.argmax(abs(wave) > 0.2) / RATE - 1) < 0.003, source
+    assert abs(begins[0] - begins[1]) < 1e-3
+    wave, _ = read_sound(path)
+    assert len(wave) == 2 * RATE and abs(np.argmax(abs(wave) > 0.2) / RATE - 1) < 0.003
+
+
+def test_sound_whose_first_frames_have_no_stamp_is_placed_by_the_next(tmp_path):
+    path = make_video(tmp_path / "a.mkv", 2, 25, audio_codec="pcm_s16le")
+    results = []
+    for unstamped in (0, 3):
+        with open_file(path) as container:
+            audio = container.streams.audio[0]
+            packets = list(container.demux(audio))
+            for packet in packets[:unstamped]:
+                packet.pts = None
+            results.append(list(place_sound(audio, packets, Damage())))
+    places, waves = ([[piece[n] for piece in result] for result in results] for n in (0, 1))
+    assert np.allclose(*places, atol=RATE / 1000)         # the clock of an mkv ticks in ms
+    assert (np.concatenate(waves[0]) == np.concatenate(waves[1])).all()
 
 
 # ---- sound that cannot be used

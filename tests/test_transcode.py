@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, barcode, make_video, read_barcode
 from data import read_clip, read_manifest
 from prepare import scan, transcode
+from support.reading import begin, open_file, open_streams
 
 
 def film(path, times, time_base=Fraction(1, 90000), size=(180, 136), sound=(), turned=0,
@@ -168,6 +169,41 @@ def test_sight_and_sound_stay_together(tmp_path, video_start, sound_start):
         assert abs(click - times[number]) < 0.01, (number, click)
     assert abs(loud.min() - source.min()) < 0.003 and abs(loud.max() - source.max()) < 0.003
     assert abs(times[0] - video_start) < 0.002 and row["has_audio"] == "1"
+
+
+@pytest.mark.parametrize("before", [1, 3, 40])
+def test_stamps_below_0(tmp_path, before):
+    """FFmpeg gives such stamps to a transport stream that begins so many s before its clock wraps,
+    after 26.5 h. The copy has all pictures, and its sound stays beside them."""
+    path = make_video(tmp_path / "a.ts", 6, 25, (72, 54), start=2 ** 33 / 90000 - before - 1.4,
+                      wave=lambda t: 0.5 * np.sin(2 * np.pi * 1000 * t) * (t >= 2))
+    copy, row = transcode_one(path, tmp_path)
+    assert float(row["video_duration"]) == pytest.approx(6, abs=0.05)
+    for t0 in (0, 2.51, 4.51):
+        (video, _), (video_copy, _) = (read_clip(file, t0, (1,), (1,), 12, 25, 54)
+                                       for file in (path, copy))
+        assert (read_barcode(video) == read_barcode(video_copy)).all()
+    begins = [np.argmax(abs(read_clip(file, 0, (1,), (1,), 75, 25, 54)[1][0].numpy()) > 0.2)
+              for file in (path, copy)]
+    assert abs(begins[0] - begins[1]) < 24
+
+
+@pytest.mark.parametrize("late", [0, 0.01, 0.04, 0.63, 2.0])
+def test_time_0_of_the_copy_is_that_of_its_source(tmp_path, late):
+    """The encoder puts 42.7 ms before the sound, which must not begin earlier by them."""
+    t = np.arange(44100 * 3) / 44100 + late
+    wave = 0.9 * np.sin(2 * np.pi * 1500 * t) * ((t >= 2.5) & (t < 2.52))
+    path = film(tmp_path / "a.mov", np.arange(120) / 30, Fraction(1, 30), sound=[(late, wave)])
+    copy, _ = transcode_one(path, tmp_path)
+    begins = []
+    for file in (path, copy):
+        with open_file(file) as container:
+            video, audio = open_streams(container)
+            begins.append(begin(audio) - begin(video))
+        _, (wave,) = read_clip(file, 0, (1,), (1,), 90, 30, 64)
+        click = np.flatnonzero(abs(wave.numpy()) > 0.3)[0] / 24000
+        assert click == pytest.approx(2.5 - late, abs=0.002), file
+    assert begins == pytest.approx([late, late], abs=1e-3)
 
 
 @pytest.mark.parametrize("size, short_side, turned, expected", [
