@@ -356,7 +356,8 @@ class Cutter:
         # keeps that it is interlaced, and then FFmpeg would scale each field alone.
         self.window, self.parts = av.VideoFrame(width, height, name), []
         if not frame.interlaced_frame:
-            self.window = self.unpack.reformat(copy, width, height, name, threads=1)
+            self.window = self.unpack.reformat(copy, width, height, name, interpolation="POINT",
+                                                threads=1)
         bits = form.components[0].bits
         size = -(-bits // 8)                                # bytes of a sample
         for n, plane in enumerate(self.window.planes):
