@@ -143,7 +143,7 @@ def demux(container, streams):
 class Damage(list):
     """The times of the packets of a stream that do not decode."""
 
-    last = None                                         # the time of the last packet so far
+    last = tick = None          # the stamp of the last packet so far, and the time base in s
 
     def forget_before(self, first):
         """Drop the damage before `first`, the time of the first frame: nothing is read before it.
@@ -157,7 +157,8 @@ class Damage(list):
 
         Many recordings end within a packet. Such a file is read as if it ended before this packet.
         """
-        return [time for time in self if time != self.last]
+        end = None if self.last is None else float(self.last * self.tick)
+        return [time for time in self if time != end]
 
 
 class StampCheck:
@@ -191,20 +192,21 @@ class StampCheck:
 
 def decode(stream, packets, damaged):
     """Yield the frames of the packets. The packet None asks for the frames still held back."""
+    damaged.tick, is_wmv3 = stream.time_base, stream.codec_context.name == "wmv3"
     for packet in packets:
         try:
             if packet is not None and packet.size:
-                damaged.last = None if packet.pts is None else float(packet.pts * stream.time_base)
+                damaged.last = packet.pts
                 if packet.is_corrupt and stream.container.format.name not in ("mpegts", "mpeg"):
                     # The file ends within the packet, which not all decoders notice. In MPEG-TS and
                     # MPEG-PS the flag is about larger pieces, most of whose packets are whole.
                     raise av.error.InvalidDataError(0, "cut off")
-                if stream.codec_context.name == "wmv3":
+                if is_wmv3:
                     packet = padded(packet)
             yield from stream.decode(packet)
         except av.error.FFmpegError:
             if packet is not None and packet.pts is not None:
-                damaged.append(damaged.last)
+                damaged.append(float(packet.pts * damaged.tick))
 
 
 def padded(packet):
