@@ -2,6 +2,7 @@
 
     tau_v, tau_a = sample_speeds(4)           # ([1, 3], [1, 2]): view 0 at speed 1, view 1 sped up
     times = frame_times(30, 30, tau_v[1])     # (T,) s: three frame intervals apart
+    fast_video = frames[::tau_v[1]][:30]      # the same of a film that is in memory, (T, H, W, 3)
     fast = speed_up_audio(wave, tau_a[1])     # (tau L,) -> (L,): the pitch is tau times as high
     x = LogMel()(fast)                        # (L,) -> (1, M, F)
 
@@ -30,13 +31,13 @@ def sample_speeds(max_speed, generator=None, same=False):
     return [1, tau_v], [1, tau_v if same else tau_a]
 
 
-def frame_times(frames, fps, tau):
-    """When the T = `frames` frames of a view are taken, in seconds after its start: (T,).
+def frame_times(T, fps, tau):
+    """When the T frames of a view are taken, in seconds after its start: (T,).
 
     At speed tau (an integer >= 1) a view takes every tau-th of the times that lie 1/fps seconds
     apart, so it covers tau times the source.
     """
-    return torch.arange(frames) * tau / fps
+    return torch.arange(T) * tau / fps
 
 
 def speed_up_audio(wave, tau):
@@ -46,7 +47,7 @@ def speed_up_audio(wave, tau):
     the Nyquist limit are removed first by a windowed sinc, so they are not folded back. tau is an
     integer >= 1.
     """
-    return wave if tau == 1 else windowed_sinc(tau)(wave)
+    return wave if tau == 1 else windowed_sinc(tau).to(wave)(wave)
 
 
 @functools.cache

@@ -60,7 +60,8 @@ def read_manifest(path, split=None):
     if split is not None and splits != [""]:
         if split not in splits:
             raise ValueError(f"{path} has no {split!r} part, it has "
-                             f"{', '.join(map(repr, splits))}: give other data or another part")
+                             f"{', '.join(map(repr, splits))}: give other data, or name one of "
+                             "these parts with --split")
         table = [line for line in table if line["split"] == split]
     # A class name is kept once and not once a row, because every worker has a copy of the rows.
     rows = [Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]),

@@ -6,8 +6,9 @@
     torchrun --nproc_per_node=8 finetune.py --data hmdb51-{fold}.csv --fold 1 2 3 \\
         --checkpoint runs/k400/checkpoint.pt --out runs/hmdb51
 
-Defaults are the protocol's. A help text names the section, or GDT where the paper is silent. The
-result is that of the last epoch, and the mean over folds. OUT gets results.json, and for each fold
+With --data the defaults are the protocol's; without it they are those of the built-in set. A help
+text names both, and the section, or GDT where the paper is silent. Ctrl-C saves, and the same
+command continues. The result is that of the last epoch, and the mean over folds. OUT gets results.json, and for each fold
 checkpoint.pt (the same command continues from it), log.jsonl, confusion.csv (rows: the true class)
 and classes.csv.
 
@@ -41,7 +42,8 @@ DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, train_clips=2, test_cl
 
 def parse(argv=None):
     """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data and encoder")
     data.add_argument("--data", help="folder ROOT/{train,test}/class/*.mp4, or manifest.csv with "
                       "both parts; {fold} in it stands for each --fold (default: the built-in set)")
@@ -72,12 +74,12 @@ def parse(argv=None):
     optim.add_argument("--linear", action="store_true", help="fit a linear classifier on the "
                        "frozen encoder; of this group and the next only --seed, --precision, "
                        "--workers and --max-failures are then read (off)")
-    optim.add_argument("--epochs", type=at_least(1), default=12, help="(12: §3.1)")
+    optim.add_argument("--epochs", type=at_least(1), default=12, help="passes over the data (12: §3.1)")
     optim.add_argument("--global-batch", type=at_least(1), default=32,
                        help="clips over all processes (32; paper silent, GDT)")
     optim.add_argument("--lr", type=positive, default=2e-2,
                        help="peak rate of the head; the trunk has a tenth (2e-2: §3.1; tenth: GDT)")
-    optim.add_argument("--weight-decay", type=at_least(0, float), default=5e-3, help="(5e-3; GDT)")
+    optim.add_argument("--weight-decay", type=at_least(0, float), default=5e-3, help="of SGD (5e-3; GDT)")
     add_run_flags(p)
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
@@ -112,9 +114,6 @@ def classifier(encoder, classes):
 def train(args, model, clips, dtype):
     """§3.1: train all layers by SGD, the head at ten times the rate of the trunk."""
     device = next(model.parameters()).device
-    if args.global_batch % world_size():
-        raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
-                         f"processes: give a multiple of {world_size()}")
     if len(clips) < args.global_batch:
         raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.global_batch}: "
                          "give a smaller --global-batch")
@@ -196,12 +195,15 @@ def linear_probe(encoder, clips, args, dtype):
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
     lock_folder(args.out)
+    if args.global_batch % world_size() and not args.linear:
+        raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
+                         f"processes: give a multiple of {world_size()}")
+    torch.manual_seed(args.seed)
+    encoder = load_encoder(args.checkpoint, args.arch)
     train_rows, train_left_out = find_rows(args.data, "train", args.out)
     test_rows, test_left_out = find_rows(args.data, "test", args.out)
     train_rows = subset(train_rows, args.fraction, args.seed)
     classes = shared_classes(args.data, train_rows, test_rows)
-    torch.manual_seed(args.seed)
-    encoder = load_encoder(args.checkpoint, args.arch)
     model = classifier(encoder.to(memory_format=torch.channels_last_3d), len(classes)).to(device)
     dtype, reason = choose_precision(args.precision, device)
     clip = dict(frames=args.frames, fps=args.fps, size=args.size, seed=args.seed)

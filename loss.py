@@ -83,15 +83,16 @@ def cross_affinity(ly_a, ly_v, scope="clip", temperature=1.0, raw=False):
     return c.softmax(2) if scope == "view" else c.flatten(1).softmax(1).view_as(c)
 
 
-def soft_info_nce(ly_a, ly_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temperature=1.0,
+def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_temperature=1.0,
                   raw_affinity=False, detach_affinity=False, one_way=False, check=True):
     """Eq. 3, as printed:
 
         L(f, g, A, V) = E_{(tau_1, tau_2) ~ p(T)} [ 1/N^2 sum_{i=1..N} sum_{j=1..N}
                             lam(a_i^tau_1, v_j^tau_2) L(g(a_i^tau_1), f(v_j^tau_2)) ]
 
-    Here (i, j) stands for the K x K view pairs (p, q) of one clip, over which lam sums to 1, so
-    the mean over the N clips takes the place of 1/N^2:
+    Read literally, i and j are clips: that is `double_sum`. Here they are the K x K pairs of views
+    (p, q) of one clip (§2.2), over which lam sums to 1, so that a mean over the N clips replaces
+    1/N^2:
 
         loss = mean over i of sum_{p,q} lam[i,p,q] L[i,p,q]
 
@@ -99,7 +100,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temp
 
     Args:
         ly_a, ly_v: (B, K, C) l(y) of this process's clips, which is the encoder output y for the
-            identity mapping. B is the same on all processes. None for affinity "none".
+            identity mapping. B is the same on all processes (drop_last=True of a DataLoader).
+            None for affinity "none".
         z_a, z_v: (B, K, D) projections, of any length: they are brought to unit length here.
         eta: temperature of Eq. 1 ("constant", §2.1; 0.07 is GDT's).
         affinity: "clip" | "view": the scope of the softmax in Eq. 2 | "none": lam = 1/K^2, which
@@ -111,67 +113,72 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, eta=0.07, affinity="clip", affinity_temp
         check: True: refuse NaN and infinity, for which a GPU has to be waited for | False: return
             them in the loss.
     Returns:
-        A scalar: the loss of this process's clips against all videos. Its mean over the processes
-        is the loss of the global batch. float64 stays float64, half precision becomes float32, and
-        autocast is off inside. Raises ValueError if the shapes do not fit.
+        A scalar: the loss of this process's clips against all videos. The mean of the losses, and
+        of the gradients of the weights as DDP takes it, over the processes are those of the global
+        batch. float64 stays float64, half precision becomes float32, and autocast is off inside.
+        Raises ValueError if the shapes do not fit.
     """
     if affinity not in ("none", "clip", "view"):
-        raise ValueError(f"affinity={affinity!r}: choose 'none', 'clip' or 'view'")
+        raise ValueError(f"affinity={affinity!r}: choose 'none', 'clip' or 'view', or call "
+                         "double_sum for lam over all clips")
     needed = (z_a, z_v) if affinity == "none" else (z_a, z_v, ly_a, ly_v)
-    z_a, z_v, *ly = check_inputs(needed, check)
+    z_a, z_v, *ly = check_inputs(needed, eta, affinity_temperature, check)
 
-    def a_to_v(z_a, z_v, ly_a=None, ly_v=None):
-        L = info_nce(z_a, all_gather(z_v), positions(z_a), eta)         # (B, K, K), Eq. 1
+    def contrast(z_1, z_2, ly_1=None, ly_2=None):       # modality 1 against modality 2
+        L = info_nce(z_1, all_gather(z_2), positions(z_1), eta)         # (B, K, K), Eq. 1
         if affinity == "none":
             return L.mean()
         if detach_affinity:
-            ly_a, ly_v = ly_a.detach(), ly_v.detach()
-        lam = cross_affinity(ly_a, ly_v, affinity, affinity_temperature, raw_affinity)  # (B, K, K)
+            ly_1, ly_2 = ly_1.detach(), ly_2.detach()
+        lam = cross_affinity(ly_1, ly_2, affinity, affinity_temperature, raw_affinity)  # (B, K, K)
         lam = lam / lam.shape[1] if affinity == "view" else lam         # sums to 1 over p and q
         return (lam * L).sum((1, 2)).mean()
 
     with torch.autocast(z_a.device.type, enabled=False):
-        loss = a_to_v(z_a, z_v, *ly)        # video -> audio exchanges the two
-        return loss if one_way else (loss + a_to_v(z_v, z_a, *reversed(ly))) / 2
+        a_to_v = contrast(z_a, z_v, *ly)
+        return a_to_v if one_way else (a_to_v + contrast(z_v, z_a, *reversed(ly))) / 2
 
 
-def double_sum(ly_a, ly_v, z_a, z_v, eta=0.07, affinity_temperature=1.0, raw_affinity=False,
+def double_sum(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity_temperature=1.0, raw_affinity=False,
                detach_affinity=False, one_way=False, check=True):
     """Eq. 3 with its double sum read literally: j runs over all N clips.
 
         loss = mean over i and p of sum_{j,q} lam[i,p,j,q] L[i,p,j,q]
 
-    lam is a softmax over the videos of all clips, so other clips become soft positives. It
-    collapses (docs/results.md). The arguments are those of `soft_info_nce`.
+    lam is a softmax over the videos of all clips, so other clips become soft positives. Training
+    with it collapsed. The arguments are those of `soft_info_nce`.
     """
-    z_a, z_v, ly_a, ly_v = check_inputs((z_a, z_v, ly_a, ly_v), check)
+    z_a, z_v, ly_a, ly_v = check_inputs((z_a, z_v, ly_a, ly_v), eta, affinity_temperature, check)
     if not raw_affinity:
         ly_a, ly_v = normalize(ly_a, dim=-1), normalize(ly_v, dim=-1)
     if detach_affinity:
         ly_a, ly_v = ly_a.detach(), ly_v.detach()
 
-    def a_to_v(z_a, z_v, ly_a, ly_v):
-        s, log_negatives = similarities(z_a, all_gather(z_v), positions(z_a), eta)
+    def contrast(z_1, z_2, ly_1, ly_2):                 # modality 1 against modality 2
+        s, log_negatives = similarities(z_1, all_gather(z_2), positions(z_1), eta)
         L = nll(s, log_negatives[:, :, None, None])                     # (B, K, N, K)
-        c = torch.einsum("ipc,jqc->ipjq", ly_a, all_gather(ly_v)) / affinity_temperature
+        c = torch.einsum("ipc,jqc->ipjq", ly_1, all_gather(ly_2)) / affinity_temperature
         lam = c.flatten(2).softmax(2).view_as(c)                        # (B, K, N, K)
         return (lam * L).sum((2, 3)).mean()
 
     with torch.autocast(z_a.device.type, enabled=False):
-        loss = a_to_v(z_a, z_v, ly_a, ly_v)
-        return loss if one_way else (loss + a_to_v(z_v, z_a, ly_v, ly_a)) / 2
+        a_to_v = contrast(z_a, z_v, ly_a, ly_v)
+        return a_to_v if one_way else (a_to_v + contrast(z_v, z_a, ly_v, ly_a)) / 2
 
 
-def check_inputs(tensors, finite):
-    """Check z_a, z_v and, where they are given, ly_a, ly_v; return them in float32 or float64.
+def check_inputs(tensors, eta, affinity_temperature, finite):
+    """Check z_a, z_v and, where they are needed, ly_a, ly_v; return them in one precision.
 
-    z gets unit length. Raises ValueError if one is None, if the shapes do not fit or, with
-    `finite`, if a value is NaN or infinite.
+    z gets unit length. Raises ValueError if one is None, if a shape or a temperature does not fit
+    or, with `finite`, if a value is NaN or infinite.
     """
     named = dict(zip(("z_a", "z_v", "ly_a", "ly_v"), tensors))
-    if any(x is None for x in tensors):
-        raise ValueError("Eq. 2 needs ly_a and ly_v, the encoder outputs under l: give them, or "
-                         "affinity='none'")
+    if missing := [name for name, x in named.items() if x is None]:
+        raise ValueError(f"{' and '.join(missing)} missing: z are the projections, ly the encoder "
+                         "outputs under l, which affinity='none' alone does not need")
+    if not (eta > 0 and affinity_temperature > 0):
+        raise ValueError(f"eta={eta}, affinity_temperature={affinity_temperature}: temperatures "
+                         "must be above 0")
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
     if any(x.dim() != 3 for x in tensors):
         raise ValueError(f"{shapes}: give each three axes, (clips, views, width); for one view "
@@ -188,7 +195,8 @@ def check_inputs(tensors, finite):
         if finite and not x.isfinite().all():
             raise ValueError(f"{name} {tuple(x.shape)} holds NaN or infinity: look for the step "
                              "before it that diverged")
-    tensors = [x if x.dtype == torch.float64 else x.float() for x in tensors]
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    tensors = [x.to(dtype) for x in tensors]
     return *(normalize(z, dim=-1) for z in tensors[:2]), *tensors[2:]
 
 

@@ -38,9 +38,9 @@ def video_encoder(arch="r2plus1d_18"):
     blocks = 1 if arch == "r2plus1d_10" else 2
     net = video_resnet.VideoResNet(video_resnet.BasicBlock, [conv] * 4, [blocks] * 4, stem)
     net.fc = nn.Identity()
-    for conv in net.modules():
-        if isinstance(conv, nn.Conv3d) and conv.padding[0]:
-            conv.register_forward_pre_hook(pad_first)
+    for module in net.modules():
+        if isinstance(module, nn.Conv3d) and module.padding[0]:
+            module.register_forward_pre_hook(pad_first)
     return net
 
 
@@ -189,6 +189,9 @@ class SvaCLR(nn.Module):
         self.l = Mapping(mapping)
 
     def forward(self, audio, video):
+        if audio.dim() != 5 or video.dim() != 6 or audio.shape[:2] != video.shape[:2]:
+            raise ValueError(f"audio {tuple(audio.shape)}, video {tuple(video.shape)}: give "
+                             "(B, K, 1, M, F) and (B, K, 3, T, H, W), with the same B and K")
         views = video.shape[:2]                                         # (B, K)
         y_a = self.g(audio.flatten(0, 1))                               # (B K, C)
         y_v = self.f(video.flatten(0, 1))                               # (B K, C)

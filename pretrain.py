@@ -4,9 +4,10 @@
     python pretrain.py --data kinetics --out runs/k400  # one GPU
     torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400       # 8 GPUs
 
-Defaults are the paper's. A help text names the section, or GDT, the code base that decides where
-the paper is silent. The same command continues an interrupted run. SIGTERM and SIGUSR1 save, leave
-the mark OUT/requeue, and end it with status 75. OUT gets checkpoint.pt, log.jsonl (the settings,
+With --data the defaults are the paper's; without it they are those of the built-in set. A help text
+names both, and the section, or GDT, the code base that decides where the paper is silent. The same
+command continues an interrupted run. Ctrl-C saves and ends it with status 130. SIGTERM and SIGUSR1
+save, leave the mark OUT/requeue, and end it with status 75. OUT gets checkpoint.pt, log.jsonl (the settings,
 then a line every 10 steps), manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with
 torchvision's names.
 
@@ -34,14 +35,15 @@ from support.run import Run, add_run_flags, lock_folder
 
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong
 # The built-in set has small frames and a small encoder, so that two CPU cores train it in minutes.
-# Its processes share a global batch of 32 clips, so any number of them makes the same steps.
+# Its processes share a global batch of 32 clips, so they make as many steps as one process.
 DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, epochs=15, batch_per_process=None)
 DEMO_BATCH = 32
 
 
 def flags():
     """The parser of the command line."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
     data.add_argument("--data", help="folder ROOT/[train|val|test/]class/*.mp4, or manifest.csv "
                       "(default: the built-in set)")
@@ -83,7 +85,7 @@ def flags():
                        help="temperature of Eq. 1 (0.07; paper silent, GDT)")
     optim = p.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=at_least(1), default=100,
-                       help="(100: §3.1; built-in set: 15)")
+                       help="passes over the data (100: §3.1; built-in set: 15)")
     optim.add_argument("--warmup", type=at_least(0, float),
                        help="epochs of linear warm-up (a tenth of --epochs; 10 of 100: §3.1)")
     optim.add_argument("--batch-per-process", type=at_least(1), default=8,
@@ -93,10 +95,11 @@ def flags():
                        "batch, BatchNorm's statistics from one chunk (default: all clips of a "
                        "process; paper silent)")
     optim.add_argument("--lr", type=positive, default=0.64,
-                       help="peak learning rate at a global batch of 512 (0.64: §3.1). Start and "
-                       "end keep the paper's 0.064 : 0.64 : 0.10; all scale with the global batch")
+                       help="peak learning rate at a global batch of 512 (0.64: §3.1); it starts "
+                       "at a tenth of that and ends at 0.10/0.64 of it; all three are scaled by the "
+                       "global batch over 512")
     optim.add_argument("--weight-decay", type=at_least(0, float), default=1e-5,
-                       help="(1e-5; paper silent, GDT)")
+                       help="of SGD, on all weights (1e-5; paper silent, GDT)")
     add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
     return p
 
@@ -144,6 +147,9 @@ def clips_per_process(args):
     if args.chunk and B % args.chunk:
         raise ValueError(f"--chunk {args.chunk} does not divide the {B} clips of a process: give "
                          "a divisor of it")
+    if B == args.max_speed == 1:
+        raise ValueError("BatchNorm cannot normalise one clip with one view: start fewer processes, "
+                         "or give a larger --batch-per-process")
     return B
 
 
@@ -197,12 +203,12 @@ def step_in_chunks(embed, objective, net, scaler, batch, n):
 
 def say_settings(args, B, clips, left_out, steps):
     """Print the effective numbers of a run: batch, negatives, steps and learning rate."""
-    W, K = world_size(), 1 if args.max_speed == 1 else 2
-    N, peak = W * B, args.lr * W * B / PAPER_BATCH
+    N, K = world_size() * B, 1 if args.max_speed == 1 else 2
+    peak = args.lr * N / PAPER_BATCH
     chunks = f" in chunks of {args.chunk}" if args.chunk else ""
-    say(f"{clips} clips ({left_out} left out), global batch {N} = {W} process(es) x {B} clips"
-        f"{chunks}, {K} view(s): {K * (N - 1)} negatives per query, {steps} steps an epoch, "
-        f"{args.epochs * steps} steps in all")
+    say(f"{clips} clips ({left_out} left out), global batch {N} = {world_size()} process(es) x "
+        f"{B} clips{chunks}, {K} view(s): {K * (N - 1)} negatives per query, {steps} steps an "
+        f"epoch, {args.epochs * steps} steps in all")
     say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
         f"({args.lr:g} for a batch of 512, times {N}/512)")
 

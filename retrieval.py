@@ -28,7 +28,8 @@ from support.processes import at_least, autocast, choose_precision, launch, shar
 
 def parse(argv=None):
     """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--checkpoint", default="runs/svaclr/checkpoint.pt",
                    help="checkpoint.pt of pretrain.py (runs/svaclr/checkpoint.pt); for --pair "
                    "video-video also video_encoder.pt, torchvision's file, torchvision or none")

@@ -51,10 +51,12 @@ def launch(job, args):
         signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second one ends it at once
         say("stopped by Ctrl-C; the same command goes on from what is saved", sys.stderr)
         end(INTERRUPTED)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         where = f" on rank {rank()}" if rank() else ""
         # An error of a loading process carries that process's traceback before its sentence.
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        if isinstance(error, torch.OutOfMemoryError):
+            sentence = f"{str(error).split('.')[0]}: give fewer clips per process or a smaller --size"
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         end(1)
     leave()
@@ -108,8 +110,19 @@ def start():
                 "otherwise restarted processes look for the dead ones (pytorch/pytorch#135712)",
                 sys.stderr)
         if cuda:
+            refuse_old_gpu(device)
             refuse_shared_gpus(device)
     return device
+
+
+def refuse_old_gpu(device):
+    """Raise ValueError if the installed torch has no kernels for a GPU as old as this one."""
+    major, minor = torch.cuda.get_device_capability(device)
+    known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdecimal()]
+    if 10 * major + minor < min(known, default=0):      # sm_75, ...; later GPUs compile the newest
+        raise ValueError(f"torch {torch.__version__} has no kernels for "
+                         f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}"
+                         "): install the versions that docs/running.md names for V100")
 
 
 def refuse_shared_gpus(device):
@@ -178,7 +191,7 @@ def world_size():
 
 @functools.cache
 def patient_group():
-    """All processes, which wait for each other for 12 hours. By itself nccl waits 10 minutes."""
+    """All processes, which wait for each other for 12 hours. The default group waits 30 minutes."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 

@@ -508,9 +508,9 @@ class Reader:
             return None
         convert = Converter(clip.video, self.size, self.window)
         result = decode_clip(clip, *packets, convert, self.sort)
-        return self.judge(clip, result, packets[0][0].pts, fresh)
+        return self.finish_or_retry(clip, result, packets[0][0].pts, fresh)
 
-    def judge(self, clip, result, begun, fresh):
+    def finish_or_retry(self, clip, result, begun, fresh):
         """Return what `read` returns, or None after preparing another attempt.
 
         begun is the stamp of the first packet. Raises ValueError if no other attempt can help.
@@ -656,7 +656,7 @@ def decode_clip(clip, pictures, sound, convert, sort):
         if not damaged and not missing:
             break
         clip.video.codec_context.flush_buffers()
-    if clip.audio is not None and not hear(clip.audio, sound, wave, start, damaged_sound):
+    if clip.audio is not None and not fill_wave(clip.audio, sound, wave, start, damaged_sound):
         wave = None
     heard = damaged_sound.inside() if clip.ended else damaged_sound
     damaged += [time for time in heard if start <= time < clip.stop]
@@ -775,7 +775,7 @@ def place_sound(audio, packets, damaged):
         place += piece.samples
 
 
-def hear(audio, packets, wave, start, damaged):
+def fill_wave(audio, packets, wave, start, damaged):
     """Decode the packets into `wave` (samples,), which begins at the time `start`.
 
     Returns False if no packet decodes. Raises ValueError if no frame has a stamp.

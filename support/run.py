@@ -374,7 +374,7 @@ def catch_signals():
 
     def receive(number, frame):
         if signal.SIGINT in received:
-            os.write(2, b"ended by a second Ctrl-C: the same command continues from the last "
+            os.write(2, b"ended by a signal after Ctrl-C: the same command continues from the last "
                         b"checkpoint\n")
             os._exit(INTERRUPTED)
         received.append(number)

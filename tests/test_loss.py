@@ -193,12 +193,26 @@ def with_nan(x):
     ([None, None, None, with_nan], "z_v (5, 2, 4) holds NaN or infinity: look for the step before "
      "it that diverged"),
     ([lambda y: y * torch.inf, None, None, None], "ly_a (5, 2, 6) holds NaN or infinity"),
-    ([None, lambda y: None, None, None], "Eq. 2 needs ly_a and ly_v, the encoder outputs under l: "
-     "give them, or affinity='none'")])
+    ([None, lambda y: None, None, None], "ly_v missing: z are the projections, ly the encoder "
+     "outputs under l, which affinity='none' alone does not need"),
+    ([None, None, lambda z: None, lambda z: None], "z_a and z_v missing: ")])
 def test_bad_tensors_get_a_sentence(loss, changes, sentence):
     tensors = [change(x) if change else x for change, x in zip(changes, batch())]
     with pytest.raises(ValueError, match=re.escape(sentence)):
         loss(*tensors)
+
+
+@pytest.mark.parametrize("flags", [{"eta": 0}, {"affinity_temperature": -1}])
+@pytest.mark.parametrize("loss", [soft_info_nce, double_sum])
+def test_temperatures_are_above_0(loss, flags):
+    with pytest.raises(ValueError, match="temperatures must be above 0"):
+        loss(*batch(), **flags)
+
+
+def test_mixed_precisions_become_the_highest():
+    y_a, y_v, z_a, z_v = batch()
+    loss = soft_info_nce(y_a.float(), y_v, z_a, z_v.float())
+    assert loss.dtype == torch.float64 and abs(loss - soft_info_nce(y_a, y_v, z_a, z_v)) < 1e-5
 
 
 def test_nan_passes_if_it_is_not_asked_for():

@@ -48,6 +48,14 @@ def test_svaclr(mapping):
     assert len(parameters) == {"identity": 0, "linear": 2, "mlp": 4}[mapping]
 
 
+@pytest.mark.parametrize("audio,video", [
+    ((2, 1, 40, 31), (2, 3, 4, 24, 24)), ((2, 2, 1, 40, 31), (2, 1, 3, 4, 24, 24)),
+    ((2, 2, 3, 4, 24, 24), (2, 2, 1, 40, 31))])
+def test_wrong_shapes_get_a_sentence(audio, video):
+    with pytest.raises(ValueError, match="give .B, K, 1, M, F. and .B, K, 3, T, H, W., with the"):
+        SvaCLR("r2plus1d_10")(torch.zeros(audio), torch.zeros(video))
+
+
 def test_views_stay_with_their_clip():
     model = SvaCLR("r2plus1d_10").eval()
     audio, video = torch.randn(3, 2, 1, 40, 31), torch.randn(3, 2, 3, 4, 24, 24)

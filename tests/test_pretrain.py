@@ -102,7 +102,7 @@ def test_bad_flags(flags, sentence, capsys):
     (64, [], "does not divide among 64 processes: start 1, 2, 4, 8, 16 or 32 of them, or give"),
     (2, ["--chunk", "5"], "--chunk 5 does not divide the 16 clips of a process: give a divisor"),
     (1, ["--data", "x", "--chunk", "16"], "--chunk 16 does not divide the 8 clips of a process"),
-    (8, ["--data", "x"], 8)])
+    (8, ["--data", "x"], 8), (32, ["--max-speed", "1"], "BatchNorm cannot normalise one clip")])
 def test_the_built_in_set_has_one_global_batch(W, flags, expected, monkeypatch):
     monkeypatch.setattr(pretrain, "world_size", lambda: W)
     args = parse(flags)

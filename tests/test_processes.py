@@ -155,6 +155,29 @@ def test_processes_that_would_share_a_gpu_are_refused(uuids, sentence, monkeypat
         processes.refuse_shared_gpus(torch.device("cuda", 0))
 
 
+@pytest.mark.parametrize("capability,refused", [((7, 0), True), ((7, 5), False), ((12, 0), False)])
+def test_a_gpu_without_kernels_is_refused(capability, refused, monkeypatch):
+    """The architectures are those of the default wheel of torch 2.14."""
+    for name, value in (("get_device_capability", capability), ("get_device_name", "Tesla V100"),
+                        ("get_arch_list", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120",
+                                           "compute_120"])):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    if not refused:
+        return processes.refuse_old_gpu("cuda:0")
+    with pytest.raises(ValueError, match="no kernels for Tesla V100 .compute capability 7.0."):
+        processes.refuse_old_gpu("cuda:0")
+
+
+def test_a_full_gpu_gets_one_sentence(capsys):
+    def job(args, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    with pytest.raises(SystemExit):
+        processes.launch(job, None)
+    assert capsys.readouterr().err == ("error: CUDA out of memory: give fewer clips per process or "
+                                       "a smaller --size\n")
+
+
 # ---- the end
 
 @pytest.mark.slow
@@ -246,7 +269,7 @@ def test_the_slurm_script_continues_itself(tree, tmp_path):
                        (ROOT / "docs/running.md").read_text(), re.DOTALL)[1]
     out, flags = tmp_path / "out", [*TINY, "--batch-per-process", "2"]
     script = script.replace("runs/k400", str(out)).replace(
-        "--data kinetics.csv", f"--data {tree} {' '.join(flags)} --epochs $EPOCHS")
+        "--data k400.csv", f"--data {tree} {' '.join(flags)} --epochs $EPOCHS")
     script = script.replace("python pretrain.py", f"{sys.executable} {ROOT / 'pretrain.py'}")
     (tmp_path / "job.sh").write_text(script)
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

@@ -373,7 +373,7 @@ def test_a_second_ctrl_c_ends_at_once(tree, tmp_path):
         time.sleep(0.2)
         os.killpg(process.pid, signal.SIGINT)
     assert process.wait(2) == INTERRUPTED and left_of(process) == []
-    assert "ended by a second Ctrl-C" in text_of(out) and "Traceback" not in text_of(out)
+    assert "ended by a signal after Ctrl-C" in text_of(out) and "Traceback" not in text_of(out)
 
 
 @pytest.mark.slow
