@@ -44,8 +44,8 @@ UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
 # the pictures by up to 2 levels and blur their colours.
 EXACT = int(Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND)
 
-# glibc returns freed memory to the system above a limit, which grows with the largest block that was
-# freed before. Without this block it would return the pictures of each clip and fetch them again.
+# glibc returns freed memory to the system above a limit, which grows with the largest block that
+# was freed. Without this block it would return the pictures of each clip and fetch them again.
 np.empty(16 << 20, np.uint8)
 
 
