@@ -55,6 +55,10 @@ EXACT = int(Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.AC
 # Sound decoders that are right after 0.2 s. Bit reservoirs and filters with memory need 1 s.
 QUICK = re.compile("aac|e?ac3|alac|flac|mp2|(lib)?opus|(lib)?vorbis|wmav[12]|pcm_.*")
 
+# glibc returns freed memory to the system above a limit, which grows with the largest block that
+# was freed. Without this block it would return the pictures of each clip and fetch them again.
+np.empty(16 << 20, np.uint8)
+
 
 # ---- functions that the scan and the transcoder use too
 
