@@ -8,9 +8,9 @@
 
 With --data the defaults are the protocol's; without it they are those of the built-in set. A help
 text names both, and the section, or GDT where the paper is silent. Ctrl-C saves, and the same
-command continues. The result is that of the last epoch, and the mean over folds. OUT gets results.json, and for each fold
-checkpoint.pt (the same command continues from it), log.jsonl, confusion.csv (rows: the true class)
-and classes.csv.
+command continues. The result is that of the last epoch, and the mean over folds. OUT gets
+results.json, and for each fold checkpoint.pt, log.jsonl, confusion.csv (rows: the true class) and
+classes.csv.
 
 Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C encoder width.
 """
@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from augment import normalize_frames
 from data import ActionClips, evaluation_batches, find_rows, make_loader
 from models import C, load_encoder
+from support.batchnorm import sync_batchnorm
 from support.classification import (answers, fit_linear, report, say_torchvision, shared_classes,
                                     subset, top_1_and_5, write_classes)
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
@@ -74,12 +75,14 @@ def parse(argv=None):
     optim.add_argument("--linear", action="store_true", help="fit a linear classifier on the "
                        "frozen encoder; of this group and the next only --seed, --precision, "
                        "--workers and --max-failures are then read (off)")
-    optim.add_argument("--epochs", type=at_least(1), default=12, help="passes over the data (12: §3.1)")
+    optim.add_argument("--epochs", type=at_least(1), default=12,
+                       help="passes over the data (12: §3.1)")
     optim.add_argument("--global-batch", type=at_least(1), default=32,
                        help="clips over all processes (32; paper silent, GDT)")
     optim.add_argument("--lr", type=positive, default=2e-2,
                        help="peak rate of the head; the trunk has a tenth (2e-2: §3.1; tenth: GDT)")
-    optim.add_argument("--weight-decay", type=at_least(0, float), default=5e-3, help="of SGD (5e-3; GDT)")
+    optim.add_argument("--weight-decay", type=at_least(0, float), default=5e-3,
+                       help="of SGD (5e-3; GDT)")
     add_run_flags(p)
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
@@ -118,8 +121,7 @@ def train(args, model, clips, dtype):
         raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.global_batch}: "
                          "give a smaller --global-batch")
     loader = make_loader(clips, args.global_batch // world_size(), args.workers, args.epochs)
-    if device.type == "cuda" and world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = sync_batchnorm(model, device)
     groups = [{"params": model.head.parameters()}, {"params": model.f.parameters()}]
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

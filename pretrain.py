@@ -7,9 +7,9 @@
 With --data the defaults are the paper's; without it they are those of the built-in set. A help text
 names both, and the section, or GDT, the code base that decides where the paper is silent. The same
 command continues an interrupted run. Ctrl-C saves and ends it with status 130. SIGTERM and SIGUSR1
-save, leave the mark OUT/requeue, and end it with status 75. OUT gets checkpoint.pt, log.jsonl (the settings,
-then a line every 10 steps), manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with
-torchvision's names.
+save, leave the mark OUT/requeue, and end it with status 75. OUT gets checkpoint.pt, log.jsonl (the
+settings, then a line every 10 steps), manifest.csv, and at the end video_encoder.pt and
+audio_encoder.pt with torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.
@@ -29,6 +29,7 @@ from augment import LogMel, normalize_frames
 from data import AudioVisualClips, find_rows, make_loader
 from loss import all_gather, double_sum, soft_info_nce
 from models import SvaCLR
+from support.batchnorm import sync_batchnorm
 from support.processes import (at_least, autocast, choose_precision, launch, positive, rank, say,
                                say_left_out, world_size)
 from support.run import Run, add_run_flags, lock_folder
@@ -96,8 +97,8 @@ def flags():
                        "process; paper silent)")
     optim.add_argument("--lr", type=positive, default=0.64,
                        help="peak learning rate at a global batch of 512 (0.64: §3.1); it starts "
-                       "at a tenth of that and ends at 0.10/0.64 of it; all three are scaled by the "
-                       "global batch over 512")
+                       "at a tenth of that and ends at 0.10/0.64 of it; all three are scaled by "
+                       "the global batch over 512")
     optim.add_argument("--weight-decay", type=at_least(0, float), default=1e-5,
                        help="of SGD, on all weights (1e-5; paper silent, GDT)")
     add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
@@ -147,9 +148,6 @@ def clips_per_process(args):
     if args.chunk and B % args.chunk:
         raise ValueError(f"--chunk {args.chunk} does not divide the {B} clips of a process: give "
                          "a divisor of it")
-    if B == args.max_speed == 1:
-        raise ValueError("BatchNorm cannot normalise one clip with one view: start fewer processes, "
-                         "or give a larger --batch-per-process")
     return B
 
 
@@ -159,8 +157,7 @@ def build(args, device, dtype):
     model = SvaCLR(args.arch, args.mapping).to(device)
     model.f.to(memory_format=torch.channels_last_3d)
     model.g.to(memory_format=torch.channels_last)
-    if device.type == "cuda" and world_size() > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = sync_batchnorm(model, device)
     # Fused SGD leaves its momentum uninitialised if the first float16 step is skipped.
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=dtype != torch.float16)

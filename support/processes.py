@@ -56,7 +56,8 @@ def launch(job, args):
         # An error of a loading process carries that process's traceback before its sentence.
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         if isinstance(error, torch.OutOfMemoryError):
-            sentence = f"{str(error).split('.')[0]}: give fewer clips per process or a smaller --size"
+            cause = str(error).split(".")[0]
+            sentence = f"{cause}: give fewer clips per process or a smaller --size"
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         end(1)
     leave()

@@ -172,10 +172,6 @@ class Run:
                 self.used, self.step = self.used + self.N, self.step + 1
                 agreed.wait()
                 self.between_steps(int(should_stop))
-        if world_size() > 1:
-            # On CPUs each process has its own BatchNorm statistics; copy the saved ones to all.
-            for x in self.model.buffers():
-                dist.broadcast(x, 0)
 
     def log(self, **measures):
         """Note the measures of a step: loss, and others, which are scalar tensors or numbers.

@@ -1,0 +1,64 @@
+"""BatchNorm with the statistics of the clips of all processes (paper silent; GDT), on CPUs too.
+
+torch's nn.SyncBatchNorm does this on GPUs alone. Without it each of 8 processes would normalise its
+4 clips by themselves, and the training would depend on the number of processes.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from support.processes import world_size
+
+
+def sync_batchnorm(model, device):
+    """Return the model with statistics of all processes. Names and values of its tensors stay."""
+    if world_size() == 1:
+        return model
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
+                synced.load_state_dict(child.state_dict())
+                setattr(module, name, synced)
+    return model
+
+
+class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """x (n, C, ...) -> the same shape. Each process gives as many x as the others."""
+
+    def _check_input_dim(self, x):
+        """Any number of axes will do."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        var, mean = torch.var_mean(x.float(), axes, correction=0)       # (C,) x 2, of this process
+        # The variance of all is the mean of var + (mean - m)^2, less (mean of all - m)^2, for any
+        # m. With an m that is close to the means no digits are lost.
+        m = self.running_mean
+        mean, square = AllMean.apply(torch.stack([mean - m, var + (mean - m) ** 2]))
+        mean, var = mean + m, square - mean ** 2                        # (C,) x 2, of all
+        with torch.no_grad():
+            n = world_size() * x.numel() / x.shape[1]
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()                  # (C,)
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        return (x * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+
+
+class AllMean(torch.autograd.Function):
+    """The mean over all processes, with its exact backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x / world_size()
+
+    backward = forward                      # each loss depends on the x of all processes alike
