@@ -288,11 +288,11 @@ def make_loader(dataset, batch_size, workers=None, epochs=1):
     """
     common = dict(num_workers=loading_workers(workers), collate_fn=collate,
                   worker_init_fn=end_with_trainer, pin_memory=torch.cuda.is_available())
+    atexit.register(end_workers)
     if dataset.clips_per_file is not None:
         share = range(rank(), len(dataset), world_size())
         return DataLoader(dataset, batch_size, sampler=share, **common)
     batches = TrainingBatches(len(dataset), batch_size, epochs, dataset.seed, rank(), world_size())
-    atexit.register(end_workers)
     return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator(), **common)
 
 
