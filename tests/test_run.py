@@ -411,8 +411,10 @@ def test_ctrl_c_ends_other_work_with_one_line(script, tree, brief, tmp_path):
             args += ["--linear", "--arch", "r2plus1d_10", "--size", 16, "--frames", 4, "--fps", 4,
                      "--out", tmp_path / "out", "--train-clips", 1, "--test-clips", 1]
     output = open(tmp_path / "text", "w")
+    # Where the tests run as a background job, their processes would ignore SIGINT.
     process = subprocess.Popen([sys.executable, script, *map(str, args)], cwd=ROOT, stdout=output,
-                               stderr=output, start_new_session=True)
+                               stderr=output, start_new_session=True,
+                               preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
     text = lambda: (tmp_path / "text").read_text()
     while not {"evaluating", "scanning"} & set(text().replace(":", " ").split()):
         assert process.poll() is None, text()
