@@ -50,7 +50,8 @@ def info_nce(z_a, z_v, own, eta):
                          / ( exp(s[i,p,i,q]) + sum_{j != i} sum_{q'} exp(s[i,p,j,q']) ) )
 
     Args:
-        z_a: (B, K, D) audio projections of this process's clips, unit length.
+        z_a: (B, K, D) audio projections of this process's clips, unit length. (For video -> audio
+            the two modalities change places.)
         z_v: (N, K, D) video projections of the global batch, unit length.
         own: (B,) int64, the position of each local clip among the N.
         eta: temperature, > 0.
@@ -85,7 +86,7 @@ def cross_affinity(ly_a, ly_v, scope="clip", temperature=1.0, raw=False):
 
 def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_temperature=1.0,
                   raw_affinity=False, detach_affinity=False, one_way=False, check=True):
-    """Eq. 3, as printed:
+    """Eq. 3, with (i, j) read as the pairs of views of one clip. It is printed as:
 
         L(f, g, A, V) = E_{(tau_1, tau_2) ~ p(T)} [ 1/N^2 sum_{i=1..N} sum_{j=1..N}
                             lam(a_i^tau_1, v_j^tau_2) L(g(a_i^tau_1), f(v_j^tau_2)) ]
@@ -174,8 +175,9 @@ def check_inputs(tensors, eta, affinity_temperature, finite):
     """
     named = dict(zip(("z_a", "z_v", "ly_a", "ly_v"), tensors))
     if missing := [name for name, x in named.items() if x is None]:
-        raise ValueError(f"{' and '.join(missing)} missing: z are the projections, ly the encoder "
-                         "outputs under l, which affinity='none' alone does not need")
+        raise ValueError(f"{' and '.join(missing)} missing: give the projections z and l(y), the "
+                         "encoder outputs under l; only soft_info_nce with affinity='none' works "
+                         "without l(y)")
     if not (eta > 0 and affinity_temperature > 0):
         raise ValueError(f"eta={eta}, affinity_temperature={affinity_temperature}: temperatures "
                          "must be above 0")

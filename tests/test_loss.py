@@ -193,8 +193,8 @@ def with_nan(x):
     ([None, None, None, with_nan], "z_v (5, 2, 4) holds NaN or infinity: look for the step before "
      "it that diverged"),
     ([lambda y: y * torch.inf, None, None, None], "ly_a (5, 2, 6) holds NaN or infinity"),
-    ([None, lambda y: None, None, None], "ly_v missing: z are the projections, ly the encoder "
-     "outputs under l, which affinity='none' alone does not need"),
+    ([None, lambda y: None, None, None], "ly_v missing: give the projections z and l(y), the "
+     "encoder outputs under l; only soft_info_nce with affinity='none' works without l(y)"),
     ([None, None, lambda z: None, lambda z: None], "z_a and z_v missing: ")])
 def test_bad_tensors_get_a_sentence(loss, changes, sentence):
     tensors = [change(x) if change else x for change, x in zip(changes, batch())]
