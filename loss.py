@@ -188,11 +188,12 @@ def check_inputs(tensors, eta, affinity_temperature, finite):
     if len({x.shape[:2] for x in tensors}) > 1:
         raise ValueError(f"{shapes}: sound and video must have the same clips and views, the first "
                          "two axes")
-    for name, (a, v) in {"z": tensors[:2], "l(y)": tensors[2:] or tensors[:2]}.items():
-        if a.shape != v.shape:
-            mend = ("end both projectors in the same width" if name == "z" else "Eq. 2 multiplies "
-                    "them, so use an l that maps both encoder outputs to one width")
-            raise ValueError(f"{shapes}: {name} of sound and video differ in width: {mend}")
+    for name, pair, advice in (
+            ("z", tensors[:2], "end both projectors in the same width"),
+            ("l(y)", tensors[2:], "Eq. 2 multiplies them, so use an l that maps both encoder "
+             "outputs to one width")):
+        if len({x.shape for x in pair}) > 1:
+            raise ValueError(f"{shapes}: {name} of sound and video differ in width: {advice}")
     for name, x in named.items():
         if finite and not x.isfinite().all():
             raise ValueError(f"{name} {tuple(x.shape)} holds NaN or infinity: look for the step "

@@ -244,12 +244,11 @@ def train(args, device):
         with autocast(device, dtype):
             return net(audio, video)                # ly_a, ly_v (B, K, C), z_a, z_v (B, K, D)
 
-    literal = args.affinity == "batch"
-    objective = partial(                            # Eq. 3
-        double_sum if literal else partial(soft_info_nce, affinity=args.affinity), eta=args.eta,
-        affinity_temperature=args.affinity_temperature, raw_affinity=args.raw_affinity,
-        detach_affinity=args.detach_affinity, one_way=args.one_way,
-        check=False)                                # the run names the files of a batch with NaN
+    eq_3 = (double_sum if args.affinity == "batch" else
+            partial(soft_info_nce, affinity=args.affinity))
+    objective = partial(                            # without check: the run names files with NaN
+        eq_3, eta=args.eta, affinity_temperature=args.affinity_temperature, check=False,
+        raw_affinity=args.raw_affinity, detach_affinity=args.detach_affinity, one_way=args.one_way)
     run = Run(args, loader, model, optimizer, scaler, {
         "processes": world_size(), "precision": str(dtype)[6:], "torch": torch.__version__,
         "clips": len(clips), "left_out": Counter(left_out.values())})

@@ -36,7 +36,8 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training:
             return super().forward(x)
         axes = [0, *range(2, x.dim())]
-        var, mean = torch.var_mean(x.float(), axes, correction=0)       # (C,) x 2, of this process
+        exact = x if x.dtype == torch.float64 else x.float()            # (n, C, ...)
+        var, mean = torch.var_mean(exact, axes, correction=0)           # (C,) x 2, of this process
         # The variance of all is the mean of var + (mean - m)^2, less (mean of all - m)^2, for any
         # m. With an m that is close to the means no digits are lost.
         m = self.running_mean
@@ -49,7 +50,7 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()                  # (C,)
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        return (x * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
+        return (exact * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(x.dtype)
 
 
 class AllMean(torch.autograd.Function):

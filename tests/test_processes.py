@@ -178,6 +178,44 @@ def test_a_full_gpu_gets_one_sentence(capsys):
                                        "a smaller --size\n")
 
 
+# ---- BatchNorm
+
+@pytest.mark.slow
+def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
+    """Outputs, gradients and running statistics of two steps, in float64, beside nn.BatchNorm3d.
+    The inputs are far from zero, where a careless variance loses its digits."""
+    script = write_script(tmp_path / "norm.py", """
+        import torch, torch.distributed as dist
+        from torch import nn
+        from support.batchnorm import sync_batchnorm
+        from support.processes import rank, start
+
+        start()
+        torch.manual_seed(0)
+        one = nn.Sequential(nn.BatchNorm3d(3), nn.Tanh()).double()
+        nn.init.normal_(one[0].weight), nn.init.normal_(one[0].bias)
+        two = nn.Sequential(nn.BatchNorm3d(3), nn.Tanh()).double()
+        two.load_state_dict(one.state_dict())
+        two = sync_batchnorm(two, torch.device("cpu")).double()
+        two.load_state_dict(one.state_dict())
+        own = slice(4 * rank(), 4 * rank() + 4)
+        for _ in range(2):
+            x = (1000 + torch.randn(8, 3, 2, 5, 5).double()).requires_grad_()
+            part, target = x.detach()[own].requires_grad_(), torch.randn(8, 3, 2, 5, 5).double()
+            ((one(x) - target) ** 2).sum().backward()
+            ((two(part) - target[own]) ** 2).sum().backward()
+            torch.testing.assert_close(part.grad, x.grad[own], atol=1e-9, rtol=1e-7)
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            dist.all_reduce(b.grad)
+            torch.testing.assert_close(b.grad, a.grad, atol=1e-9, rtol=1e-7)
+        for name, b in two.state_dict().items():
+            torch.testing.assert_close(b, one.state_dict()[name], atol=1e-9, rtol=1e-7, msg=name)
+        print("equal", flush=True)
+        """)
+    done = run(script=script, processes=2)
+    assert done.stdout.split() == ["equal", "equal"]
+
+
 # ---- the end
 
 @pytest.mark.slow
