@@ -297,10 +297,11 @@ def test_flags_of_the_objective_reach_it(flags, keywords, tmp_path, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
 def test_a_compiled_step(tree, tmp_path):
-    """--compile trains, and its weights after a step are those without it but for rounding."""
-    flags = ["--data", tree, *SMALL, "--epochs", "1", "--batch-per-process", "10"]
-    for name, compiled in (("plain", []), ("compiled", ["--compile"])):
-        run(*flags, "--out", tmp_path / name, *compiled, fresh=True)
+    """--compile of two processes trains, and the weights after a step are those of one process
+    without it but for rounding."""
+    flags = ["--data", tree, *SMALL, "--epochs", "1", "--out"]
+    run(*flags, tmp_path / "plain", "--batch-per-process", "10", fresh=True)
+    run(*flags, tmp_path / "compiled", "--batch-per-process", "5", "--compile", processes=2)
     plain, compiled = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
                        for name in ("plain", "compiled"))
     assert plain.keys() == compiled.keys() and log_of(tmp_path / "compiled")[-1]["step"] == 1
