@@ -31,6 +31,7 @@ NUMBERS = {"duration": float, "video_duration": float, "fps": float, "width": in
 PROBE_LIMIT, VERIFY_LIMIT = 20, 300     # s that one file may take: to probe it, to decode it whole
 SAVE_EVERY = 30                         # s between two saves of OUT.partial
 COPY = "another copy of a clip that is used"
+READER = "r2"                           # change it when other files are read, refused or timed
 
 
 # ---- all files
@@ -176,9 +177,9 @@ def empty_row(path, label, split, reason=""):
 
 
 def stamp(path):
-    """'bytes:mtime in ns' of a file, or '' if the disk cannot tell."""
+    """'bytes:mtime in ns:READER' of a file, or '' if the disk cannot tell."""
     try:
-        return "{0.st_size}:{0.st_mtime_ns}".format(os.stat(path))
+        return "{0.st_size}:{0.st_mtime_ns}:{1}".format(os.stat(path), READER)
     except OSError:
         return ""
 

@@ -34,7 +34,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
-from prepare.scan import COLUMNS, probe, write
+from prepare.scan import COLUMNS, READER, probe, write
 from support.processes import at_least
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
                              open_file, open_streams, place_sound, rows, upright)
@@ -328,7 +328,8 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     if os.path.realpath(manifest) == str(out / "manifest.csv"):
         raise ValueError(f"the copy's manifest would overwrite {manifest}: "
                          f"choose another folder than {out}")
-    settings = {"short_side": short_side, "gop": gop} | ({"crop": list(crop)} if crop else {})
+    settings = {"reader": READER, "short_side": short_side, "gop": gop}
+    settings |= {"crop": list(crop)} if crop else {}
     settings_file = out / "transcode.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
         raise ValueError(f"{out} was made with {settings_file.read_text()}, "

@@ -61,6 +61,18 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
     assert files_read == []                                # a verified row serves both
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_files_that_an_earlier_reader_judged_are_read_again(put, tmp_path, files_read, verify,
+                                                            monkeypatch):
+    """It may have taken joined recordings for sound files, and called them verified."""
+    put("r/a/a.mp4")
+    scan.scan(tmp_path / "r", out=tmp_path / "m.csv", verify=verify)
+    files_read.clear()
+    monkeypatch.setattr(scan, "READER", "later")
+    scan.scan(tmp_path / "r", out=tmp_path / "m.csv", verify=verify)
+    assert files_read == ["a.mp4"]
+
+
 def test_a_manifest_of_an_earlier_version_is_not_reused(put, tmp_path, files_read):
     put("r/a/a.mp4")
     out, missing = tmp_path / "m.csv", ("video_duration", "note")
