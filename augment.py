@@ -158,31 +158,3 @@ class LogMel(torch.nn.Module):
         with torch.autocast(wave.device.type, enabled=False):
             x = torch.log(self.mel(wave.float()) + 1e-6)                # (..., M, F)
             return ((x - self.mean) / self.std).unsqueeze(-3)           # (..., 1, M, F)
-
-
-def sound_input(name=None):
-    """The spectrograms that a model expects: "gdt" for weights of GDT | None for our own."""
-    return {None: LogMel, "gdt": GDTLogMel}[name]()
-
-
-class GDTLogMel(torch.nn.Module):
-    """GDT's sound input, which its weights expect: (..., L) -> (..., 1, 40, F), in float32.
-
-    This is python_speech_features.logfbank of 16-bit sound at 24 kHz: window 20 ms, hop 10 ms.
-    """
-
-    def __init__(self):
-        super().__init__()
-        hz = 700 * ((1 + 12000 / 700) ** (torch.arange(42).double() / 41) - 1)  # even steps of mel
-        edges = (1025 * hz / 24000).floor()[:, None]                    # (42, 1) bins of the FFT
-        rise = (torch.arange(513) - edges[:-1]) / edges.diff(dim=0)     # (41, 513)
-        self.register_buffer("bands", torch.minimum(rise[:-1], 1 - rise[1:]).clamp(min=0).float())
-
-    def forward(self, wave):
-        with torch.autocast(wave.device.type, enabled=False):
-            x = (wave.float() * 32768).round().clamp(-32768, 32767)     # (..., L)
-            x = torch.cat([x[..., :1], x[..., 1:] - 0.97 * x[..., :-1]], -1)    # pre-emphasis
-            x = torch.nn.functional.pad(x, (0, max(480 - x.shape[-1], -x.shape[-1] % 240)))
-            x = x.unfold(-1, 480, 240)                                  # (..., F, 480)
-            x = torch.fft.rfft(x, 1024).abs() ** 2 / 1024 @ self.bands.T    # (..., F, 40)
-            return ((x.where(x > 0, 2 ** -52).log() - 1.93) / 17.89).mT.unsqueeze(-3)

@@ -29,10 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from augment import normalize_frames
 from data import ActionClips, evaluation_batches, find_rows, make_loader
-from models import C, load_encoder
-from support.batchnorm import sync_batchnorm
+from models import C, video_encoder
+from support.checkpoints import load_encoder
 from support.classification import (answers, fit_linear, report, say_torchvision, shared_classes,
                                     subset, top_1_and_5, write_classes)
+from support.layers import trainable
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
                                say, world_size)
 from support.run import Run, add_run_flags, lock_folder
@@ -121,7 +122,7 @@ def train(args, model, clips, dtype):
         raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.global_batch}: "
                          "give a smaller --global-batch")
     loader = make_loader(clips, args.global_batch // world_size(), args.workers, args.epochs)
-    model = sync_batchnorm(model, device)
+    model = trainable(model, device)
     groups = [{"params": model.head.parameters()}, {"params": model.f.parameters()}]
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -201,7 +202,7 @@ def one_fold(args, device):
         raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
                          f"processes: give a multiple of {world_size()}")
     torch.manual_seed(args.seed)
-    encoder = load_encoder(args.checkpoint, args.arch)
+    encoder = load_encoder(args.checkpoint, video_encoder(args.arch), args.arch)
     train_rows, train_left_out = find_rows(args.data, "train", args.out)
     test_rows, test_left_out = find_rows(args.data, "test", args.out)
     train_rows = subset(train_rows, args.fraction, args.seed)

@@ -8,19 +8,12 @@ g(a), f(v)); B clips, K views, C = 512 encoder width, D projection width, T fram
 mel bands, F spectrogram frames.
 """
 
-import pickle
-from argparse import Namespace
-
-import torch
 from torch import nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
-from torchvision.models.video import R2Plus1D_18_Weights, R3D_18_Weights
 from torchvision.models.video import resnet as video_resnet
 
 C = 512
-SUPERVISED = {"r2plus1d_18": R2Plus1D_18_Weights.KINETICS400_V1,
-              "r3d_18": R3D_18_Weights.KINETICS400_V1}
 
 
 def video_encoder(arch="r2plus1d_18"):
@@ -38,108 +31,7 @@ def video_encoder(arch="r2plus1d_18"):
     blocks = 1 if arch == "r2plus1d_10" else 2
     net = video_resnet.VideoResNet(video_resnet.BasicBlock, [conv] * 4, [blocks] * 4, stem)
     net.fc = nn.Identity()
-    for module in net.modules():
-        if isinstance(module, nn.Conv3d) and module.padding[0]:
-            module.register_forward_pre_hook(pad_first)
     return net
-
-
-def read_state(path, names=()):
-    """Read the dict in a checkpoint: tensors and plain values. Code in the file is not run.
-
-    Raises ValueError if the file is missing, truncated, of another program, or lacks a name.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no checkpoint {path}: run pretrain.py first, or name another") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError,
-            ValueError) as error:
-        raise ValueError(f"{path} cannot be loaded: it is truncated, or another program wrote it, "
-                         "or it carries code, which we do not run; delete it or name another"
-                         ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("model", {}), dict):
-        raise ValueError(f"{path} is no checkpoint: it does not hold named tensors; name another")
-    if names and "args" in state and "settings" not in state:
-        raise ValueError(f"{path} was written by an earlier version of this project, which alone "
-                         "can continue it: give another --out, or use that version")
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise ValueError(f"{path} is no checkpoint.pt of this project: it lacks "
-                         f"{', '.join(missing)}; delete it or name another")
-    return state
-
-
-def load_svaclr(path):
-    """Load the model in a checkpoint.pt of pretrain.py, and its settings, a Namespace of the flags.
-
-    settings.sound names the input of g, see augment.sound_input.
-    Raises ValueError if the file is no such checkpoint, or if it has no projectors.
-    """
-    state = read_state(path, ("model", "settings"))
-    settings = Namespace(**{"sound": None} | state["settings"])
-    if not hasattr(settings, "mapping"):
-        raise ValueError(f"{path} was not written by pretrain.py: give a checkpoint.pt of it")
-    if "h_v.0.weight" not in state["model"]:
-        raise ValueError(f"{path} holds encoders without projectors, which were not trained to be "
-                         "compared: give it to finetune.py or to --pair video-video, or give "
-                         "another checkpoint")
-    with torch.device("meta"):                  # no initial values, which the load would replace
-        model = SvaCLR(settings.arch, settings.mapping)
-    model.load_state_dict(state["model"], assign=True)
-    return model, settings
-
-
-def load_encoder(source, arch="r2plus1d_18"):
-    """Build f and load the weights of `source`.
-
-    source: "none": random weights | "torchvision": weights trained on Kinetics-400 with labels,
-    which torchvision downloads once | the path of a checkpoint.pt or video_encoder.pt of
-    pretrain.py, or of torchvision's file. Raises ValueError if a tensor is missing, is left over or
-    has another shape, or if the file cannot be read.
-    """
-    net = video_encoder(arch)
-    if source == "none":
-        return net
-    if source == "torchvision":
-        if arch not in SUPERVISED:
-            raise ValueError(f"torchvision has no weights for {arch}: choose "
-                             f"{' or '.join(SUPERVISED)}")
-        url = SUPERVISED[arch].url
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise ValueError(f"cannot download {url} ({error}): fetch it and give its path"
-                             ) from error
-    else:
-        state = read_state(source)
-    trained = state.get("settings", {}).get("arch", arch)
-    if "model" in state:
-        state = {name[2:]: x for name, x in state["model"].items() if name.startswith("f.")}
-    state = {name: x for name, x in state.items() if not name.startswith("fc.")}
-    own = net.state_dict()
-    reshaped = {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
-    faults = {"lacks": own.keys() - state.keys(), "has besides": state.keys() - own.keys(),
-              "has in another shape": reshaped}
-    if any(faults.values()):
-        lists = [f"{what} {len(names)} tensors, {min(names)} the first"
-                 for what, names in faults.items() if names]
-        raise ValueError(f"{source} does not fit --arch {arch}: it {'; '.join(lists)}"
-                         + (f"; it was trained with --arch {trained}" if trained != arch else ""))
-    net.load_state_dict(state)
-    return net
-
-
-def pad_first(conv, inputs):
-    """On CPUs, zero-pad a clip of two frames before a convolution in time. The result is the same.
-
-    If the convolution pads, oneDNN 3.12 (torch 2.14) returns a bfloat16 weight gradient that holds
-    uninitialised memory, infinities included. tests/test_models.py shows it.
-    """
-    deep2 = inputs[0].shape[2] == 2 and inputs[0].device.type == "cpu"
-    conv.padding_mode = "constant" if deep2 else "zeros"
 
 
 def audio_encoder():

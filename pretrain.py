@@ -29,7 +29,7 @@ from augment import LogMel, normalize_frames
 from data import AudioVisualClips, find_rows, make_loader
 from loss import all_gather, double_sum, soft_info_nce
 from models import SvaCLR
-from support.batchnorm import sync_batchnorm
+from support.layers import trainable
 from support.processes import (at_least, autocast, choose_precision, launch, positive, rank, say,
                                say_left_out, world_size)
 from support.run import Run, add_run_flags, lock_folder
@@ -157,7 +157,7 @@ def build(args, device, dtype):
     model = SvaCLR(args.arch, args.mapping).to(device)
     model.f.to(memory_format=torch.channels_last_3d)
     model.g.to(memory_format=torch.channels_last)
-    model = sync_batchnorm(model, device)
+    model = trainable(model, device)
     # Fused SGD leaves its momentum uninitialised if the first float16 step is skipped.
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=dtype != torch.float16)

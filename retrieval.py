@@ -18,10 +18,12 @@ import argparse
 
 import torch
 
-from augment import normalize_frames, sound_input
+from augment import normalize_frames
 from data import ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows, probe
-from models import C, load_encoder, load_svaclr
+from models import C, SvaCLR, video_encoder
+from prepare.weights import sound_input
 from support import pools
+from support.checkpoints import load_encoder, load_svaclr
 from support.pools import RANKS
 from support.processes import at_least, autocast, choose_precision, launch, share
 
@@ -73,7 +75,7 @@ def extract(model, clips, dtype, feature="z", sound=None, workers=None, max_fail
         dtype: of autocast.
         feature: "z", the projections | "y", the encoder outputs (l(y) if l is not the identity) |
             "yz", first y and then z, each of unit length: D is the sum of their widths.
-        sound: the input of g, see augment.sound_input.
+        sound: the input of g, see prepare.weights.sound_input.
         max_failures: share of the files that may fail to be read; ValueError if more do.
     """
     model.eval()
@@ -146,7 +148,7 @@ def find_part(args, split):
 
 def load(args):
     """The model and settings of --checkpoint, the clips of --data, and {path: reason left out}."""
-    model, settings = load_svaclr(args.checkpoint)
+    model, settings = load_svaclr(args.checkpoint, SvaCLR)
     args.data = args.data or pools.data_of(args.checkpoint, settings.data)
     rows, left_out = find_part(args, args.split)
     clips = AudioVisualClips(rows, settings.frames, settings.fps, settings.size,
@@ -200,7 +202,7 @@ def read_query(path, settings, n):
 def search(args, device):
     """--query: the sound of a file finds videos of the pool, and its pictures find sounds."""
     if args.pool:
-        model, settings = load_svaclr(args.checkpoint)
+        model, settings = load_svaclr(args.checkpoint, SvaCLR)
         pool = pools.read_pool(args, model, device)
     else:
         model, settings, clips, left_out = load(args)
@@ -226,7 +228,7 @@ def compare_videos(args, device):
     """--pair video-video: videos of --split query those of --gallery by y_v, the output of f."""
     arch, clip = pools.video_settings(args)
     torch.manual_seed(0)                                # random weights are alike on all processes
-    f = load_encoder(args.checkpoint, arch).to(device).eval()
+    f = load_encoder(args.checkpoint, video_encoder(arch), arch).to(device).eval()
     dtype, _ = choose_precision("auto", device)
 
     def encode(frames):

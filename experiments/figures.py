@@ -36,10 +36,11 @@ import torch.nn.functional as F
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from tqdm import tqdm
 
-from augment import LogMel, centre_crop, crop_at, frame_times, normalize_frames, sound_input
+from augment import LogMel, centre_crop, crop_at, frame_times, normalize_frames
 from data import read_clip
 from experiments.runs import write_csv
 from loss import cross_affinity, info_nce, similarities
+from prepare.weights import sound_input
 from retrieval import extract, load
 from support.processes import choose_precision, start
 from support.reading import RATE

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
-from augment import centre_crop, sound_input
+from augment import centre_crop
 from data import read_clip
 from prepare import demo
+from prepare.weights import sound_input
 from retrieval import RANKS, embed, extract, load, recall_at_k
 from support.classification import fit_linear, subset
 from support.processes import choose_precision, start

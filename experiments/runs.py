@@ -10,7 +10,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from support.run import write_atomic
+from support.checkpoints import write_atomic
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"

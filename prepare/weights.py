@@ -15,9 +15,12 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from models import SvaCLR, read_state
-from support.run import serialise, write_atomic
+from augment import LogMel
+from models import SvaCLR
+from support.checkpoints import read_state, serialise, write_atomic
 
 TITLES = {"gdt": "GDT", "selavi": "SeLaVi"}
 # GDT's head is Flatten, Dropout, Linear without bias, Unsqueeze, BatchNorm1d, Flatten, ReLU,
@@ -37,6 +40,34 @@ LOOKS = {"f.": ("a checkpoint of this project", "our scripts take it as it is"),
          "video_pooling.": ("STiCA, which pools over time by a network", "give GDT's weights"),
          "mlp_v0.": ("SeLaVi", "give selavi in place of gdt"),
          "mlp_v.": ("GDT", "give gdt in place of selavi")}
+
+
+class GDTLogMel(nn.Module):
+    """GDT's sound input, which its weights expect: (..., L) -> (..., 1, 40, F), in float32.
+
+    This is python_speech_features.logfbank of 16-bit sound at 24 kHz: window 20 ms, hop 10 ms.
+    """
+
+    def __init__(self):
+        super().__init__()
+        hz = 700 * ((1 + 12000 / 700) ** (torch.arange(42).double() / 41) - 1)  # even steps of mel
+        edges = (1025 * hz / 24000).floor()[:, None]                    # (42, 1) bins of the FFT
+        rise = (torch.arange(513) - edges[:-1]) / edges.diff(dim=0)     # (41, 513)
+        self.register_buffer("bands", torch.minimum(rise[:-1], 1 - rise[1:]).clamp(min=0).float())
+
+    def forward(self, wave):
+        with torch.autocast(wave.device.type, enabled=False):
+            x = (wave.float() * 32768).round().clamp(-32768, 32767)     # (..., L)
+            x = torch.cat([x[..., :1], x[..., 1:] - 0.97 * x[..., :-1]], -1)    # pre-emphasis
+            x = F.pad(x, (0, max(480 - x.shape[-1], -x.shape[-1] % 240)))
+            x = x.unfold(-1, 480, 240)                                  # (..., F, 480)
+            x = torch.fft.rfft(x, 1024).abs() ** 2 / 1024 @ self.bands.T    # (..., F, 40)
+            return ((x.where(x > 0, 2 ** -52).log() - 1.93) / 17.89).mT.unsqueeze(-3)
+
+
+def sound_input(name=None):
+    """The spectrograms that a model expects: "gdt" for weights of GDT | None for our own."""
+    return {None: LogMel, "gdt": GDTLogMel}[name]()
 
 
 class Ignored:
@@ -128,8 +159,7 @@ def save(peer, path, out):
     if out.exists():
         raise ValueError(f"--out {out} exists already: give another, or delete it first")
     weights = convert(peer, path)
-    # Clips as GDT and SeLaVi saw them. "sound": see augment.sound_input. SeLaVi's g
-    # is not used.
+    # Clips as GDT and SeLaVi saw them. "sound": see sound_input. SeLaVi's g is not used.
     settings = {"arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
                 "data": "", "sound": "gdt" if peer == "gdt" else None, "peer": TITLES[peer],
                 "source": Path(path).name}

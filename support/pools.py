@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from models import C, read_state
+from models import C
+from support.checkpoints import read_state, write_atomic
 from support.classification import say_torchvision
 from support.processes import at_least, rank, say, world_size
 from support.reading import RATE, read, read_sound
-from support.run import write_atomic
 
 RANKS = (1, 5, 10, 20)
 FEATURES = ("y_audio", "y_video", "z_audio", "z_video")

@@ -15,7 +15,6 @@ after a signal. The folder args.out gets checkpoint.pt and log.jsonl, and has be
 
 import errno
 import fcntl
-import io
 import json
 import math
 import os
@@ -31,7 +30,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from models import read_state
+from support.checkpoints import read_state, serialise, write_atomic
 from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run_once, say, share,
                                signals_blocked, world_size)
 
@@ -416,31 +415,6 @@ def fingerprint(rows):
     """
     names = "".join(f"{Path(row.path).name} {row.label} " for row in rows)
     return f"{len(rows)} clips, sum {zlib.crc32(names.encode()):08x}"
-
-
-def serialise(state):
-    """The bytes that torch.save writes for a state."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
-
-
-def write_atomic(content, path):
-    """Write a temporary file and rename it, so that the disk has either the old or the new content.
-
-    Raises OSError if the file cannot be written.
-    """
-    temporary = path.with_suffix(".part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}): make room, then give the same "
-                      "command again") from error
 
 
 def truncate_log(path, length):

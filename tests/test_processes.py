@@ -187,7 +187,7 @@ def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
     script = write_script(tmp_path / "norm.py", """
         import torch, torch.distributed as dist
         from torch import nn
-        from support.batchnorm import sync_batchnorm
+        from support.layers import trainable
         from support.processes import rank, start
 
         start()
@@ -196,7 +196,7 @@ def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
         nn.init.normal_(one[0].weight), nn.init.normal_(one[0].bias)
         two = nn.Sequential(nn.BatchNorm3d(3), nn.Tanh()).double()
         two.load_state_dict(one.state_dict())
-        two = sync_batchnorm(two, torch.device("cpu")).double()
+        two = trainable(two, torch.device("cpu")).double()
         two.load_state_dict(one.state_dict())
         own = slice(4 * rank(), 4 * rank() + 4)
         for _ in range(2):

@@ -17,10 +17,11 @@ from torch.nn.functional import normalize
 import retrieval
 from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
-from models import load_encoder, load_svaclr
+from models import SvaCLR, video_encoder
 from prepare import scan
 from retrieval import chance, class_chance, ranks, read_query, recall_at_k
 from support import pools
+from support.checkpoints import load_encoder, load_svaclr
 from support.pools import sound_clips, video_ranks
 from support.reading import RATE, read_sound
 
@@ -286,7 +287,7 @@ def test_pool_has_the_features_of_each_file(tree, brief, pool):
     rows = rows_of(tree, "test")
     assert arrays["paths"].tolist() == [row["path"] for row in rows]
     assert arrays["labels"].tolist() == [row["label"] for row in rows]
-    model, settings = load_svaclr(brief)
+    model, settings = load_svaclr(brief, SvaCLR)
     model.eval()
     for n in (0, 17):
         means = {}
@@ -546,7 +547,7 @@ def test_videos_find_videos(brief, silent, features, float32):
     """The features in a plain loop, y_v of each clip through f, and their ranks in plain loops."""
     rows, data = silent
     kept, text = compare(brief, data)
-    f, y = load_encoder(brief, "r2plus1d_10").eval(), {"train": [], "test": []}
+    f, y = load_encoder(brief, video_encoder("r2plus1d_10"), "r2plus1d_10").eval(), {"train": [], "test": []}
     labels = {"train": [], "test": []}
     for row in rows:
         clips = [read_clip(row["path"], t0, (1,), (), 4, 8, 16, centre_crop)[0][0]

@@ -3,23 +3,28 @@ with the same outputs, and other files are refused."""
 
 import argparse
 import json
+import math
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from conftest import run_here
-from test_models import Bomb
+from test_augment import tone
+from test_checkpoints import Bomb
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import finetune
 import retrieval
 from experiments import figures
-from models import load_encoder, load_svaclr
+from models import SvaCLR, video_encoder
 from prepare import weights
+from prepare.weights import GDTLogMel
+from support.checkpoints import load_encoder, load_svaclr
 
 
 class Network(nn.Module):
@@ -125,7 +130,7 @@ def test_gdt_gives_the_same_outputs(gdt, tmp_path, monkeypatch, capsys, wrapper,
     status, stdout, _ = command(monkeypatch, capsys, "gdt", file)
     assert (status, stdout) == (0, "gdt/checkpoint.pt: 312 tensors of GDT\n")
     assert os.listdir("gdt") == ["checkpoint.pt"]         # no temporary file is left
-    model, settings = load_svaclr("gdt/checkpoint.pt")
+    model, settings = load_svaclr("gdt/checkpoint.pt", SvaCLR)
     assert vars(settings) == {
         "arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
         "data": "", "sound": "gdt", "peer": "GDT", "source": "gdt_K400.pth"}
@@ -155,8 +160,8 @@ def test_retrieval_measures_gdt_with_its_sound_input(converted, tree, tmp_path, 
     """At 0.5 s GDT's input has 49 spectrogram frames, and the log-mel has 51."""
     shapes, load = set(), retrieval.load_svaclr
 
-    def watched(path):
-        model, settings = load(path)
+    def watched(path, build):
+        model, settings = load(path, build)
         model.g.register_forward_hook(lambda g, inputs, y_a: shapes.add(inputs[0].shape[1:]))
         return model, settings
 
@@ -195,7 +200,7 @@ def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, monkeypatch, capsys):
     out = tmp_path / "checkpoint.pt"
     status, stdout, _ = command(monkeypatch, capsys, "selavi", file, "--out", out)
     assert (status, stdout) == (0, f"{out}: 294 tensors of SeLaVi\n")
-    last = load_encoder(out).layer4[1].conv2[0][3].weight
+    last = load_encoder(out, video_encoder(), "r2plus1d_18").layer4[1].conv2[0][3].weight
     assert last.equal(gdt.video_network.base.layer4[1].conv2[0][3].weight)
     assert run_here(retrieval, "--checkpoint", out, "--data", tree) == 1
     assert capsys.readouterr().err == (
@@ -277,3 +282,49 @@ def test_files_that_cannot_be_read_or_written(gdt, tmp_path, monkeypatch, capsys
         found = command(monkeypatch, capsys, "gdt", file, "--out", out)
         assert found == (1, "", f"error: --out {out} {sentence}\n")
         assert good.read_bytes() == content
+
+
+def logfbank(samples, rate=24000, nfft=1024, nfilt=40, width=480, step=240):
+    """The published formula of python_speech_features.logfbank, loop by loop in float64.
+
+    samples: (L,) integers -> (frames, nfilt). Its defaults are a pre-emphasis of 0.97, a
+    rectangular window, and bands from 0 to half the rate.
+    """
+    x = samples.astype(np.float64)
+    x = np.concatenate([x[:1], x[1:] - 0.97 * x[:-1]])
+    count = 1 if len(x) <= width else 1 + math.ceil((len(x) - width) / step)
+    x = np.concatenate([x, np.zeros((count - 1) * step + width - len(x))])
+    frames = np.stack([x[n * step:n * step + width] for n in range(count)])
+    power = np.abs(np.fft.rfft(frames, nfft)) ** 2 / nfft               # (frames, nfft // 2 + 1)
+    top = 2595 * math.log10(1 + rate / 2 / 700)
+    mel = [top * k / (nfilt + 1) for k in range(nfilt + 2)]
+    edges = [math.floor((nfft + 1) * 700 * (10 ** (m / 2595) - 1) / rate) for m in mel]
+    bands = np.zeros((nfilt, nfft // 2 + 1))
+    for band, (low, middle, high) in enumerate(zip(edges, edges[1:], edges[2:])):
+        for k in range(low, middle):
+            bands[band, k] = (k - low) / (middle - low)
+        for k in range(middle, high):
+            bands[band, k] = (high - k) / (high - middle)
+    energy = power @ bands.T
+    return np.log(np.where(energy == 0, np.finfo(float).eps, energy))
+
+
+def test_gdt_log_mel_is_the_published_formula():
+    """Noise, a tone, silence, and sound that starts and ends within silence."""
+    g = torch.Generator().manual_seed(0)
+    noise, silence = 0.3 * torch.randn(24000, generator=g), torch.zeros(24000)
+    part = torch.cat([silence[:7000], 1e-3 * noise[:9000], silence[:8000]])
+    waves = torch.stack([noise, 0.8 * tone(440), silence, part])
+    x = GDTLogMel()(waves)                                # (4, 1, 40, F)
+    assert x.shape == (4, 1, 40, 99) and x.dtype == torch.float32
+    assert len(x[2].unique()) == 1 and x[2].max() < -2    # silence is the log of the float64 eps
+    for length in (24000, 23990, 24001, 480, 481, 200):   # the last frame is padded
+        found = GDTLogMel()(waves[:, :length])
+        for wave, row in zip(waves[:, :length], found):
+            samples = np.clip(np.rint(wave.double().numpy() * 32768), -32768, 32767)
+            expected = (logfbank(samples).T - 1.93) / 17.89
+            assert row.shape == (1, *expected.shape), length
+            assert np.abs(row[0].numpy() - expected).max() < 1e-4, length
+    torch.testing.assert_close(GDTLogMel()(waves.reshape(2, 2, -1)), x.reshape(2, 2, 1, 40, 99))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert GDTLogMel()(waves).equal(x)

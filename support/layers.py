@@ -1,7 +1,8 @@
-"""BatchNorm with the statistics of the clips of all processes (paper silent; GDT), on CPUs too.
+"""What the layers of a model need before it is trained, in several processes or on CPUs.
 
-torch's nn.SyncBatchNorm does this on GPUs alone. Without it each of 8 processes would normalise its
-4 clips by themselves, and the training would depend on the number of processes.
+BatchNorm takes the statistics of the clips of all processes (paper silent; GDT), on CPUs too, where
+torch's nn.SyncBatchNorm does not work. Otherwise each of 8 processes would normalise its 4 clips by
+themselves, and the training would depend on the number of processes.
 """
 
 import torch
@@ -11,8 +12,11 @@ from torch import nn
 from support.processes import world_size
 
 
-def sync_batchnorm(model, device):
-    """Return the model with statistics of all processes. Names and values of its tensors stay."""
+def trainable(model, device):
+    """Return the model, ready to be trained on `device`. Names and values of its tensors stay."""
+    for module in model.modules() if device.type == "cpu" else ():
+        if isinstance(module, nn.Conv3d) and module.padding[0]:
+            module.register_forward_pre_hook(pad_first)
     if world_size() == 1:
         return model
     if device.type == "cuda":
@@ -24,6 +28,15 @@ def sync_batchnorm(model, device):
                 synced.load_state_dict(child.state_dict())
                 setattr(module, name, synced)
     return model
+
+
+def pad_first(conv, inputs):
+    """Zero-pad a clip of two frames before a convolution in time. The result is the same.
+
+    If the convolution pads, oneDNN 3.12 (torch 2.14) returns a bfloat16 weight gradient that holds
+    uninitialised memory, infinities included. tests/test_models.py shows it.
+    """
+    conv.padding_mode = "constant" if inputs[0].shape[2] == 2 else "zeros"
 
 
 class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):

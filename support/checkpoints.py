@@ -1,0 +1,125 @@
+"""Checkpoints: read without running code from them, loaded strictly, and written whole."""
+
+import io
+import os
+import pickle
+from argparse import Namespace
+
+import torch
+from torchvision.models.video import R2Plus1D_18_Weights, R3D_18_Weights
+
+SUPERVISED = {"r2plus1d_18": R2Plus1D_18_Weights.KINETICS400_V1,
+              "r3d_18": R3D_18_Weights.KINETICS400_V1}
+
+
+def read_state(path, names=()):
+    """Read the dict in a checkpoint: tensors and plain values. Code in the file is not run.
+
+    Raises ValueError if the file is missing, truncated, of another program, or lacks a name.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint {path}: run pretrain.py first, or name another") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError,
+            ValueError) as error:
+        raise ValueError(f"{path} cannot be loaded: it is truncated, or another program wrote it, "
+                         "or it carries code, which we do not run; delete it or name another"
+                         ) from error
+    if not isinstance(state, dict) or not isinstance(state.get("model", {}), dict):
+        raise ValueError(f"{path} is no checkpoint: it does not hold named tensors; name another")
+    if names and "args" in state and "settings" not in state:
+        raise ValueError(f"{path} was written by an earlier version of this project, which alone "
+                         "can continue it: give another --out, or use that version")
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"{path} is no checkpoint.pt of this project: it lacks "
+                         f"{', '.join(missing)}; delete it or name another")
+    return state
+
+
+def load_svaclr(path, build):
+    """Load the model in a checkpoint.pt of pretrain.py, and its settings, a Namespace of the flags.
+
+    build(arch, mapping) makes the model: models.SvaCLR. settings.sound names the input of g, see
+    prepare.weights.sound_input. Raises ValueError if the file is no such checkpoint, or if it has
+    no projectors.
+    """
+    state = read_state(path, ("model", "settings"))
+    settings = Namespace(**{"sound": None} | state["settings"])
+    if not hasattr(settings, "mapping"):
+        raise ValueError(f"{path} was not written by pretrain.py: give a checkpoint.pt of it")
+    if "h_v.0.weight" not in state["model"]:
+        raise ValueError(f"{path} holds encoders without projectors, which were not trained to be "
+                         "compared: give it to finetune.py or to --pair video-video, or give "
+                         "another checkpoint")
+    with torch.device("meta"):                  # no initial values, which the load would replace
+        model = build(settings.arch, settings.mapping)
+    model.load_state_dict(state["model"], assign=True)
+    return model, settings
+
+
+def load_encoder(source, net, arch):
+    """Load the weights of `source` into net, which is models.video_encoder(arch), and return it.
+
+    source: "none": random weights | "torchvision": weights trained on Kinetics-400 with labels,
+    which torchvision downloads once | the path of a checkpoint.pt or video_encoder.pt of
+    pretrain.py, or of torchvision's file. Raises ValueError if a tensor is missing, is left over or
+    has another shape, or if the file cannot be read.
+    """
+    if source == "none":
+        return net
+    if source == "torchvision":
+        if arch not in SUPERVISED:
+            raise ValueError(f"torchvision has no weights for {arch}: choose "
+                             f"{' or '.join(SUPERVISED)}")
+        url = SUPERVISED[arch].url
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise ValueError(f"cannot download {url} ({error}): fetch it and give its path"
+                             ) from error
+    else:
+        state = read_state(source)
+    trained = state.get("settings", {}).get("arch", arch)
+    if "model" in state:
+        state = {name[2:]: x for name, x in state["model"].items() if name.startswith("f.")}
+    state = {name: x for name, x in state.items() if not name.startswith("fc.")}
+    own = net.state_dict()
+    reshaped = {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
+    faults = {"lacks": own.keys() - state.keys(), "has besides": state.keys() - own.keys(),
+              "has in another shape": reshaped}
+    if any(faults.values()):
+        lists = [f"{what} {len(names)} tensors, {min(names)} the first"
+                 for what, names in faults.items() if names]
+        raise ValueError(f"{source} does not fit --arch {arch}: it {'; '.join(lists)}"
+                         + (f"; it was trained with --arch {trained}" if trained != arch else ""))
+    net.load_state_dict(state)
+    return net
+
+
+def serialise(state):
+    """The bytes that torch.save writes for a state."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def write_atomic(content, path):
+    """Write a temporary file and rename it, so that the disk has either the old or the new content.
+
+    Raises OSError if the file cannot be written.
+    """
+    temporary = path.with_suffix(".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({error.strerror}): make room, then give the same "
+                      "command again") from error

@@ -1,0 +1,106 @@
+"""Checks how checkpoints and published weights are read, and what is refused."""
+
+import re
+from urllib.error import URLError
+
+import pytest
+import torch
+import torchvision
+
+import finetune
+from models import SvaCLR, video_encoder
+from support.checkpoints import load_encoder, load_svaclr, read_state
+
+
+def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = SvaCLR("r2plus1d_10")
+    theirs = torchvision.models.video.r2plus1d_18(weights=None)
+    checkpoint = {"settings": {"arch": "r2plus1d_10"}, "model": model.state_dict()}
+    torch.save(checkpoint, tmp_path / "checkpoint.pt")
+    torch.save(model.f.state_dict(), tmp_path / "video_encoder.pt")
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")      # this one has a classifier, fc
+    for name in ("checkpoint.pt", "video_encoder.pt"):
+        loaded = load_encoder(tmp_path / name, video_encoder("r2plus1d_10"), "r2plus1d_10").state_dict()
+        assert all(x.equal(loaded[key]) for key, x in model.f.state_dict().items())
+    urls = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url",
+                        lambda url, **_: urls.append(url) or theirs.state_dict())
+    last = theirs.layer4[1].conv2[0][3].weight
+    for source in (tmp_path / "theirs.pth", "torchvision"):
+        assert load_encoder(source, video_encoder(), "r2plus1d_18").layer4[1].conv2[0][3].weight.equal(last)
+    assert urls == [torchvision.models.video.R2Plus1D_18_Weights.KINETICS400_V1.url]
+    assert not load_encoder("none", video_encoder(), "r2plus1d_18").stem[0].weight.equal(theirs.stem[0].weight)
+
+
+def test_encoders_that_do_not_fit(tmp_path, monkeypatch):
+    state = video_encoder("r2plus1d_10").state_dict()
+    first = state.pop("stem.0.weight")
+    torch.save(state, tmp_path / "lacks.pt")
+    torch.save(state | {"stem.0.weight": first[:3], "more": first}, tmp_path / "other.pt")
+    for name, sentence in (
+            ("lacks.pt", "it lacks 1 tensors, stem.0.weight the first"),
+            ("other.pt", "it has besides 1 tensors, more the first; "
+                         "has in another shape 1 tensors, stem.0.weight")):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            load_encoder(tmp_path / name, video_encoder("r2plus1d_10"), "r2plus1d_10")
+
+    def offline(url, **_):
+        raise URLError("no network")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
+    with pytest.raises(ValueError, match="cannot download https://.*pth .*no network.*: "
+                                         "fetch it and give its path"):
+        load_encoder("torchvision", video_encoder("r3d_18"), "r3d_18")
+
+
+class Bomb:
+    """An object that carries code in its pickle: the code writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_checkpoints_are_not_trusted(tmp_path):
+    torch.save({"settings": {}, "model": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
+    torch.load(tmp_path / "bomb.pt", weights_only=False)
+    (tmp_path / "exploded").unlink()      # the file exists, so the code does run if it is trusted
+    torch.save({"settings": {}}, tmp_path / "good.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "good.pt").read_bytes()[:300])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    for name in ("bomb.pt", "cut.pt", "text.pt", "empty.pt"):
+        with pytest.raises(ValueError, match="cannot be loaded: it is truncated, or another "
+                                             "program wrote it, or it carries code"):
+            read_state(tmp_path / name)
+    assert not (tmp_path / "exploded").exists()
+    with pytest.raises(ValueError, match="it lacks model; delete it or name another"):
+        read_state(tmp_path / "good.pt", ("settings", "model"))
+    with pytest.raises(ValueError, match="no checkpoint .*gone.pt: run pretrain.py first"):
+        read_state(tmp_path / "gone.pt")
+
+
+def test_svaclr_comes_back_with_its_settings(brief):
+    model, settings = load_svaclr(brief, SvaCLR)
+    state = torch.load(brief, weights_only=True)
+    assert vars(settings) == state["settings"] | {"sound": None}
+    assert settings.arch == "r2plus1d_10" and settings.frames == 4 and settings.max_speed == 4
+    weights = model.state_dict()
+    assert weights.keys() == state["model"].keys()
+    assert all(x.equal(state["model"][name]) for name, x in weights.items())
+
+
+def test_foreign_checkpoints_are_no_svaclr(tmp_path):
+    """One of finetune.py has other settings, and one of the earlier format has other names."""
+    torch.save({"settings": vars(finetune.parse([])), "model": {}}, tmp_path / "finetune.pt")
+    torch.save({"args": {"arch": "r2plus1d_10"}, "clips": "", "at": (0, 0, 0), "processes": [],
+                "model": {}}, tmp_path / "earlier.pt")
+    for name, sentence in (
+            ("finetune.pt", "was not written by pretrain.py: give a checkpoint.pt of it"),
+            ("earlier.pt", "was written by an earlier version of this project, which alone can "
+                           "continue it: give another --out, or use that version")):
+        with pytest.raises(ValueError) as error:
+            load_svaclr(tmp_path / name, SvaCLR)
+        assert str(error.value) == f"{tmp_path / name} {sentence}"
