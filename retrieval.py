@@ -190,20 +190,16 @@ def report(args, rows, left_out, videos, results):
     head = {"checkpoint": str(args.checkpoint), "data": args.data, "split": args.split,
             "clips_per_file": args.clips, "feature": args.feature, "pool": n, "classes": classes,
             "left_out": left_out, "videos": videos, "failed": videos - n}
-    title = f"{args.checkpoint}, {n} clips"
+    searched = f"{n} clips"
     if classes:
-        title += f" of {classes} classes"
+        searched += f" of {classes} classes"
     if args.split in ("all", "train"):
         head["includes_training_clips"] = True
-        title += ", includes training clips"
-    title += f" ({left_out} left out"
-    if n < videos:
-        title += f"; {videos - n} of {videos} videos failed"
-    title += f"), {args.clips} clips per file, feature {args.feature}, R@k in % +- standard error"
+        searched += ", includes training clips"
     levels = ("instance", "class") if classes else ("instance",)
     lines = [(name, way, {f"R@{k}": found[k][level] for k in RANKS})
              for level, name in enumerate(levels) for way, found in results.items()]
-    write_table(results_path(args.checkpoint), title, head, lines, n)
+    write_table(head, searched, "R@k", lines, n)
     if not classes:
         say("No class-level recall: it needs two classes or more, and a label for every clip.")
 
@@ -215,8 +211,8 @@ def evaluate(args, device):
     dtype, _ = choose_precision("auto", device)
     audio, video, rows = extract(model.to(device), clips, dtype, args.feature, settings.sound,
                                  max_failures=args.max_failures)        # (n, D) x 2
-    failed = {row.path for row in clips.rows} - {row.path for row in rows}
-    check_size(len(rows), args.split, left_out | dict.fromkeys(failed, "failed"), max(RANKS))
+    failed = dict.fromkeys(range(len(clips) - len(rows)), "failed")
+    check_size(len(rows), args.split, left_out | failed, max(RANKS))
     _, labels = np.unique([row.label for row in rows], return_inverse=True)
     labels = torch.from_numpy(labels).to(device)                        # (n,)
     report(args, rows, len(left_out), len(clips),

@@ -35,14 +35,12 @@ from support.checkpoints import load_encoder, load_svaclr, read_state, write_ato
 from support.classification import say_torchvision
 from support.processes import at_least, autocast, choose_precision, launch, rank, say
 from support.reading import RATE, read, read_sound
-from support.tables import check_size, results_path, write_table
+from support.tables import check_size, write_table
 
 # What each modality is called, what it finds, and in which words.
 ASKS = {"audio": ("sound", "video", "sound finds these videos"),
         "video": ("pictures", "audio", "pictures find these sounds")}
 NEIGHBOURS = 20                         # of kNN (our choice)
-# Of videos, unless a flag or a checkpoint.pt says otherwise: those of finetune.py.
-DEFAULTS = {"arch": "r2plus1d_18", "frames": 32, "fps": 30, "size": 128}
 # One modality of a file. feature: (D,). picture: a frame (H, W, 3) or a log-mel (M, F), to draw.
 Query = namedtuple("Query", "path modality feature picture")
 
@@ -315,31 +313,27 @@ def compare_videos(args, device):
     """--pair video-video: videos of --split query those of --gallery by y_v, the output of f."""
     named = args.checkpoint in ("none", "torchvision")
     known = {} if named else read_state(args.checkpoint).get("settings", {})
-    clip = {name: getattr(args, name) or known.get(name, default)
-            for name, default in DEFAULTS.items()}
-    arch = clip.pop("arch")
+    arch = args.arch or known.get("arch", "r2plus1d_18")
+    clip = {"frames": args.frames or known.get("frames", 32),
+            "fps": args.fps or known.get("fps", 30), "size": args.size or known.get("size", 128)}
     say_torchvision(args.checkpoint, **clip)
     torch.manual_seed(0)                                # random weights are alike on all processes
     f = load_encoder(args.checkpoint, video_encoder(arch), arch).to(device).eval()
     parts = [find_part(args, part, known.get("data", "")) for part in (args.split, args.gallery)]
-    check_videos(args, parts)                                           # complain before the work
-    (q, of_q), (g, of_g) = (encode(args, f, rows, clip) for rows, _ in parts)   # (n, C), (m, C)
-    failed = dict.fromkeys(range(len(parts[1][0]) - len(g)), "failed")
-    check_size(len(g), args.gallery, parts[1][1] | failed, max(RANKS))
-    _, labels = np.unique(of_q + of_g, return_inverse=True)             # (n + m,)
-    labels, gallery_labels = torch.from_numpy(labels).to(device).split([len(q), len(g)])
-    results = video_ranks(q, g, labels, gallery_labels)
-    report(args, clip, results, labels, gallery_labels, parts)
-
-
-def check_videos(args, parts):
-    """Raise ValueError if two parts [(rows, left_out)] cannot be compared by class."""
     (queries, left_out), (gallery, gallery_left_out) = parts
     check_size(len(gallery), args.gallery, gallery_left_out, max(RANKS))
     check_size(len(queries), args.split, left_out, 1)
     if "" in {row.label for row in queries + gallery} or len({row.label for row in gallery}) < 2:
         raise ValueError("--pair video-video compares by class: it needs a label for every video, "
                          "and two classes or more in the gallery, see the label column")
+    q, q_names = encode(args, f, queries, clip)                         # (n, C)
+    g, g_names = encode(args, f, gallery, clip)                         # (m, C)
+    failed = dict.fromkeys(range(len(gallery) - len(g)), "failed")
+    check_size(len(g), args.gallery, gallery_left_out | failed, max(RANKS))
+    _, labels = np.unique(q_names + g_names, return_inverse=True)       # (n + m,)
+    labels, gallery_labels = torch.from_numpy(labels).to(device).split([len(q), len(g)])
+    results = video_ranks(q, g, labels, gallery_labels)
+    report(args, clip, results, labels, gallery_labels, parts)
 
 
 @torch.no_grad()
@@ -394,16 +388,13 @@ def report(args, clip, results, labels, gallery_labels, parts):
             "feature": "y_v", **clip, "queries": n, "pool": m, "classes": classes,
             "left_out": left_out, "videos": videos, "failed": videos - n - m,
             "queries_without_class": without}
-    failures = f"; {videos - n - m} of {videos} videos failed" if n + m < videos else ""
-    title = (f"{args.checkpoint}, {n} videos of {args.split!r} query {m} of {args.gallery!r} of "
-             f"{classes} classes ({left_out} left out{failures}), {args.clips} clips per "
-             f"file, feature y_v, R@k and {NEIGHBOURS}-NN accuracy in % +- standard error")
     recall = {f"R@{k}": (before < k).double().mean().item() for k in RANKS}
     recall[f"{NEIGHBOURS}-NN"] = right.double().mean().item()
-    base = {f"R@{k}": by_class for k, (_, by_class) in
-            chance(labels, gallery_labels=gallery_labels).items()}
-    lines = [("class", "video -> video", recall), ("class", "chance", base)]
-    write_table(results_path(args.checkpoint), title, head, lines, n)
+    base = chance(labels, gallery_labels=gallery_labels)
+    lines = [("class", "video -> video", recall),
+             ("class", "chance", {f"R@{k}": by_class for k, (_, by_class) in base.items()})]
+    searched = f"{n} videos of {args.split!r} query {m} of {args.gallery!r} of {classes} classes"
+    write_table(head, searched, f"R@k and {NEIGHBOURS}-NN accuracy", lines, n)
     if without:
         say(f"{without} of {n} queries miss always: the gallery has no video of their class.")
 

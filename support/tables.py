@@ -27,14 +27,18 @@ def check_size(n, split, left_out, least):
                          f"{least} or more; left out: {causes or 'none'}")
 
 
-def write_table(path, title, head, lines, n):
-    """Print the table, and write it after the dict `head` to path. Only process 0 does.
+def write_table(head, clips, measures, lines, n):
+    """Print the table, and write it to retrieval.json after `head`. Only process 0 does.
 
-    lines: [(level, way, {column: share of the n queries})]. Those of chance have no standard error.
+    head: what was measured, a dict. clips, measures: words for the title. lines: [(level, way,
+    {column: share of the n queries})]. Those of chance have no standard error.
     """
     if rank() > 0:
         return
-    print(title)
+    failures = f"; {head['failed']} of {head['videos']} videos failed" if head["failed"] else ""
+    print(f"{head['checkpoint']}, {clips} ({head['left_out']} left out{failures}), "
+          f"{head['clips_per_file']} clips per file, feature {head['feature']}, {measures} in % +- "
+          "standard error")
     print(f"{'':24}" + "".join(f"{column:>13}" for column in lines[0][2]))
     for level, way, shares in lines:
         cells, kept = [], {}
@@ -45,5 +49,6 @@ def write_table(path, title, head, lines, n):
             kept[column] = p if chance else [p, error]
         print(f"{level:9}{way:15}" + "".join(cells))
         head[f"{level}, {way}"] = kept
+    path = results_path(head["checkpoint"])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head, indent=1))
