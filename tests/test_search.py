@@ -299,15 +299,6 @@ COMPARE = "--pair", "video-video", "--clips", 3, "--split", "train", "--gallery"
 
 
 @pytest.fixture
-def features(monkeypatch):
-    """A list that grows by the y_v of the queries of each comparison."""
-    found = []
-    monkeypatch.setattr(search, "video_ranks", lambda query, *more: (
-        found.append(query), video_ranks(query, *more))[1])
-    return found
-
-
-@pytest.fixture
 def silent(tree, tmp_path):
     """Rows and manifest of the tree. Half of the files have no sound, one query's class is unique,
     and one query becomes brighter from clip to clip."""
@@ -319,10 +310,15 @@ def silent(tree, tmp_path):
     return rows, manifest(rows, tmp_path / "silent.csv")
 
 
-def test_videos_find_videos(brief, silent, features, capsys, tmp_path, monkeypatch):
+def test_videos_find_videos(brief, silent, capsys, tmp_path, monkeypatch):
     """The features in a plain loop, y_v of each clip through f, and their ranks in plain loops.
     video_encoder.pt gives the same numbers, where flags replace the settings of checkpoint.pt."""
-    rows, data = silent
+    def watched(query, *more):
+        features.append(query)                          # y_v of the queries
+        return video_ranks(query, *more)
+
+    features, (rows, data) = [], silent
+    monkeypatch.setattr(search, "video_ranks", watched)
     assert run_here(search, *COMPARE, "--checkpoint", brief, "--data", data) == 0
     kept, text = written(brief), capsys.readouterr().out
     model = load_svaclr(brief, SvaCLR)[0].eval()
