@@ -19,10 +19,11 @@ import argparse
 import torch
 
 from augment import normalize_frames
-from data import ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows, probe
+from data import ActionClips, AudioVisualClips, evenly_spaced, find_rows, make_loader, probe
 from models import C, SvaCLR, video_encoder
 from prepare.weights import sound_input
 from support import pools
+from support.batches import evaluation_batches
 from support.checkpoints import load_encoder, load_svaclr
 from support.pools import RANKS
 from support.processes import at_least, autocast, choose_precision, launch, share
@@ -81,7 +82,7 @@ def extract(model, clips, dtype, feature="z", sound=None, workers=None, max_fail
     model.eval()
     device = next(model.parameters()).device
     log_mel, widths = sound_input(sound).to(device), {"y": C, "z": model.h_v[-1].out_features}
-    batches = evaluation_batches(clips, 8, max_failures, workers)
+    batches = evaluation_batches(make_loader(clips, 8, workers), max_failures)
     encoded = ((embed(model, log_mel, dtype, feature, frames, waves), index)
                for frames, waves, index in batches)
     D = sum(widths[kind] for kind in feature)
@@ -189,9 +190,10 @@ def read_query(path, settings, n):
         black = torch.zeros(1, n, T, size, size, 3, dtype=torch.uint8)
         return black, waves[None], {"video": no_video}
     clips = ActionClips([row], [row.label], T, fps, size, views=(n, 1))
-    frames, waves, (_, cause) = evenly_spaced(clips, 0, row.duration, sound=row.has_audio)
-    if cause:
-        raise ValueError(f"--query {cause}")
+    try:
+        frames, waves = evenly_spaced(clips, path, row.duration, sound=row.has_audio)
+    except ValueError as error:
+        raise ValueError(f"--query {error}") from error
     if row.has_audio:
         return frames[None], waves[None], {}
     silence = waves.new_zeros(1, n, waves.shape[1])
@@ -241,7 +243,7 @@ def compare_videos(args, device):
     parts = []
     for rows, _ in found:
         clips = ActionClips(rows, sorted({row.label for row in rows}), **clip)
-        batches = evaluation_batches(clips, 8, args.max_failures)
+        batches = evaluation_batches(make_loader(clips, 8), args.max_failures)
         encoded = ((encode(frames), index) for frames, _, index in batches)
         (y_v,), read = pools.keep_by_index(encoded, (1, len(rows), C), device)    # (n, C)
         parts.append((y_v, [rows[n].label for n in read]))
