@@ -21,9 +21,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from augment import normalize_frames
-from data import AudioVisualClips, evaluation_batches, find_rows
+from data import AudioVisualClips, find_rows, make_loader
 from models import C, SvaCLR
 from prepare.weights import sound_input
+from support.batches import evaluation_batches
 from support.checkpoints import load_svaclr
 from support.processes import at_least, autocast, choose_precision, launch, say, share
 from support.tables import check_size, results_path, write_table
@@ -94,7 +95,8 @@ def extract(model, clips, dtype, feature="z", sound=None, workers=None, max_fail
     log_mel, widths = sound_input(sound).to(device), {"y": C, "z": model.h_v[-1].out_features}
     D = sum(widths[kind] for kind in feature)
     results = torch.zeros(2, len(clips), D + 1, device=device)          # last: was it read?
-    for frames, waves, index in evaluation_batches(clips, 8, max_failures, workers):
+    loader = make_loader(clips, 8, workers)
+    for frames, waves, index in evaluation_batches(loader, max_failures):
         x = embed(model, log_mel, dtype, feature, frames, waves)        # (2, B, D)
         results[:, index] = F.pad(x, (0, 1), value=1)
     (audio, video), read = gather_features(results)                     # (n, D) x 2

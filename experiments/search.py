@@ -26,11 +26,12 @@ import torch
 import torch.nn.functional as F
 
 from augment import normalize_frames
-from data import ActionClips, evaluation_batches, evenly_spaced, probe
+from data import ActionClips, evenly_spaced, make_loader, probe
 from models import C, SvaCLR, video_encoder
 from prepare.weights import sound_input
 from retrieval import (RANKS, average, chance, embed, extract, find_part, gather_features, load,
                        parser)
+from support.batches import evaluation_batches
 from support.checkpoints import load_encoder, load_svaclr, read_state, write_atomic
 from support.classification import say_torchvision
 from support.processes import at_least, autocast, choose_precision, launch, rank, say
@@ -198,8 +199,8 @@ def read_queries(path, model, settings, dtype, feature, n):
     device = next(model.parameters()).device
     log_mel = sound_input(settings.sound).to(device)
     features = embed(model, log_mel, dtype, feature, frames, waves)     # (2, 1, D)
-    pictures = {"audio": log_mel(waves.to(device))[0, n // 2, 0].cpu(),
-                "video": frames[0, n // 2, settings.frames // 2]}
+    pictures = {"audio": log_mel(waves.to(device))[0, n // 2, 0].cpu().numpy(),
+                "video": frames[0, n // 2, settings.frames // 2].numpy()}
     for modality, cause in missing.items():
         say(f"{path}: its {ASKS[modality][0]} cannot be used ({cause}), so only the rest of it is "
             "a query")
@@ -220,9 +221,10 @@ def read_clips(path, settings, n):
         black = torch.zeros(1, n, T, size, size, 3, dtype=torch.uint8)
         return black, waves[None], {"video": no_video}
     clips = ActionClips([row], [row.label], T, fps, size, views=(n, 1))
-    frames, waves, (_, cause) = evenly_spaced(clips, 0, row.duration, sound=row.has_audio)
-    if cause:
-        raise ValueError(f"--query {cause}")
+    try:
+        frames, waves = evenly_spaced(clips, path, row.duration, sound=row.has_audio)
+    except ValueError as error:
+        raise ValueError(f"--query {error}") from error
     if row.has_audio:
         return frames[None], waves[None], {}
     silence = waves.new_zeros(1, n, waves.shape[1])
@@ -343,7 +345,7 @@ def encode(args, f, rows, clip):
     dtype, _ = choose_precision("auto", device)
     clips = ActionClips(rows, sorted({row.label for row in rows}), **clip, views=(args.clips, 1))
     results = torch.zeros(1, len(rows), C + 1, device=device)           # last: was it read?
-    for frames, _, index in evaluation_batches(clips, 8, args.max_failures):
+    for frames, _, index in evaluation_batches(make_loader(clips, 8), args.max_failures):
         with autocast(device, dtype):
             y_v = f(normalize_frames(frames.to(device)).flatten(0, 1))  # (B clips, C)
         y_v = average(y_v.unflatten(0, frames.shape[:2]))               # (B, C)
