@@ -137,7 +137,8 @@ def finish(workers, folder):
 
 def run_here(script, *args):
     """Run a script (a module) in this process, which is faster. Returns its exit status."""
-    job = {"pretrain": "train", "finetune": "recognise", "retrieval": "evaluate"}[script.__name__]
+    job = {"pretrain": "train", "finetune": "recognise", "retrieval": "evaluate",
+           "experiments.search": "search"}[script.__name__]
     try:
         processes.launch(getattr(script, job), script.parse([str(arg) for arg in args]))
     except SystemExit as stop:
