@@ -235,8 +235,15 @@ def kinetics_sounds(root, annotations=None, classes=32):
     """The 32 (or 31) classes of Kinetics-Sounds in a copy of Kinetics. Without a csv, folders named
     after the classes give the labels; they may have _ for a blank."""
     labels, (paths, other_files) = KINETICS_SOUNDS[:classes], find_videos(root)
+    entries, notes = [], []
     if annotations is None:
-        entries, notes = label_by_folder(Path(root).resolve(), paths, labels), []
+        for path in paths:
+            folders = [name.replace("_", " ").lower()
+                       for name in path.relative_to(Path(root).resolve()).parts[:-1]]
+            label = next((name for name in folders if name in labels), None)
+            split = next((SPLITS[name] for name in folders if name in SPLITS), "")
+            if label:
+                entries.append((path, Clip(label, split, "", stem(path))))
     else:
         official = kinetics_clips(annotations)
         wanted = {name: clip for name, clip in official.items()
@@ -250,18 +257,6 @@ def kinetics_sounds(root, annotations=None, classes=32):
                          "name folders by them or give --annotations")
     passed_over = f"{len(paths) - len(entries)} files of other classes passed over"
     return entries, [*notes, passed_over, *other_files]
-
-
-def label_by_folder(root, paths, labels):
-    """The entries of the files that lie below a folder with one of the labels as its name."""
-    entries = []
-    for path in paths:
-        folders = [name.replace("_", " ").lower() for name in path.relative_to(root).parts[:-1]]
-        label = next((name for name in folders if name in labels), None)
-        if label:
-            split = next((SPLITS[name] for name in folders if name in SPLITS), "")
-            entries.append((path, Clip(label, split, "", stem(path))))
-    return entries
 
 
 def vggsound(root, annotations=None):

@@ -2,7 +2,7 @@
 
     rows, notes = survey("folder", root, workers=16, out="manifest.csv")
 
-`python -m prepare.manifest` is the command for this, and its help tells what the columns mean.
+`python -m prepare.manifest` is the command for this, and docs/data.md says what the columns mean.
 """
 
 import csv
@@ -143,15 +143,19 @@ def read_rows(path):
     It is empty if there is no earlier manifest or if columns are missing in it. Raises ValueError
     if the file is not a manifest.
     """
-    if not path.exists():
+    columns, rows = read_table(path) if path.exists() else (COLUMNS, [])
+    if not {"path", "label", "reason"} <= set(columns):
+        raise ValueError(f"--out {path} is no manifest and would be written over: give another")
+    if not set(COLUMNS) <= set(columns):                  # an earlier version of the scan wrote it
         return {}
+    return {row["path"]: row for row in rows}
+
+
+def read_table(path):
+    """The columns and the rows of a csv file, with all values as text."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
-        if not {"path", "label", "reason"} <= set(table.fieldnames or ()):
-            raise ValueError(f"--out {path} is no manifest and would be written over: give another")
-        if not set(COLUMNS) <= set(table.fieldnames):     # an earlier version of the scan wrote it
-            return {}
-        return {row["path"]: row for row in table}
+        return table.fieldnames or [], list(table)
 
 
 def write(rows, out):

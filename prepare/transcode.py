@@ -14,7 +14,6 @@ above that of the copy.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
-from prepare.scan import COLUMNS, READER, probe, write
+from prepare.scan import COLUMNS, READER, probe, read_table, write
 from support.processes import at_least
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
                              open_file, open_streams, place_sound, rows, upright)
@@ -237,7 +236,7 @@ def copy_file(job, short_side, gop, crop):
         # The source may have gone.
         if target.exists() and not (source.exists()
                                     and source.stat().st_mtime > target.stat().st_mtime):
-            copy = probe((target, *label_split)) | {"path": str(target), "note": row["note"]}
+            copy = probe((target, *label_split)) | {"note": row["note"]}
             if row["has_audio"] == "1" and not copy["has_audio"]:
                 copy["note"] = "its sound could not be transcoded"
             return copy, "skipped"
@@ -268,9 +267,8 @@ def read(manifest):
     advice = "make one with python -m prepare.manifest"
     if not Path(manifest).is_file():
         raise ValueError(f"no manifest {manifest}: {advice}")
-    with open(manifest, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not set(COLUMNS) <= rows[0].keys():
+    columns, rows = read_table(manifest)
+    if not rows or not set(COLUMNS) <= set(columns):
         raise ValueError(f"{manifest} is no manifest with rows: {advice}")
     if all(row["reason"] for row in rows):
         raise ValueError(f"{manifest} has no usable row, each has a reason: "

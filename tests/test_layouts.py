@@ -2,15 +2,12 @@
 command prepare/manifest.py on them."""
 
 import csv
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-import pretrain
-import retrieval
-from conftest import SMALL, by_name, command, log_of, run_here, write_text
+from conftest import by_name, command, write_text
 from data import read_manifest
 from prepare import layouts, manifest, scan
 from prepare.layouts import LAYOUTS
@@ -286,22 +283,6 @@ def test_a_file_keeps_its_part(put, tmp_path, files_read):
     assert parts("moved", seed=1) != again
 
 
-def test_a_drawn_part_is_trained_and_retrieved(tree, tmp_path):
-    for path in tree.glob("*/*/*.mp4"):
-        split, label, name = path.relative_to(tree).parts
-        link = tmp_path / "flat" / label / f"{split}{name}"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(path)
-    data, out = tmp_path / "m.csv", tmp_path / "run"
-    rows = scan.scan(tmp_path / "flat", test_share=0.65, out=data)
-    tested = sum(row["split"] == "test" for row in rows)
-    assert len(rows) == 34 and 20 <= tested <= 30
-    assert run_here(pretrain, "--data", data, "--out", out, *SMALL, "--epochs", "1") == 0
-    assert run_here(retrieval, "--data", data, "--checkpoint", out / "checkpoint.pt") == 0
-    assert log_of(out)[0]["clips"] == 34 - tested
-    assert json.loads((out / "retrieval.json").read_text())["pool"] == tested
-
-
 # ---- names of files
 
 @pytest.mark.parametrize("name, stem", [
@@ -439,21 +420,6 @@ def test_wrong_commands(tmp_path, monkeypatch, args, status, message):
     assert status == 2 or stderr.count("\n") == 1         # argparse prints the usage too
 
 
-@pytest.mark.parametrize("layout", LISTS)
-def test_an_error_says_which_names_a_layout_expects(put, tmp_path, layout):
-    name, lists, form = LISTS[layout]
-    root, folder = lay_out(put, tmp_path, {"b.mp4": None, "a'.mp4": None}, lists)
-    out = tmp_path / "m.csv"
-    status, stdout, stderr = command(manifest, layout, root, "--annotations", folder, "--out", out)
-    others = f"; 0 {OTHERS}" if layout == "kinetics-sounds" else ""
-    assert (status, stdout) == (1, "")
-    assert stderr.splitlines()[-1] == (
-        f"error: {out}: 2 files, 0 usable, 2 left out: 2 not in the official list; "
-        f"{layout} expects names like {form.format(name)}, found e.g. \"a'.mp4\"{others}")
-    with open(out, newline="") as file:
-        assert [row["reason"] for row in csv.DictReader(file)] == [layouts.UNLISTED] * 2
-
-
 @pytest.mark.parametrize("layout, flags, files, lists, summary", [
     ("ucf101", ("--fold", 2), ucf(2), UCF_LISTS,
      f"5 files, 4 usable, 1 left out: 1 not in the official list; 1 {ABSENT} (1 of test)"),
@@ -462,7 +428,13 @@ def test_an_error_says_which_names_a_layout_expects(put, tmp_path, layout):
     ("kinetics400", (), {"--07WQ2iBlw_000001_000011.mp4": EMPTY, "unlistedAAA.mp4": UNLISTED},
      BOWLING,
      f"2 files, 0 usable, 2 left out: 1 empty file, 1 not in the official list; 0 {ABSENT}"),
-    ("folder", (), {"a.mp4": EMPTY}, {}, "1 files, 0 usable, 1 left out: 1 empty file")])
+    ("folder", (), {"a.mp4": EMPTY}, {}, "1 files, 0 usable, 1 left out: 1 empty file"),
+    # If no file is in the list, the summary says which names a layout expects.
+    *[(layout, (), {"b.mp4": UNLISTED, "a'.mp4": UNLISTED}, lists,
+       "2 files, 0 usable, 2 left out: 2 not in the official list; "
+       f"{layout} expects names like {form.format(name)}, found e.g. \"a'.mp4\"{others}")
+      for (layout, (name, lists, form)), others in zip(
+          LISTS.items(), ("", f"; 0 {OTHERS}", "", "", ""))]])
 def test_command(put, tmp_path, layout, flags, files, lists, summary):
     """The command prints a summary, or ends with it as an error if no file can be used."""
     root, folder = lay_out(put, tmp_path, files, lists)
@@ -470,7 +442,8 @@ def test_command(put, tmp_path, layout, flags, files, lists, summary):
     status, stdout, stderr = command(manifest, layout, root, *flags, *annotations, "--out", out)
     assert os.listdir(out.parent) == ["m.csv"]
     with open(out) as file:
-        assert next(csv.reader(file)) == list(scan.COLUMNS)
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() == set(scan.COLUMNS) and len(rows) == len(files)
     if ", 0 usable" in summary:
         assert (status, stdout) == (1, "")
         assert stderr.splitlines()[-1] == f"error: {out}: {summary}"

@@ -219,8 +219,9 @@ def test_keyframes_are_close_and_sound_is_mono(tmp_path, gop, source_gop, size):
     """Keyframes of the source are not kept, not even in small pictures, which keep their size."""
     path = make_video(tmp_path / "a.mp4", 3, 30, size, layout="stereo", gop=source_gop)
     copy, _ = transcode_one(path, tmp_path, gop=gop)
-    assert np.diff(np.flatnonzero(read_frames(copy)[1] + [True])).max() == gop
-    assert np.diff(np.flatnonzero(read_frames(path)[1] + [True])).max() == min(source_gop, 90)
+    distance, source_distance = (np.diff(np.flatnonzero(read_frames(file)[1] + [True])).max()
+                                 for file in (copy, path))
+    assert distance == gop and (source_distance < gop) == (source_gop < gop)
     with av.open(copy) as container:
         [audio] = container.streams.audio
         assert (audio.rate, audio.channels, audio.codec.name) == (24000, 1, "aac")
@@ -291,8 +292,9 @@ def test_a_killed_run_leaves_no_broken_copy(tmp_path):
 
 def test_failures_are_named_and_left_out(tmp_path, capsys):
     folder, out = tmp_path / "in" / "x", tmp_path / "out"
-    for name in "abcd":
-        make_video(folder / f"{name}.mp4", 4, 30, (180, 136))
+    film = make_video(folder / "a.mp4", 4, 30, (180, 136))
+    for name in "bcd":
+        shutil.copy(film, folder / f"{name}.mp4")
     rows = scan.scan(tmp_path / "in")
     rows[3] |= {"reason": "not in the list"}
     scan.write(rows, tmp_path / "in.csv")

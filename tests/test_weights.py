@@ -144,7 +144,7 @@ def with_settings(checkpoint, path, **settings):
     return path
 
 
-def test_retrieval_measures_gdt_with_its_sound_input(converted, tree, tmp_path, monkeypatch):
+def test_scripts_take_gdt_with_its_sound_input(converted, tree, tmp_path, monkeypatch):
     """At 0.5 s GDT's input has 49 spectrogram frames, and the log-mel has 51."""
     shapes, load = set(), retrieval.load_svaclr
 
@@ -168,9 +168,6 @@ def test_retrieval_measures_gdt_with_its_sound_input(converted, tree, tmp_path, 
         figures.main(["method", *flags])
     assert error.value.code == (f"error: {path} holds weights of GDT, which has no lambda to draw: "
                                 "give a checkpoint.pt of pretrain.py")
-
-
-def test_finetune_takes_gdt(converted, tree, tmp_path):
     assert run_here(finetune, "--data", tree, "--checkpoint", converted, "--linear", "--out",
                     tmp_path, "--frames", "2", "--fps", "4", "--size", "16", "--train-clips", "1",
                     "--test-clips", "1") == 0
