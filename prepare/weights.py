@@ -128,7 +128,7 @@ def convert(peer, path):
                  f"{', ...' if len(found) > 3 else ''})" for what, found in faults.items() if found]
         raise ValueError(f"{path} is not {title} with R(2+1)D-18 and ResNet-9 as published: it "
                          f"{'; it '.join(lists)}")
-    weights = {ours: tensors[theirs] for theirs, ours in names.items()}
+    weights = {our: tensors[their] for their, our in names.items()}
     if peer == "gdt":
         weights |= {name: torch.zeros(len(weights["h_v.0.weight"])) for name in bias}
     return weights

@@ -330,18 +330,17 @@ LISTS = {
 
 @pytest.mark.parametrize("layout", LISTS)
 @pytest.mark.parametrize("mark", ("", "\ufeff"))
-def test_double_suffixes_and_lists_with_a_byte_order_mark(put, tmp_path, layout, mark):
-    """Each layout takes name.mp4.mkv, uses a clip once, counts other files and reads lists that
+def test_double_suffixes_and_lists_with_a_byte_order_mark(tmp_path, layout, mark):
+    """Each layout takes name.mp4.mkv for the same clip, counts other files and reads lists that
     begin with a byte order mark. A single csv may be named without its folder."""
     name, lists, _ = LISTS[layout]
-    put(f"r/x/{name}.mp4.MKV", "mkv")
-    put(f"r/x/{name}.mp4.webm", "mkv")
-    put("r/notes.txt")
+    for file in (f"x/{name}.mp4.MKV", f"x/{name}.mp4.webm", "notes.txt"):
+        write_text(tmp_path / "r" / file, "")
     for file, content in lists.items():
         (tmp_path / file).write_text(mark + content, encoding="utf-8")
     annotations = tmp_path / file if mark and file.endswith(".csv") else tmp_path
-    rows, notes = scan.survey(layout, tmp_path / "r", annotations=annotations)
-    assert [(row["split"], row["reason"]) for row in rows] == [("train", ""), ("train", scan.COPY)]
+    ((_, clip), (_, other)), notes = LAYOUTS[layout](tmp_path / "r", annotations=annotations)
+    assert clip == other and (clip.split, clip.reason) == ("train", "")
     assert notes[0] == "0 official entries not on disk"
     assert notes[-1] == "1 other files passed over (1 .txt)"
 
