@@ -97,7 +97,7 @@ def find_videos(root):
 
 # ---- official lists
 
-def read_lists(annotations, pattern, what, expected, parse, columns=""):
+def read_lists(annotations, pattern, what, expected, parse, columns=()):
     """A list of parse(path, line) for all lines of the official lists that are not blank.
 
     The lists are the files in the folder `annotations` that match the pattern, or the csv file
@@ -108,30 +108,31 @@ def read_lists(annotations, pattern, what, expected, parse, columns=""):
     """
     if annotations is None:
         raise ValueError(f"this layout needs --annotations: give {what}")
-    folder, values = Path(annotations), []
-    paths = sorted(folder.glob(pattern)) if folder.is_dir() else []
-    if folder.is_file() and folder.suffix == Path(pattern).suffix == ".csv":
-        paths = [folder]
+    lists, values = Path(annotations), []
+    paths = sorted(lists.glob(pattern)) if lists.is_dir() else []
+    if lists.is_file() and lists.suffix == Path(pattern).suffix == ".csv":
+        paths = [lists]
     if not paths:
         problem = f"has no {pattern}"
-        if not folder.is_dir():
-            problem = "is of another kind" if folder.exists() else "does not exist"
-        raise ValueError(f"--annotations {folder} {problem}: give {what}")
+        if not lists.is_dir():
+            problem = "is of another kind" if lists.exists() else "does not exist"
+        raise ValueError(f"--annotations {lists} {problem}: give {what}")
     for path in paths:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline().strip().replace('"', "") if columns else ""
-            if not set(columns.split(",")) <= set(header.split(",")):
-                raise ValueError(f"{path}:1: expected the columns {columns}, got {header[:200]!r}")
+            header = file.readline().strip().replace('"', "").split(",") if columns else []
+            if not set(columns) <= set(header):
+                raise ValueError(f"{path}:1: expected the columns {','.join(columns)}, "
+                                 f"got {','.join(header)[:200]!r}")
             for number, line in enumerate(file, 2 if columns else 1):
                 text = line.strip()
                 try:
                     if text and columns:
-                        line = dict(zip(header.split(","), split_csv(line), strict=True))
+                        line = dict(zip(header, split_csv(line), strict=True))
                     if text:
                         values.append(parse(path, line))
                 # A regular expression that does not match gives an AttributeError.
                 except (ValueError, LookupError, AttributeError, csv.Error):
-                    raise ValueError(f"{path}:{number}: expected {expected or header}, "
+                    raise ValueError(f"{path}:{number}: expected {expected or ','.join(header)}, "
                                      f"got {text[:200]!r}") from None
     return values
 
@@ -221,7 +222,7 @@ def kinetics_clips(annotations):
 
     what = "the official csv (train.csv, validate.csv, ...) or their folder"
     clips = read_lists(annotations, "*.csv", what, None, parse,
-                       columns="youtube_id,time_start,time_end,split")
+                       columns=("youtube_id", "time_start", "time_end", "split"))
     official, by_id = {}, {}
     for clip in sorted(clips, key=lambda clip: clip.reason):    # those with a label first
         official.setdefault(clip.name, clip)
