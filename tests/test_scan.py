@@ -143,14 +143,14 @@ def work_badly(item):
 def test_a_crash_and_a_hang_cost_only_their_own_file(workers):
     items = ["a", "dies", "b", "hangs", "c", "dies", "raises", "d"]
     start = time.monotonic()
-    done = list(scan.in_workers(work_badly, items, workers, 1.5))
-    assert time.monotonic() - start < 9
+    done = list(scan.in_workers(work_badly, items, workers, 0.7))
+    assert time.monotonic() - start < 6
     assert sorted(item for item, *_ in done) == sorted(items)
     assert {(result, reason) for item, result, reason in done if len(item) == 1} == {
         (name, "") for name in "ABCD"}
     assert {(item, reason) for item, result, reason in done if result is None} == {
         ("dies", "crashes the decoder"), ("raises", "crashes the decoder"),
-        ("hangs", "takes over 1.5 s")}
+        ("hangs", "takes over 0.7 s")}
 
 
 def test_the_processes_end_with_their_parent():
