@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +63,7 @@ def find_videos(root):
     if not root.is_dir():
         raise ValueError(f"no folder {root}: "
                          "give the folder that holds the class folders of videos")
-    paths, others, visited, hidden = [], Counter(), set(), 0
+    paths, others, visited, hidden = [], [], set(), 0
     for directory, subdirectories, names in os.walk(root, followlinks=True):
         hidden += sum(name.startswith(".") for name in subdirectories)
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
@@ -81,8 +80,13 @@ def find_videos(root):
             else:
                 # What follows the last dot is not always a suffix, as in '1. notes'.
                 is_suffix = re.fullmatch(r"\.\w{1,9}", suffix, re.ASCII)
-                others[suffix if is_suffix else "without suffix"] += 1
-    notes = count_others(others)
+                others.append(suffix if is_suffix else "without suffix")
+    notes = []
+    if others:
+        kinds = [f"{number} {kind}" for kind, number in Counter(sorted(others)).most_common(5)]
+        if len(set(others)) > 5:
+            kinds.append("...")
+        notes.append(f"{len(others)} other files passed over ({', '.join(kinds)})")
     if hidden:
         notes.append(f"{hidden} hidden folders and videos passed over")
     if not paths:
@@ -91,56 +95,45 @@ def find_videos(root):
     return sorted(paths), notes
 
 
-def count_others(others):
-    """A list with one sentence about {suffix: number of files}, the most frequent five first. The
-    list is empty if there are no such files."""
-    if not others:
-        return []
-    ordered = sorted(others.items(), key=lambda item: (-item[1], item[0]))
-    kinds = [f"{number} {suffix}" for suffix, number in ordered[:5]]
-    if len(ordered) > 5:
-        kinds.append("...")
-    return [f"{others.total()} other files passed over ({', '.join(kinds)})"]
-
-
 # ---- official lists
 
-def annotation_files(annotations, pattern, what):
-    """The official lists: the files in the folder `annotations` that match the pattern, or the csv
-    file `annotations` itself. what: the words for them in an error.
+def read_lists(annotations, pattern, what, expected, parse, columns=()):
+    """A list of parse(path, line) for all lines of the official lists that are not blank.
 
-    Raises ValueError if `annotations` is None or if there is no such file.
+    The lists are the files in the folder `annotations` that match the pattern, or the csv file
+    `annotations` itself. what, expected: the words in an error for the lists, and for the right
+    format of a line. columns: those that a header, the first line of each list, must name. With
+    columns `parse` gets {column: cell} instead of a line, and `expected` is the header.
+    Raises ValueError if there is no list, or with the file and the number of a wrong line.
     """
     if annotations is None:
         raise ValueError(f"this layout needs --annotations: give {what}")
-    path = Path(annotations)
-    if path.is_file() and path.suffix == Path(pattern).suffix == ".csv":
-        return [path]
-    paths = sorted(path.glob(pattern)) if path.is_dir() else []
+    lists, values = Path(annotations), []
+    paths = sorted(lists.glob(pattern)) if lists.is_dir() else []
+    if lists.is_file() and lists.suffix == Path(pattern).suffix == ".csv":
+        paths = [lists]
     if not paths:
         problem = f"has no {pattern}"
-        if not path.is_dir():
-            problem = "is of another kind" if path.exists() else "does not exist"
-        raise ValueError(f"--annotations {path} {problem}: give {what}")
-    return paths
-
-
-def parse_lines(path, parse, expected, skip=0):
-    """parse(line) for each line of a file that is not blank, without the first `skip` lines.
-
-    expected: the words for the right format in an error. Raises ValueError with the file and the
-    number of the line if parse(line) fails.
-    """
-    values = []
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if number > skip and line.strip():
-                    values.append(parse(line.rstrip("\n")))
-            # A regular expression that does not match gives an AttributeError.
-            except (ValueError, LookupError, AttributeError, csv.Error):
-                raise ValueError(f"{path}:{number}: expected {expected}, "
-                                 f"got {line.strip()[:200]!r}") from None
+        if not lists.is_dir():
+            problem = "is of another kind" if lists.exists() else "does not exist"
+        raise ValueError(f"--annotations {lists} {problem}: give {what}")
+    for path in paths:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            header = file.readline().strip().replace('"', "").split(",") if columns else []
+            if not set(columns) <= set(header):
+                raise ValueError(f"{path}:1: expected the columns {','.join(columns)}, "
+                                 f"got {','.join(header)[:200]!r}")
+            for number, line in enumerate(file, 2 if columns else 1):
+                text = line.strip()
+                try:
+                    if text and columns:
+                        line = dict(zip(header, split_csv(line), strict=True))
+                    if text:
+                        values.append(parse(path, line))
+                # A regular expression that does not match gives an AttributeError.
+                except (ValueError, LookupError, AttributeError, csv.Error):
+                    raise ValueError(f"{path}:{number}: expected {expected or ','.join(header)}, "
+                                     f"got {text[:200]!r}") from None
     return values
 
 
@@ -221,29 +214,18 @@ def kinetics400(root, annotations=None):
 
 
 def kinetics_clips(annotations):
-    """Read lists with the columns youtube_id, time_start, time_end, split and, except for a test
-    part, label.
-
-    Returns {id_start_end: Clip} and, in the same dictionary, {id: Clip}.
-    """
-    def parse(header, line):
-        cells = dict(zip(header, split_csv(line), strict=True))
+    """{id_start_end: Clip, id: Clip} of the official lists. That of a test part has no labels."""
+    def parse(_, cells):
         start, stop = int(cells["time_start"]), int(cells["time_end"])
         name, label = f"{cells['youtube_id']}_{start:06d}_{stop:06d}", cells.get("label", "")
-        return name, Clip(label, SPLITS[cells["split"]], "" if label else UNLABELLED, name)
+        return Clip(label, SPLITS[cells["split"]], "" if label else UNLABELLED, name)
 
-    clips, columns = [], "youtube_id,time_start,time_end,split"
-    for path in annotation_files(annotations, "*.csv", "the official csv (train.csv, validate.csv, "
-                                 "...) or their folder"):
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline().strip().replace('"', "").split(",")
-        if not set(columns.split(",")) <= set(header):
-            raise ValueError(f"{path}:1: expected the columns {columns}, "
-                             f"got {','.join(header)[:200]!r}")
-        clips += parse_lines(path, partial(parse, header), ",".join(header), skip=1)
+    what = "the official csv (train.csv, validate.csv, ...) or their folder"
+    clips = read_lists(annotations, "*.csv", what, None, parse,
+                       columns=("youtube_id", "time_start", "time_end", "split"))
     official, by_id = {}, {}
-    for name, clip in sorted(clips, key=lambda entry: entry[1].reason):     # with a label first
-        official.setdefault(name, clip)
+    for clip in sorted(clips, key=lambda clip: clip.reason):    # those with a label first
+        official.setdefault(clip.name, clip)
     for name, clip in official.items():
         video = name.rsplit("_", 2)[0]                    # an id may have a _ too
         by_id[video] = Clip("", "", AMBIGUOUS, video) if video in by_id else clip
@@ -253,10 +235,16 @@ def kinetics_clips(annotations):
 def kinetics_sounds(root, annotations=None, classes=32):
     """The 32 (or 31) classes of Kinetics-Sounds in a copy of Kinetics. Without a csv, folders named
     after the classes give the labels; they may have _ for a blank."""
-    labels = KINETICS_SOUNDS[:classes]
-    paths, other_files = find_videos(root)
+    labels, (paths, other_files) = KINETICS_SOUNDS[:classes], find_videos(root)
+    entries, notes = [], []
     if annotations is None:
-        entries, notes = label_by_folder(Path(root).resolve(), paths, labels), []
+        for path in paths:
+            folders = [name.replace("_", " ").lower()
+                       for name in path.relative_to(Path(root).resolve()).parts[:-1]]
+            label = next((name for name in folders if name in labels), None)
+            split = next((SPLITS[name] for name in folders if name in SPLITS), "")
+            if label:
+                entries.append((path, Clip(label, split, "", stem(path))))
     else:
         official = kinetics_clips(annotations)
         wanted = {name: clip for name, clip in official.items()
@@ -272,85 +260,60 @@ def kinetics_sounds(root, annotations=None, classes=32):
     return entries, [*notes, passed_over, *other_files]
 
 
-def label_by_folder(root, paths, labels):
-    """The entries of the files that lie below a folder with one of the labels as its name."""
-    entries = []
-    for path in paths:
-        folders = [name.replace("_", " ").lower() for name in path.relative_to(root).parts[:-1]]
-        label = next((name for name in folders if name in labels), None)
-        if label:
-            split = next((SPLITS[name] for name in folders if name in SPLITS), "")
-            entries.append((path, Clip(label, split, "", stem(path))))
-    return entries
-
-
 def vggsound(root, annotations=None):
     """id_start.mp4 (in s) or id_start_end.mp4 (in ms) anywhere below root, with the official
     vggsound.csv (id,start,"label",split; no header) or its train.csv and test.csv
     (id_start.mp4,label)."""
-    def parse(file_split, line):
+    def parse(path, line):
         cells = split_csv(line)
         if len(cells) == 2:
             name, label = cells
-            cells = *stem(name).rsplit("_", 1), label, file_split
+            cells = *stem(name).rsplit("_", 1), label, path.stem
         video, start, label, split = cells
-        name = f"{video}_{int(start):06d}"
-        return name, Clip(label, SPLITS[split], "", name)
+        clip = Clip(label, SPLITS[split], "", f"{video}_{int(start):06d}")
+        return f"{video}_{int(start) * 1000}_{int(start) * 1000 + 10000}", clip
 
-    def in_milliseconds(name):
-        video, start = name.rsplit("_", 1)
-        return f"{video}_{int(start) * 1000}_{int(start) * 1000 + 10000}"
-
-    pattern = "vggsound.csv"
-    if annotations is not None and Path(annotations).is_dir():
-        if not (Path(annotations) / pattern).exists():
-            pattern = "t*.csv"
-    official = {}
-    for path in annotation_files(annotations, pattern, "the official vggsound.csv"):
-        official |= parse_lines(path, partial(parse, path.stem),
-                                'id,start,"label",split or id_start.mp4,label')
-    official = {in_milliseconds(name): clip for name, clip in official.items()} | official
+    is_whole = Path(annotations or "", "vggsound.csv").exists()
+    clips = read_lists(annotations, "vggsound.csv" if is_whole else "t*.csv",
+                       "the official vggsound.csv",
+                       'id,start,"label",split or id_start.mp4,label', parse)
+    official = dict(clips) | {clip.name: clip for _, clip in clips}
     return match(*find_videos(root), official, "vggsound expects names like '{}.mp4' (id_start)")
 
 
 def ucf101(root, annotations=None, fold=1):
     """v_Class_gNN_cNN.avi anywhere below root, or converted to another container, with the official
     trainlist01.txt, testlist01.txt (or 02, 03, by the fold) and classInd.txt."""
-    def parse_class(line):
+    def parse_class(_, line):
         return re.fullmatch(r"(\d+) (\w+)\s*", line).group(2, 1)
 
-    def parse_video(split, line):
+    def parse(path, line):
         label, name, number = re.fullmatch(r"(\w+)/(\w+)\.avi(?: (\d+))?\s*", line).groups()
         if numbers[label] != (number or numbers[label]):
             raise ValueError(line)
-        return name, Clip(label, split, "", name)
+        return name, Clip(label, path.name.split("list")[0], "", name)
 
     what = "the folder of trainlist01-03.txt, testlist01-03.txt and classInd.txt (ucfTrainTestlist)"
-    [path] = annotation_files(annotations, "classInd.txt", what)
-    numbers = dict(parse_lines(path, parse_class, "'1 Class'"))
+    numbers = dict(read_lists(annotations, "classInd.txt", what, "'1 Class'", parse_class))
     official = {}
     for split in ("train", "test"):
-        [path] = annotation_files(annotations, f"{split}list{fold:02d}.txt", what)
-        official |= parse_lines(path, partial(parse_video, split),
-                                "'Class/v_Class_g01_c01.avi' with a class of classInd.txt")
+        official |= read_lists(annotations, f"{split}list{fold:02d}.txt", what,
+                               "'Class/v_Class_g01_c01.avi' with a class of classInd.txt", parse)
     return match(*find_videos(root), official, "ucf101 expects names like '{}.avi'")
 
 
 def hmdb51(root, annotations=None, fold=1):
     """*.avi anywhere below root, or converted to another container, with the official
     <class>_test_split1.txt (or 2, 3, by the fold), in which 1 is train, 2 test and 0 unused."""
-    splits = {"0": "", "1": "train", "2": "test"}
+    ending, splits = f"_test_split{fold}.txt", {"0": "", "1": "train", "2": "test"}
 
-    def parse(label, line):
+    def parse(path, line):
         name, use = re.fullmatch(r"(.+)\.avi ([012])\s*", line).groups()
         reason = f"unused in fold {fold}" if use == "0" else ""
-        return stem(name), Clip(label, splits[use], reason, stem(name))
+        return stem(name), Clip(path.name.removesuffix(ending), splits[use], reason, stem(name))
 
-    ending, official = f"_test_split{fold}.txt", {}
-    for path in annotation_files(annotations, f"*{ending}", "the folder of "
-                                 "<class>_test_split[1-3].txt (testTrainMulti_7030_splits)"):
-        label = path.name.removesuffix(ending)
-        official |= parse_lines(path, partial(parse, label), "'name.avi 0', 1 or 2")
+    what = "the folder of <class>_test_split[1-3].txt (testTrainMulti_7030_splits)"
+    official = dict(read_lists(annotations, f"*{ending}", what, "'name.avi 0', 1 or 2", parse))
     return match(*find_videos(root), official, "hmdb51 expects names like '{}.avi'")
 
 

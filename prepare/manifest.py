@@ -5,18 +5,7 @@
     python -m prepare.manifest kinetics-sounds ROOT --annotations folder/of/csv --out ks.csv
     python -m prepare.manifest hmdb51 ROOT --annotations testTrainMulti_7030_splits --fold 1
 
-The manifest has a row for each video file below ROOT, with the columns
-
-    path            absolute
-    label, split    split is empty if it is not known
-    duration        s that both the pictures and the sound cover
-    video_duration  s that the pictures cover
-    fps, width, height
-    has_audio       0 or 1
-    reason          why the file is left out; empty if it can be used
-    note            why the sound of a usable file cannot be used
-    stamp           "bytes:mtime in ns" of the file, with ":verified" after --verify
-
+The manifest has a row for each video file below ROOT; docs/data.md says what its columns mean.
 Run the same command again to bring a manifest up to date: files whose stamp has not changed are not
 read again (with --verify, files that were verified). An interrupted scan leaves OUT.partial, and
 the same command continues from it.

@@ -2,7 +2,7 @@
 
     rows, notes = survey("folder", root, workers=16, out="manifest.csv")
 
-`python -m prepare.manifest` is the command for this, and its help tells what the columns mean.
+`python -m prepare.manifest` is the command for this, and docs/data.md says what the columns mean.
 """
 
 import csv
@@ -50,8 +50,7 @@ def survey(layout, root, workers=2, out=None, verify=False, **options):
     for name in options.keys() - signature(LAYOUTS[layout]).parameters:
         raise ValueError(f"layout {layout} takes no --{name.replace('_', '-')}")
     entries, notes = LAYOUTS[layout](root, **options)
-    files = [(path, clip.label, clip.split, clip.reason) for path, clip in entries]
-    rows = probe_all(files, workers, verify, out)
+    rows = probe_all(entries, workers, verify, out)
     drop_copies(rows, [clip.name for _, clip in entries])
     if out:
         write(rows, out)
@@ -64,38 +63,35 @@ def scan(root, workers=2, layout="folder", **options):
     return survey(layout, root, workers, **options)[0]
 
 
-def probe_all(files, workers=2, verify=False, out=None):
-    """The rows of files [(path, label, split, reason)], in their order.
+def probe_all(entries, workers, verify, out):
+    """The rows of a layout's entries, in their order.
 
     A file that already has a reason to be left out is not opened, nor is a file whose row in `out`
     or OUT.partial is still valid. Progress is saved in OUT.partial, so that an interrupted scan can
     continue.
     """
-    unfinished, rows, to_probe = Path(f"{out}.partial"), {}, []
+    unfinished, rows, to_probe, saved = Path(f"{out}.partial"), {}, [], time.monotonic()
     earlier = read_rows(Path(out)) | read_rows(unfinished) if out else {}
-    for path, label, split, reason in files:
+    for path, (label, split, reason, _) in entries:
         if reason:
             rows[path] = empty_row(path, label, split, reason)
         elif row := reuse(earlier.get(str(path)), verify):
             rows[path] = row | {"label": label, "split": split}
         else:
             to_probe.append((path, label, split))
-    saved = time.monotonic()
-    bar = tqdm(total=len(files), initial=len(rows), desc="scanning", unit="file", file=sys.stderr)
+    done = in_workers(partial(probe, verify=verify), to_probe, workers,
+                      VERIFY_LIMIT if verify else PROBE_LIMIT)
     try:
-        limit = VERIFY_LIMIT if verify else PROBE_LIMIT
-        work = partial(probe, verify=verify)
-        for file, row, failure in in_workers(work, to_probe, workers, limit):
+        for file, row, failure in tqdm(done, "scanning", len(entries), initial=len(rows),
+                                       unit="file", file=sys.stderr):
             rows[file[0]] = row or empty_row(*file, failure)
-            bar.update()
             if out and time.monotonic() - saved > SAVE_EVERY:
                 write(rows.values(), unfinished)
                 saved = time.monotonic()
     finally:
-        bar.close()
-        if out and len(rows) < len(files):
+        if out and len(rows) < len(entries):
             write(rows.values(), unfinished)
-    return [rows[path] for path, *_ in files]
+    return [rows[path] for path, _ in entries]
 
 
 def reuse(row, verify):
@@ -147,15 +143,19 @@ def read_rows(path):
     It is empty if there is no earlier manifest or if columns are missing in it. Raises ValueError
     if the file is not a manifest.
     """
-    if not path.exists():
+    columns, rows = read_table(path) if path.exists() else (COLUMNS, [])
+    if not {"path", "label", "reason"} <= set(columns):
+        raise ValueError(f"--out {path} is no manifest and would be written over: give another")
+    if not set(COLUMNS) <= set(columns):                  # an earlier version of the scan wrote it
         return {}
+    return {row["path"]: row for row in rows}
+
+
+def read_table(path):
+    """The columns and the rows of a csv file, with all values as text."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
-        if not {"path", "label", "reason"} <= set(table.fieldnames or ()):
-            raise ValueError(f"--out {path} is no manifest and would be written over: give another")
-        if not set(COLUMNS) <= set(table.fieldnames):     # an earlier version of the scan wrote it
-            return {}
-        return {row["path"]: row for row in table}
+        return table.fieldnames or [], list(table)
 
 
 def write(rows, out):
@@ -350,47 +350,43 @@ def in_workers(work, items, workers, limit):
     only waiting for data. So a process that takes too long is killed from outside, and a new
     process continues with the next item.
     """
-    waiting, idle, busy = list(reversed(items)), [], {}   # busy: pipe -> (process, item, deadline)
+    waiting, processes = list(reversed(items)), {}        # processes: pipe -> process
+    idle, busy = [], {}                                   # pipes; pipe -> (item, deadline)
     try:
         while waiting or busy:
             while waiting and len(busy) < workers:
-                pipe, process = idle.pop() if idle else start_worker(work)
-                busy[pipe] = process, waiting.pop(), time.monotonic() + limit
-                pipe.send(busy[pipe][1])
-            patience = min(deadline for *_, deadline in busy.values()) - time.monotonic()
+                if not idle:
+                    pipe, worker_end = Pipe()
+                    processes[pipe] = Process(target=answer, args=(pipe, worker_end, work),
+                                              daemon=True)
+                    processes[pipe].start()
+                    worker_end.close()                    # so the death of the worker ends the pipe
+                    idle.append(pipe)
+                pipe = idle.pop()
+                busy[pipe] = waiting.pop(), time.monotonic() + limit
+                pipe.send(busy[pipe][0])
+            patience = min(deadline for _, deadline in busy.values()) - time.monotonic()
             for pipe in wait(list(busy), max(0, patience)):
-                process, item, _ = busy.pop(pipe)
+                item, _ = busy.pop(pipe)
                 try:
                     result = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     yield item, None, "crashes the decoder"
                 else:
-                    idle.append((pipe, process))
+                    idle.append(pipe)
                     yield item, result, ""
             now = time.monotonic()
-            for pipe in [pipe for pipe, (*_, deadline) in busy.items() if deadline < now]:
-                process, item, _ = busy.pop(pipe)
-                process.kill()
+            for pipe in [pipe for pipe, (_, deadline) in busy.items() if deadline < now]:
+                item, _ = busy.pop(pipe)
+                processes[pipe].kill()
                 yield item, None, f"takes over {limit} s"
     finally:
-        for _, process in idle:
-            process.kill()
-        for process, *_ in busy.values():
+        for process in processes.values():
             process.kill()
 
 
-def start_worker(work):
-    """Start a process that answers each item sent through the pipe with work(item). Returns (pipe,
-    process)."""
-    parent_end, worker_end = Pipe()
-    process = Process(target=run_worker, args=(parent_end, worker_end, work), daemon=True)
-    process.start()
-    worker_end.close()                                    # so the death of the worker ends the pipe
-    return parent_end, process
-
-
-def run_worker(parent_end, worker_end, work):
-    """Answer the items from the pipe until the parent has gone."""
+def answer(parent_end, worker_end, work):
+    """Answer each item from the pipe with work(item) until the parent has gone."""
     parent_end.close()                                    # so the death of the parent ends the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)          # the parent handles Ctrl-C for all
     while True:

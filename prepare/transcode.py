@@ -14,7 +14,6 @@ above that of the copy.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -34,7 +33,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
-from prepare.scan import COLUMNS, READER, probe, write
+from prepare.scan import COLUMNS, READER, probe, read_table, write
 from support.processes import at_least
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
                              open_file, open_streams, place_sound, rows, upright)
@@ -234,8 +233,10 @@ def copy_file(job, short_side, gop, crop):
     source, temporary = Path(row["path"]), target.with_name(f"{os.getpid()}.part")
     label_split = row["label"], row["split"]
     try:
-        if is_finished(source, target):
-            copy = probe((target, *label_split)) | {"path": str(target), "note": row["note"]}
+        # The source may have gone.
+        if target.exists() and not (source.exists()
+                                    and source.stat().st_mtime > target.stat().st_mtime):
+            copy = probe((target, *label_split)) | {"note": row["note"]}
             if row["has_audio"] == "1" and not copy["has_audio"]:
                 copy["note"] = "its sound could not be transcoded"
             return copy, "skipped"
@@ -258,13 +259,6 @@ def copy_file(job, short_side, gop, crop):
         return {name: row.get(name, "") for name in COLUMNS} | {"reason": reason}, "failed"
 
 
-def is_finished(source, target):
-    """Whether the target exists and is not older than its source, which may have gone."""
-    if not target.exists():
-        return False
-    return not source.exists() or target.stat().st_mtime >= source.stat().st_mtime
-
-
 # ---- all files
 
 def read(manifest):
@@ -273,9 +267,8 @@ def read(manifest):
     advice = "make one with python -m prepare.manifest"
     if not Path(manifest).is_file():
         raise ValueError(f"no manifest {manifest}: {advice}")
-    with open(manifest, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not set(COLUMNS) <= rows[0].keys():
+    columns, rows = read_table(manifest)
+    if not rows or not set(COLUMNS) <= set(columns):
         raise ValueError(f"{manifest} is no manifest with rows: {advice}")
     if all(row["reason"] for row in rows):
         raise ValueError(f"{manifest} has no usable row, each has a reason: "
@@ -292,27 +285,23 @@ def targets(rows, out):
     """
     plain = [out / row["split"] / row["label"] / f"{Path(row['path']).stem}.mp4" for row in rows]
     plain = [Path(os.path.normpath(path)) for path in plain]
-    number = Counter(plain)
-    paths = [path if number[path] == 1 else path.with_name(f"{path.stem}-{short_hash(row)}.mp4")
-             for path, row in zip(plain, rows)]
+    number, paths = Counter(plain), {}                    # paths: a set that keeps its order
     sources = {os.path.realpath(row["path"]) for row in rows}
-    seen = set()
-    for path, row in zip(paths, rows):
+    for path, row in zip(plain, rows):
+        if number[path] > 1:
+            digest = hashlib.sha1(row["path"].encode()).hexdigest()
+            path = path.with_name(f"{path.stem}-{digest[:8]}.mp4")
         if out not in path.parents:
             raise ValueError(f"label {row['label']!r} of {row['path']} leads out of {out}: "
                              "rename it in the manifest")
-        if path in seen:
+        if path in paths:
             raise ValueError(f"{row['path']} is listed twice with label {row['label']!r}: "
                              "leave one row")
         if os.path.realpath(path) in sources:
             raise ValueError(f"the copy {path} would overwrite an original: "
                              "choose a folder outside of the data set")
-        seen.add(path)
-    return paths
-
-
-def short_hash(row):
-    return hashlib.sha1(row["path"].encode()).hexdigest()[:8]
+        paths[path] = None
+    return list(paths)
 
 
 def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
@@ -364,10 +353,11 @@ def summary(jobs, copies):
                 for (row, target), (_, state) in zip(jobs, copies) if state != "failed"]
     before, after = (sum(path.stat().st_size for path in paths if path.exists()) / 1e6
                      for paths in (list(zip(*finished)) or [(), ()]))
-    causes = ", ".join(f"{number} {reason}" for reason, number in failures.most_common())
-    return (f"{len(jobs)} files: {states['done']} done, "
-            f"{states['skipped']} skipped (already there), {states['failed']} failed"
-            f"{': ' * bool(causes)}{causes}; {before:.1f} MB -> {after:.1f} MB")
+    text = (f"{len(jobs)} files: {states['done']} done, "
+            f"{states['skipped']} skipped (already there), {states['failed']} failed")
+    if failures:
+        text += f": {', '.join(f'{n} {reason}' for reason, n in failures.most_common())}"
+    return f"{text}; {before:.1f} MB -> {after:.1f} MB"
 
 
 def part_of_picture(text):
@@ -378,8 +368,8 @@ def part_of_picture(text):
     return tuple(map(int, numbers))
 
 
-def parse(arguments=None):
-    """The settings of the command line."""
+def main():
+    """Run the command. An error becomes one line on stderr and exit status 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("manifest", help="of the originals, from python -m prepare.manifest")
     parser.add_argument("out", help="the folder of the copy")
@@ -391,15 +381,9 @@ def parse(arguments=None):
                         help="frames from keyframe to keyframe (default 15)")
     parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(),
                         help="processes (default: one per core)")
-    return parser.parse_args(arguments)
-
-
-def main():
-    """Run the command. An error becomes one line on stderr and exit status 1."""
-    args = parse()
+    args = parser.parse_args()
     try:
-        line = run(args.manifest, args.out, args.short_side, args.gop, args.workers,
-                   args.crop)
+        line = run(**vars(args))
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"{args.out}: {line}")

@@ -77,16 +77,11 @@ class Ignored:
         pass
 
 
-def empty(*_):
-    """Stands in for a function that makes an object. Returns an empty dict."""
-    return {}
-
-
 # What GDT saves beside the tensors: its flags, and a scheduler that holds the optimiser.
 OBJECTS = [(Ignored, "argparse.Namespace"), (Ignored, "torch.optim.lr_scheduler.MultiStepLR"),
            (Ignored, "torch.optim.lr_scheduler.CosineAnnealingLR"),
            (Ignored, "torch.optim.sgd.SGD"), (Ignored, "builtins.dict"),
-           (empty, "collections.defaultdict")]
+           (lambda *_: {}, "collections.defaultdict")]
 
 
 def read(path):
@@ -104,17 +99,6 @@ def read(path):
     return {str(name).removeprefix("module."): x for name, x in tensors.items()}
 
 
-def begins(names, start):
-    """Whether one of the names begins with `start`."""
-    return any(name.startswith(start) for name in names)
-
-
-def peers_name(name):
-    """The name that a tensor of ours has in GDT's and SeLaVi's files."""
-    part = next(part for part in NAMES if name.startswith(part))
-    return NAMES[part] + name.removeprefix(part)
-
-
 def convert(peer, path):
     """Our tensors by their names, from a published file.
 
@@ -122,28 +106,29 @@ def convert(peer, path):
     if a tensor is missing, has another shape or is left over.
     """
     tensors, title = read(path), TITLES[peer]
-    look, advice = next((LOOKS[start] for start in LOOKS if begins(tensors, start)), (title, ""))
+    looks = (LOOKS[start] for start in LOOKS for name in tensors if name.startswith(start))
+    look, advice = next(looks, (title, ""))
     if look != title:
         raise ValueError(f"{path} looks like {look}, not like {title}: {advice}")
-    if not begins(tensors, "video_network."):
+    if not any(name.startswith("video_network.") for name in tensors):
         raise ValueError(f"{path} is of an unknown model, its first tensors are "
                          f"{', '.join(list(tensors)[:3]) or 'none'}: give a file of {title}")
     bias = ("h_v.0.bias", "h_a.0.bias")                     # GDT's first linear layer has none
     ours = {name: x for name, x in SvaCLR().state_dict().items()
             if name not in bias and (peer == "gdt" or name.startswith(("f.", "g.")))}
-    names = {name: peers_name(name) for name in ours}
+    names = {NAMES[part] + name.removeprefix(part): name    # theirs -> ours
+             for name in ours for part in NAMES if name.startswith(part)}
     unused = {name for name in tensors if re.match(UNUSED[peer], name)}
-    common = [name for name in ours if names[name] in tensors]
-    faults = {"lacks": {*names.values()} - tensors.keys(),
-              "has besides": tensors.keys() - {*names.values()} - unused,
-              "has in another shape": {names[name] for name in common
-                                       if tensors[names[name]].shape != ours[name].shape}}
+    faults = {"lacks": names.keys() - tensors.keys(),
+              "has besides": tensors.keys() - names.keys() - unused,
+              "has in another shape": {name for name in names.keys() & tensors.keys()
+                                       if tensors[name].shape != ours[names[name]].shape}}
     if any(faults.values()):
         lists = [f"{what} {len(found)} tensors ({', '.join(sorted(found)[:3])}"
                  f"{', ...' if len(found) > 3 else ''})" for what, found in faults.items() if found]
         raise ValueError(f"{path} is not {title} with R(2+1)D-18 and ResNet-9 as published: it "
                          f"{'; it '.join(lists)}")
-    weights = {name: tensors[names[name]] for name in ours}
+    weights = {our: tensors[their] for their, our in names.items()}
     if peer == "gdt":
         weights |= {name: torch.zeros(len(weights["h_v.0.weight"])) for name in bias}
     return weights

@@ -325,3 +325,17 @@ def by_name(rows, *columns):
     """{file name: values of these columns (default: label, split, reason)} of manifest rows."""
     columns = columns or ("label", "split", "reason")
     return {Path(row["path"]).name: tuple(row[name] for name in columns) for row in rows}
+
+
+def command(module, *args):
+    """Run the main of a module in this process. Returns (exit status, stdout, stderr)."""
+    text, errors, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(text), redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        try:
+            module.main()
+        except SystemExit as stop:
+            status = stop.code
+    if isinstance(status, str):                 # Python prints it and ends with 1
+        return 1, text.getvalue(), f"{errors.getvalue()}{status}\n"
+    return status, text.getvalue(), errors.getvalue()

@@ -1,6 +1,5 @@
 """prepare/scan.py: repeated and interrupted scans, processes that die, and the reasons of rows."""
 
-import csv
 import os
 import random
 import shutil
@@ -11,7 +10,6 @@ import time
 from pathlib import Path
 
 import av
-import numpy as np
 import pytest
 
 from conftest import ROOT, by_name, make_video, write_text
@@ -19,11 +17,19 @@ from data import read_manifest
 from prepare import layouts, scan, transcode
 
 
-def remux(source, target, keep=("video", "audio")):
-    """Copy the streams of these kinds into another container. Returns its path."""
+def remux(source, target, keep=("video", "audio"), title="", has_cover=False):
+    """Copy the streams of these kinds into another container. Returns its path.
+
+    has_cover: whether it gets a picture as its cover.
+    """
     with av.open(str(source)) as old, av.open(str(target), "w") as new:
+        new.metadata["title"] = title
         streams = {stream: new.add_stream_from_template(stream)
                    for stream in old.streams if stream.type in keep}
+        if has_cover:
+            cover = new.add_stream("mjpeg", rate=1, width=32, height=32, pix_fmt="yuvj420p")
+            cover.disposition = av.stream.Disposition.attached_pic
+            new.mux(cover.encode(av.VideoFrame(32, 32, "yuvj420p")) + cover.encode(None))
         for packet in old.demux(list(streams)):
             if packet.dts is not None:
                 packet.stream = streams[packet.stream]
@@ -61,84 +67,55 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
     assert files_read == []                                # a verified row serves both
 
 
-@pytest.mark.parametrize("verify", [False, True])
-def test_files_that_an_earlier_reader_judged_are_read_again(put, tmp_path, files_read, verify,
-                                                            monkeypatch):
-    """It may have taken joined recordings for sound files, and called them verified."""
-    put("r/a/a.mp4")
-    scan.scan(tmp_path / "r", out=tmp_path / "m.csv", verify=verify)
-    files_read.clear()
-    monkeypatch.setattr(scan, "READER", "later")
-    scan.scan(tmp_path / "r", out=tmp_path / "m.csv", verify=verify)
-    assert files_read == ["a.mp4"]
-
-
-def test_a_manifest_of_an_earlier_version_is_not_reused(put, tmp_path, files_read):
+def test_manifests_of_earlier_versions_and_with_a_byte_order_mark(put, tmp_path, files_read,
+                                                                  monkeypatch):
+    """All readers of a manifest take one that begins with a byte order mark, as Excel writes it."""
     put("r/a/a.mp4")
     out, missing = tmp_path / "m.csv", ("video_duration", "note")
     first = scan.scan(tmp_path / "r", out=out)
-    with open(out, newline="") as file:
-        rows = [{name: row[name] for name in row if name not in missing}
-                for row in csv.DictReader(file)]
-    with open(out, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    content = out.read_text()
+    out.write_text("\ufeff" + content)
+    assert read_manifest(out)[0][0].path == transcode.read(out)[0]["path"] == first[0]["path"]
+    assert scan.scan(tmp_path / "r", out=out) == first and files_read == ["a.mp4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "COLUMNS", [name for name in scan.COLUMNS if name not in missing])
+        scan.write(first, out)
     message = "m.csv is no manifest of this version, it lacks note, video_duration"
     with pytest.raises(ValueError, match=message):
         read_manifest(out)
-    assert scan.scan(tmp_path / "r", out=out) == first and files_read == ["a.mp4", "a.mp4"]
+    assert scan.scan(tmp_path / "r", out=out) == first and len(files_read) == 2
+    # An earlier reader may have called joined recordings verified.
+    scan.scan(tmp_path / "r", out=out, verify=True)
+    for verify in (True, False):
+        monkeypatch.setattr(scan, "READER", f"later {verify}")
+        scan.scan(tmp_path / "r", out=out, verify=verify)
+    assert files_read == ["a.mp4"] * 5
 
 
-def test_a_manifest_with_a_byte_order_mark(put, tmp_path, files_read):
-    """All readers of a manifest take one that begins with a byte order mark, as Excel writes it."""
-    put("r/a/1.mp4")
-    out = tmp_path / "m.csv"
-    rows = scan.scan(tmp_path / "r", out=out)
-    out.write_bytes(b"\xef\xbb\xbf" + out.read_bytes())
-    assert read_manifest(out)[0][0].path == rows[0]["path"]
-    assert transcode.read(out)[0]["path"] == rows[0]["path"]
-    files_read.clear()
-    assert scan.scan(tmp_path / "r", out=out) == rows and files_read == []
-
-
-def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch):
+@pytest.mark.parametrize("save_every, saved", [(0, 3), (30, 0)])
+def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch, save_every, saved):
+    """A killed scan can continue too, because progress is not only saved when Python cleans up."""
     for n in range(6):
         put(f"r/a/{n}.mp4")
-    out, in_workers = tmp_path / "m.csv", scan.in_workers
+    out, in_workers, found = tmp_path / "m.csv", scan.in_workers, []
 
     def interrupted(*args):
         for n, done in enumerate(in_workers(*args)):
             if n == 3:
+                found.append(len(scan.read_rows(tmp_path / "m.csv.partial")))
                 raise KeyboardInterrupt
             yield done
     monkeypatch.setattr(scan, "in_workers", interrupted)
+    monkeypatch.setattr(scan, "SAVE_EVERY", save_every)
     with pytest.raises(KeyboardInterrupt):
         scan.scan(tmp_path / "r", out=out)
-    assert not out.exists()
-    with open(f"{out}.partial") as file:
-        assert len(list(csv.DictReader(file))) == 3
+    assert found == [saved] and not out.exists()
+    assert len(scan.read_rows(tmp_path / "m.csv.partial")) == 3
     monkeypatch.setattr(scan, "in_workers", in_workers)
     files_read.clear()
     assert len(scan.scan(tmp_path / "r", out=out)) == 6
     assert len(files_read) == 3
     assert sorted(path.name for path in tmp_path.glob("m.csv*")) == ["m.csv"]
-
-
-def test_a_scan_saves_its_progress(put, tmp_path, monkeypatch):
-    """A killed scan can continue too, because progress is not only saved when Python cleans up."""
-    monkeypatch.setattr(scan, "SAVE_EVERY", 0)
-    writes, write = [], scan.write
-
-    def watched(rows, out):
-        writes.append((Path(out).name, len(rows)))
-        write(rows, out)
-    monkeypatch.setattr(scan, "write", watched)
-    for n in range(3):
-        put(f"r/a/{n}.mp4")
-    scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
-    assert writes == [("m.csv.partial", 1), ("m.csv.partial", 2), ("m.csv.partial", 3),
-                      ("m.csv", 3)]
 
 
 def test_the_number_of_workers_changes_nothing(put, tmp_path):
@@ -206,30 +183,6 @@ def test_duration_with_a_first_time_stamp_above_0(tmp_path, suffix):
     assert abs(scan.scan(tmp_path / "r")[0]["duration"] - 3) < 0.1
 
 
-def music_with_cover(film, target):
-    """Write the sound of a film with a picture as its cover."""
-    with av.open(str(film)) as old, av.open(str(target), "w", format="mp4") as new:
-        sound = new.add_stream_from_template(old.streams.audio[0])
-        cover = new.add_stream("mjpeg", rate=1, width=32, height=32, pix_fmt="yuvj420p")
-        cover.disposition = av.stream.Disposition.attached_pic
-        picture = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 99, np.uint8), "rgb24")
-        new.mux(cover.encode(picture.reformat(format="yuvj420p")) + cover.encode(None))
-        for packet in old.demux(old.streams.audio[0]):
-            if packet.dts is not None:
-                packet.stream = sound
-                new.mux(packet)
-
-
-def film_with_bad_title(target):
-    """Write a film whose title is not UTF-8."""
-    with av.open(str(target), "w") as new:
-        new.metadata["title"] = "XXXX"
-        video = new.add_stream("mpeg4", rate=10, width=36, height=28, pix_fmt="yuv420p")
-        picture = av.VideoFrame.from_ndarray(np.zeros((28, 36, 3), np.uint8), "rgb24")
-        new.mux(video.encode(picture) + video.encode(None))
-    target.write_bytes(target.read_bytes().replace(b"XXXX", b"\xe9\xff\xfe\xe9"))
-
-
 def test_reasons(put, films, tmp_path):
     folder = tmp_path / "r/a"
     put("r/a/fine.mp4")
@@ -238,16 +191,17 @@ def test_reasons(put, films, tmp_path):
     write_text(folder / "text.mp4", "no film")
     (folder / "gone.mp4").symlink_to(tmp_path / "gone")
     remux(films["mp4"], folder / "sound.mp4", keep=("audio",))
-    music_with_cover(films["mp4"], folder / "cover.mov")
-    film_with_bad_title(folder / "title.mp4")
+    remux(films["mp4"], folder / "cover.mp4", keep=("audio",), has_cover=True)
+    titled = remux(films["mp4"], folder / "title.mp4", title="XXXX")
+    titled.write_bytes(titled.read_bytes().replace(b"XXXX", b"\xe9\xff\xfe\xe9"))
     shutil.copy(films["mp4"], os.fsencode(folder) + b"/latin1_\xe9.mp4")
     rows = scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
     assert by_name(rows, "has_audio", "reason") == {
         "fine.mp4": (1, ""), "silent.mp4": (0, ""), "empty.mp4": (0, "empty file"),
         "text.mp4": (0, "cannot be read: Invalid data found when processing input"),
         "gone.mp4": (0, "cannot be read: No such file or directory"),
-        "sound.mp4": (0, "no video stream"), "cover.mov": (0, "no video stream"),
-        "title.mp4": (0, ""), "latin1_\udce9.mp4": (0, "its name is not UTF-8")}
+        "sound.mp4": (0, "no video stream"), "cover.mp4": (0, "no video stream"),
+        "title.mp4": (1, ""), "latin1_\udce9.mp4": (0, "its name is not UTF-8")}
     usable, left_out = read_manifest(tmp_path / "m.csv")
     assert len(usable) == 3 and len(left_out) == 6
 

@@ -3,6 +3,7 @@ small, and survives interruptions."""
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,29 +15,21 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, barcode, make_video, read_barcode
+from conftest import ROOT, barcode, command, make_video, read_barcode
 from data import read_clip, read_manifest
 from prepare import scan, transcode
 from support.reading import begin, open_file, open_streams
 
 
-def film(path, times, time_base=Fraction(1, 90000), size=(180, 136), sound=(), turned=0,
-         codec="libx264"):
+def film(path, times, time_base=Fraction(1, 90000), sound=()):
     """Write a film with a barcode picture at each of the times (s).
 
-    sound: pieces (time at which the piece begins in s, samples at 44.1 kHz). turned: degrees by
-    which a player turns the pictures, counter-clockwise.
+    sound: pieces (time at which the piece begins in s, samples at 44.1 kHz).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_mp4 = path.suffix in (".mp4", ".mov")
-    muxer = {"movie_timescale": "90000", "movflags": "faststart"} if is_mp4 else {}
-    encoder = {"crf": "5", "g": "250"} if codec == "libx264" else {}
+    muxer = {"movie_timescale": "90000"} if path.suffix in (".mp4", ".mov") else {}
     with av.open(str(path), "w", options=muxer) as out:
-        video = out.add_stream(codec, rate=30, width=size[0], height=size[1], pix_fmt="yuv420p",
-                               time_base=time_base, options=encoder)
-        video.bit_rate = 2_000_000
-        if turned:
-            video.set_display_rotation(turned)
+        video = out.add_stream("libx264", rate=30, width=180, height=136, pix_fmt="yuv420p",
+                               time_base=time_base, options={"crf": "5", "g": "250"})
         audio = out.add_stream("pcm_s16le", rate=44100, layout="mono") if sound else None
         for start, wave in sound:
             samples = (wave[None] * 32767).astype(np.int16)
@@ -45,46 +38,12 @@ def film(path, times, time_base=Fraction(1, 90000), size=(180, 136), sound=(), t
             frame.pts = round(start * 44100)
             out.mux(audio.encode(frame))
         for n, t in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(barcode(n, size), "rgb24")
+            frame = av.VideoFrame.from_ndarray(barcode(n, (180, 136)), "rgb24")
             frame.pts, frame.time_base = round(t / time_base), time_base
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
         out.mux(audio.encode(None) if audio else [])
     return path
-
-
-@pytest.mark.parametrize("turned,expected", [(0, 200), (180, 40)])
-def test_a_part_of_the_pictures(tmp_path, turned, expected):
-    """The lower right quarter of the upright picture is kept, and then made smaller."""
-    path = tmp_path / "quarters.mp4"
-    with av.open(str(path), "w") as out:
-        video = out.add_stream("libx264", rate=10, width=128, height=96, pix_fmt="yuv420p")
-        if turned:
-            video.set_display_rotation(turned)
-        quarters = np.kron([[40, 90], [140, 200]], np.ones((48, 64))).astype(np.uint8)
-        for _ in range(10):
-            out.mux(video.encode(av.VideoFrame.from_ndarray(quarters, "gray")))
-        out.mux(video.encode(None))
-    manifest = tmp_path / "m.csv"
-    scan.write([scan.probe((path, "a", "train"))], manifest)
-    line = transcode.run(manifest, tmp_path / "copy", 16, crop=(40, 32, 80, 56), workers=1)
-    assert "1 done" in line
-    with av.open(str(tmp_path / "copy/train/a/quarters.mp4")) as copy:
-        images = [frame.to_ndarray(format="gray") for frame in copy.decode(video=0)]
-    assert len(images) == 10 and images[0].shape == (16, 20)
-    assert np.abs(np.stack(images).astype(float) - expected).max() < 8
-    line = transcode.run(manifest, tmp_path / "other", 16, crop=(40, 32, 100, 56), workers=1)
-    assert "--crop 40:32:100:56 is not within its pictures of 128 x 96 pixels" in line
-    with pytest.raises(ValueError, match="was made with .*choose another folder"):
-        transcode.run(manifest, tmp_path / "copy", 16, workers=1)
-
-
-@pytest.mark.parametrize("text", ["1:2:3", "1:2:3:x", "0:2:3:4", "-1:2:3:4"])
-def test_bad_parts(text, capsys):
-    with pytest.raises(SystemExit) as stop:
-        transcode.parse(["m.csv", "out", f"--crop={text}"])
-    assert stop.value.code == 2
-    assert f"'{text}' is not width:height:x:y in pixels" in capsys.readouterr().err
 
 
 def read_frames(path):
@@ -109,10 +68,10 @@ def read_sound(path):
     return wave
 
 
-def transcode_one(path, tmp_path, short_side=64, gop=15):
+def transcode_one(path, tmp_path, short_side=64, gop=15, crop=None):
     """Transcode one file. Returns the path of its copy and the copy's row."""
     scan.write([scan.probe((path, "a", "train"))], tmp_path / "in.csv")
-    line = transcode.run(tmp_path / "in.csv", tmp_path / "out", short_side, gop, 1)
+    line = transcode.run(tmp_path / "in.csv", tmp_path / "out", short_side, gop, 1, crop)
     assert "1 done" in line, line
     with open(tmp_path / "out" / "manifest.csv") as file:
         [row] = csv.DictReader(file)
@@ -211,8 +170,7 @@ def test_time_0_of_the_copy_is_that_of_its_source(tmp_path, late):
     ((180, 136), 64, 90, (64, 84)), ((180, 136), 64, 180, (84, 64)), ((136, 180), 64, 0, (64, 84))])
 def test_sizes(tmp_path, size, short_side, turned, expected):
     codec = "mpeg4" if size[0] % 2 else "libx264"          # mpeg4 takes odd sizes
-    path = film(tmp_path / "a.mov", np.arange(9) / 30, Fraction(1, 30), size, turned=turned,
-                codec=codec)
+    path = make_video(tmp_path / "a.mov", 0.3, 30, size, None, turned=turned, codec=codec)
     copy, row = transcode_one(path, tmp_path, short_side)
     assert read_frames(copy)[2] == expected == (int(row["width"]), int(row["height"]))
     with av.open(str(path)) as a, av.open(copy) as b:
@@ -232,23 +190,42 @@ def quarters(image):
                      for columns in (slice(w), slice(w, None))])
 
 
-@pytest.mark.parametrize("gop", [1, 8, 15])
-def test_keyframes_are_close_and_sound_is_mono(tmp_path, gop):
-    path = make_video(tmp_path / "a.mp4", 3, 30, (180, 136), layout="stereo", gop=250)
+@pytest.mark.parametrize("turned, expected", [(0, 200), (180, 40)])
+def test_a_part_of_the_pictures(tmp_path, turned, expected):
+    """The lower right quarter of the upright picture is kept, and then made smaller."""
+    path = tmp_path / "quarters.mp4"
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=10, width=128, height=96, pix_fmt="yuv420p")
+        video.set_display_rotation(turned)
+        image = np.kron([[40, 90], [140, 200]], np.ones((48, 64))).astype(np.uint8)
+        for _ in range(10):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(image, "gray")))
+        out.mux(video.encode(None))
+    copy, _ = transcode_one(path, tmp_path, 16, crop=(40, 32, 80, 56))
+    with av.open(copy) as container:
+        images = [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+    assert len(images) == 10 and images[0].shape == (16, 20)
+    assert np.abs(np.stack(images).astype(float) - expected).max() < 8
+    line = transcode.run(tmp_path / "in.csv", tmp_path / "other", 16, crop=(40, 32, 100, 56),
+                         workers=1)
+    assert "--crop 40:32:100:56 is not within its pictures of 128 x 96 pixels" in line
+    with pytest.raises(ValueError, match="was made with .*choose another folder"):
+        transcode.run(tmp_path / "in.csv", tmp_path / "out", 16, workers=1)
+
+
+@pytest.mark.parametrize("gop, source_gop, size", [
+    (1, 250, (180, 136)), (8, 250, (180, 136)), (15, 5, (72, 54))])
+def test_keyframes_are_close_and_sound_is_mono(tmp_path, gop, source_gop, size):
+    """Keyframes of the source are not kept, not even in small pictures, which keep their size."""
+    path = make_video(tmp_path / "a.mp4", 3, 30, size, layout="stereo", gop=source_gop)
     copy, _ = transcode_one(path, tmp_path, gop=gop)
-    keyframes = np.flatnonzero(read_frames(copy)[1] + [True])
-    assert sum(read_frames(path)[1]) <= 2 and np.diff(keyframes).max() == gop
+    distance, source_distance = (np.diff(np.flatnonzero(read_frames(file)[1] + [True])).max()
+                                 for file in (copy, path))
+    assert distance == gop and (source_distance < gop) == (source_gop < gop)
     with av.open(copy) as container:
         [audio] = container.streams.audio
         assert (audio.rate, audio.channels, audio.codec.name) == (24000, 1, "aac")
         assert container.streams.video[0].codec.name == "h264"
-
-
-def test_keyframes_of_the_source_are_not_kept(tmp_path):
-    """The picture is small already, so it is encoded again without being resized."""
-    path = make_video(tmp_path / "a.mp4", 3, 30, (72, 54), gray=lambda t: 100, gop=5)
-    copy, _ = transcode_one(path, tmp_path)
-    assert sum(read_frames(path)[1]) == 18 and sum(read_frames(copy)[1]) == 6
 
 
 def test_silent_files_stay_silent(tmp_path):
@@ -290,36 +267,34 @@ def test_a_second_run_makes_only_missing_and_old_copies(tree, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_no_broken_copy(tmp_path):
-    for n in range(6):
-        make_video(tmp_path / "in" / "a" / f"{n}.mp4", 12, 30, (320, 240),
-                   gray=lambda t: int(40 * t) % 200)
-    scan.write(scan.scan(tmp_path / "in"), tmp_path / "in.csv")
-    command = [sys.executable, "-m", "prepare.transcode", str(tmp_path / "in.csv"),
-               str(tmp_path / "out"), "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True,
-                               stderr=subprocess.DEVNULL)
-    while not any(path.stat().st_size > 0 for path in tmp_path.glob("out/a/*.part")
-                  if path.exists()):
+    film = make_video(tmp_path / "in" / "a" / "0.mp4", 12, 30, (320, 240),
+                      gray=lambda t: int(40 * t) % 200)
+    for n in (1, 2, 3):
+        shutil.copy(film, film.with_name(f"{n}.mp4"))
+    out, listed = tmp_path / "out", tmp_path / "in.csv"
+    scan.write(scan.scan(tmp_path / "in"), listed)
+    words = [sys.executable, "-m", "prepare.transcode", str(listed), str(out), "--workers", "2"]
+    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not any(path.stat().st_size > 0 for path in out.glob("a/*.part") if path.exists()):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert list(tmp_path.glob("out/a/*.part"))
-    assert not (tmp_path / "out" / "manifest.csv").exists()
-    finished = list(tmp_path.glob("out/a/*.mp4"))
+    assert list(out.glob("a/*.part")) and not (out / "manifest.csv").exists()
+    finished = list(out.glob("a/*.mp4"))
     for path in finished:
         assert len(read_frames(path)[0]) == 360
-    assert len(finished) < 6
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert f"{6 - len(finished)} done, {len(finished)} skipped" in again.stdout
-    assert len(list(tmp_path.glob("out/a/*.mp4"))) == 6 and not list(tmp_path.rglob("*.part"))
+    assert len(finished) < 4
+    again = command(transcode, listed, out)
+    assert again[0] == 0 and f"{4 - len(finished)} done, {len(finished)} skipped" in again[1], again
+    assert len(list(out.glob("a/*.mp4"))) == 4 and not list(tmp_path.rglob("*.part"))
 
 
 def test_failures_are_named_and_left_out(tmp_path, capsys):
     folder, out = tmp_path / "in" / "x", tmp_path / "out"
-    for name in "abcd":
-        make_video(folder / f"{name}.mp4", 4, 30, (180, 136))
+    film = make_video(folder / "a.mp4", 4, 30, (180, 136))
+    for name in "bcd":
+        shutil.copy(film, folder / f"{name}.mp4")
     rows = scan.scan(tmp_path / "in")
     rows[3] |= {"reason": "not in the list"}
     scan.write(rows, tmp_path / "in.csv")
@@ -327,7 +302,7 @@ def test_failures_are_named_and_left_out(tmp_path, capsys):
     data = bytearray(broken.read_bytes())
     data[len(data) // 2:len(data) // 2 + 4000] = b"\0" * 4000
     broken.write_bytes(data)
-    cut = film(folder / "c.mp4", np.arange(120) / 30)
+    cut = make_video(folder / "c.mp4", 4, 30, (180, 136), None, muxer={"movflags": "faststart"})
     with av.open(str(cut)) as container:                   # cut between packets: the rest decodes
         length = [packet.pos for packet in container.demux(video=0) if packet.size][60]
     cut.write_bytes(cut.read_bytes()[:length])
@@ -373,30 +348,28 @@ def test_sources_of_one_name_get_their_own_copies(tmp_path):
     assert read_manifest(tmp_path / "out" / "manifest.csv")[0] == copies[::-1]
 
 
-def test_wrong_input_gives_one_sentence(tmp_path):
-    source, out = make_video(tmp_path / "in" / "x" / "a.mp4", 1), tmp_path / "out"
+@pytest.mark.parametrize("name, folder, words", [
+    ("no", "out", "no manifest"), ("none", "out", "has no usable row"),
+    ("good", "in", "overwrite an original"), ("twice", "out", "listed twice"),
+    ("away", "out", "leads out of"), ("own/manifest", "own", "would overwrite")])
+def test_wrong_input_gives_one_sentence(put, tmp_path, name, folder, words):
+    source = put("in/x/a.mp4")
     row, content = scan.probe((source, "x", "")), source.read_bytes()
     manifests = {"good": [row], "none": [row | {"reason": "no"}], "twice": [row, row],
-                 "away": [row | {"label": "../../x"}], "own/manifest": [row]}
-    for name, rows in manifests.items():
-        scan.write(rows, tmp_path / f"{name}.csv")
-    for name, folder, words in (
-            ("no", out, "no manifest"), ("none", out, "no usable row"),
-            ("good", tmp_path / "in", "overwrite an original"), ("twice", out, "listed twice"),
-            ("away", out, "leads out of"), ("own/manifest", tmp_path / "own", "would overwrite")):
-        with pytest.raises(ValueError, match=words):
-            transcode.run(tmp_path / f"{name}.csv", folder)
-    assert not out.exists() and source.read_bytes() == content
-    command = [sys.executable, "-m", "prepare.transcode", str(tmp_path / "none.csv"), str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ") and "has no usable row" in done.stderr
+                 "away": [row | {"label": "../../x"}], "own/manifest": [row], "no": []}
+    if manifests[name]:
+        scan.write(manifests[name], tmp_path / f"{name}.csv")
+    status, stdout, stderr = command(transcode, tmp_path / f"{name}.csv", tmp_path / folder)
+    assert (status, stdout) == (1, "") and stderr.count("\n") == 1
+    assert stderr.startswith("error: ") and words in stderr
+    assert not (tmp_path / "out").exists() and source.read_bytes() == content
 
 
-@pytest.mark.parametrize("flag, value", [("--short-side", "15"), ("--gop", "0"),
-                                         ("--workers", "0")])
-def test_bounds(capsys, flag, value):
-    with pytest.raises(SystemExit) as stop:
-        transcode.parse(["in.csv", "out", flag, value])
-    assert stop.value.code == 2
-    assert f"argument {flag}: '{value}' is not a whole number of " in capsys.readouterr().err
+@pytest.mark.parametrize("flag, value, words", [
+    ("--short-side", "15", "whole number of "), ("--gop", "0", "whole number of "),
+    ("--workers", "0", "whole number of "),
+    *[("--crop", value, "width:height:x:y in pixels")
+      for value in ("1:2:3", "1:2:3:x", "0:2:3:4", "-1:2:3:4")]])
+def test_flags_out_of_bounds(flag, value, words):
+    status, _, stderr = command(transcode, "in.csv", "out", f"{flag}={value}")
+    assert status == 2 and f"argument {flag}: '{value}' is not " in stderr and words in stderr

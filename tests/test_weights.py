@@ -5,14 +5,13 @@ import argparse
 import json
 import math
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import run_here
+from conftest import command, run_here
 from test_augment import tone
 from test_checkpoints import Bomb
 from torch import nn
@@ -102,17 +101,6 @@ def save(tensors, path, wrapper="model", prefix="", zipped=True):
     return path
 
 
-def command(monkeypatch, capsys, *args):
-    """Run prepare.weights in this process. Returns (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["prepare.weights", *map(str, args)])
-    try:
-        weights.main()
-    except SystemExit as stop:
-        status, message = (1, f"{stop.code}\n") if isinstance(stop.code, str) else (stop.code, "")
-        return status, capsys.readouterr().out, message
-    return 0, *capsys.readouterr()
-
-
 @pytest.fixture(scope="module")
 def converted(gdt, tmp_path_factory):
     """GDT's checkpoint.pt of this project."""
@@ -123,11 +111,11 @@ def converted(gdt, tmp_path_factory):
 
 @pytest.mark.parametrize("wrapper, prefix, zipped", [
     ("model", "", True), ("state_dict", "module.", False), (None, "module.", True)])
-def test_gdt_gives_the_same_outputs(gdt, tmp_path, monkeypatch, capsys, wrapper, prefix, zipped):
+def test_gdt_gives_the_same_outputs(gdt, tmp_path, monkeypatch, wrapper, prefix, zipped):
     """The file is of the earlier format of torch.save too, which GDT's torch 1.3.1 wrote."""
     file = save(gdt.state_dict(), tmp_path / "gdt_K400.pth", wrapper, prefix, zipped)
     monkeypatch.chdir(tmp_path)
-    status, stdout, _ = command(monkeypatch, capsys, "gdt", file)
+    status, stdout, _ = command(weights, "gdt", file)
     assert (status, stdout) == (0, "gdt/checkpoint.pt: 312 tensors of GDT\n")
     assert os.listdir("gdt") == ["checkpoint.pt"]         # no temporary file is left
     model, settings = load_svaclr("gdt/checkpoint.pt", SvaCLR)
@@ -156,7 +144,7 @@ def with_settings(checkpoint, path, **settings):
     return path
 
 
-def test_retrieval_measures_gdt_with_its_sound_input(converted, tree, tmp_path, monkeypatch):
+def test_scripts_take_gdt_with_its_sound_input(converted, tree, tmp_path, monkeypatch):
     """At 0.5 s GDT's input has 49 spectrogram frames, and the log-mel has 51."""
     shapes, load = set(), retrieval.load_svaclr
 
@@ -180,16 +168,13 @@ def test_retrieval_measures_gdt_with_its_sound_input(converted, tree, tmp_path, 
         figures.main(["method", *flags])
     assert error.value.code == (f"error: {path} holds weights of GDT, which has no lambda to draw: "
                                 "give a checkpoint.pt of pretrain.py")
-
-
-def test_finetune_takes_gdt(converted, tree, tmp_path):
     assert run_here(finetune, "--data", tree, "--checkpoint", converted, "--linear", "--out",
                     tmp_path, "--frames", "2", "--fps", "4", "--size", "16", "--train-clips", "1",
                     "--test-clips", "1") == 0
     assert "video top-1" in (tmp_path / "results.json").read_text()
 
 
-def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, monkeypatch, capsys):
+def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, capsys):
     """Its ten heads predict clusters, so they are dropped, and retrieval refuses the result."""
     tensors = {name: x for name, x in gdt.state_dict().items() if not name.startswith("mlp")}
     for n in range(10):
@@ -198,7 +183,7 @@ def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, monkeypatch, capsys):
             tensors |= {f"mlp_{modality}{n}.{name}": x for name, x in head.items()}
     file = save(tensors, tmp_path / "selavi_vgg_sound_150.pth", "model", "module.")
     out = tmp_path / "checkpoint.pt"
-    status, stdout, _ = command(monkeypatch, capsys, "selavi", file, "--out", out)
+    status, stdout, _ = command(weights, "selavi", file, "--out", out)
     assert (status, stdout) == (0, f"{out}: 294 tensors of SeLaVi\n")
     last = load_encoder(out, video_encoder(), "r2plus1d_18").layer4[1].conv2[0][3].weight
     assert last.equal(gdt.video_network.base.layer4[1].conv2[0][3].weight)
@@ -233,10 +218,10 @@ def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, monkeypatch, capsys):
     ("gdt", ["conv1.weight", "bn1.weight", "bn1.bias", "fc.bias"],
      "is of an unknown model, its first tensors are conv1.weight, bn1.weight, bn1.bias: give a "
      "file of GDT")])
-def test_other_models_are_refused(tmp_path, monkeypatch, capsys, peer, names, sentence):
+def test_other_models_are_refused(tmp_path, peer, names, sentence):
     file = save({name: torch.zeros(1) for name in names}, tmp_path / "file.pth")
     out = tmp_path / "new" / "checkpoint.pt"
-    found = command(monkeypatch, capsys, peer, file, "--out", out)
+    found = command(weights, peer, file, "--out", out)
     assert found == (1, "", f"error: {file} {sentence}\n")
     assert not out.parent.exists()
 
@@ -260,7 +245,7 @@ def test_tensors_that_do_not_fit(gdt, tmp_path):
         "another shape 1 tensors (mlp_v.block_forward.8.weight)")
 
 
-def test_files_that_cannot_be_read_or_written(gdt, tmp_path, monkeypatch, capsys):
+def test_files_that_cannot_be_read_or_written(gdt, tmp_path):
     good = save({"video_network.base.stem.0.weight": torch.zeros(1)}, tmp_path / "good.pth")
     (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:700])
     torch.save({"model": {}, "args": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pth")
@@ -272,7 +257,7 @@ def test_files_that_cannot_be_read_or_written(gdt, tmp_path, monkeypatch, capsys
             ("gone.pth", "error: no file {}: docs/data.md says where the published weights are"),
             ("cut.pth", unreadable), ("bomb.pth", unreadable),
             ("numbers.pth", "error: {} does not hold named tensors: give a file of GDT or SeLaVi")):
-        found = command(monkeypatch, capsys, "gdt", tmp_path / name, "--out", out)
+        found = command(weights, "gdt", tmp_path / name, "--out", out)
         assert found == (1, "", sentence.format(tmp_path / name) + "\n")
     assert not (tmp_path / "exploded").exists() and not out.parent.exists()
     file = save(gdt.state_dict(), tmp_path / "gdt.pth")
@@ -280,7 +265,7 @@ def test_files_that_cannot_be_read_or_written(gdt, tmp_path, monkeypatch, capsys
             (good, "exists already: give another, or delete it first"),
             (good / "checkpoint.pt", "cannot be written (File exists): give another")):
         content = good.read_bytes()
-        found = command(monkeypatch, capsys, "gdt", file, "--out", out)
+        found = command(weights, "gdt", file, "--out", out)
         assert found == (1, "", f"error: --out {out} {sentence}\n")
         assert good.read_bytes() == content
 
