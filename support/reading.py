@@ -45,9 +45,8 @@ UNORDERED = {"avi", "asf"}              # these containers do not store when a p
 # These decoders let skip_frame change in mid-stream.
 SKIPS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video"}
 UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
-# Each pixel is the mean of the area below it, or interpolated if the picture is enlarged. Without
-# the other flags swscale takes faster ways at even widths and at the size of the film, which darken
-# the pictures by up to 2 levels and blur their colours.
+# Without the flags beside AREA swscale takes faster ways at even widths and at the film's own size,
+# which darken the pictures by up to 2 levels and blur their colours.
 EXACT = int(Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND)
 # Sound decoders that are right after 0.2 s. Bit reservoirs and filters with memory need 1 s.
 QUICK = re.compile("aac|e?ac3|alac|flac|mp2|(lib)?opus|(lib)?vorbis|wmav[12]|pcm_.*")
@@ -108,12 +107,8 @@ def open_streams(container, sound=True):
 def begin(stream):
     """Return the time of the stream's first picture or sample, on the container's clock."""
     start = (stream.start_time or 0) * float(stream.time_base)
-    return max(0.0, start) if has_hidden_beginning(stream.container) else start
-
-
-def has_hidden_beginning(container):
-    """Return whether an edit list hides what comes before time 0 (see open_file)."""
-    return "advanced_editlist" in container.options
+    # With this option of open_file, an edit list hides what comes before time 0.
+    return max(0.0, start) if "advanced_editlist" in stream.container.options else start
 
 
 def end(container, stream):
@@ -123,7 +118,7 @@ def end(container, stream):
     no header tells it.
     """
     kind = container.format.name
-    if kind == "asf" or kind in JOINABLE or has_hidden_beginning(container):
+    if kind == "asf" or kind in JOINABLE or "advanced_editlist" in container.options:
         return None
     if stream.duration:
         return begin(stream) + stream.duration * float(stream.time_base)
@@ -485,7 +480,7 @@ class Clip:
         elif not self.sort and any(packet.pts is None for packet in self.pictures):
             self.sort = True
         else:
-            return self.finish_or_retry(fresh, *self.decode())
+            return self.decode(fresh)
         return None
 
     def seek(self, time):
@@ -562,12 +557,10 @@ class Clip:
         """Return whether an edit list hides a picture, which is decoded but never shown."""
         return packet.is_discard or packet.pts is not None and packet.pts < self.first - 0.5
 
-    def decode(self):
-        """Decode the packets of the clip, and return (images, wave, missing, damaged, fault).
+    def decode(self, fresh):
+        """Decode the packets. Return what `read` returns, or None after preparing another attempt.
 
-        images: a list of arrays (H, W, 3). wave: (samples,), or None if no sound decodes. missing:
-        the stamps of the wanted pictures that did not come out. damaged: the times of the damage
-        that matters. fault: see `decode_wanted` and `decode_all`.
+        Raises ValueError if no other attempt can help.
         """
         decode_pictures = self.decode_all if self.sort else self.decode_wanted
         start, damaged_sound = self.wanted[0], Damage()
@@ -582,27 +575,21 @@ class Clip:
             if not damaged and not missing:
                 break
             self.video.codec_context.flush_buffers()
-        wave, place = np.zeros(self.samples, np.float32), None
+        wave, heard = np.zeros(self.samples, np.float32), self.audio is None
         if self.audio is not None:
             for place, samples in place_sound(self.audio, self.sound, damaged_sound):
-                place = round(place - start * RATE)             # in the wave
+                heard, place = True, round(place - start * RATE)            # place in the wave
                 insert(samples, wave, place)
                 if place + len(samples) >= len(wave):
                     break
-        heard = damaged_sound.inside() if self.ended else damaged_sound
-        damaged += [time for time in heard if start <= time < self.stop]
-        return images, wave, missing, damaged, fault
-
-    def finish_or_retry(self, fresh, images, wave, missing, damaged, fault):
-        """Return what `read` returns, or None after preparing another attempt.
-
-        Raises ValueError if no other attempt can help.
-        """
-        complete, begun = images and wave is not None, self.pictures[0].pts
+        damaged += [time for time in (damaged_sound.inside() if self.ended else damaged_sound)
+                    if start <= time < self.stop]
+        complete = images and heard
         if complete and not missing and not damaged and (not fault or fresh and fault != "order"):
             return images, wave
         # If two attempts from different packets have the same trouble, or if one attempt from the
         # file's first packet on has it, the trouble is in the file.
+        begun = self.pictures[0].pts
         again = self.trouble and self.trouble[0] != begun and self.trouble[1:] == (missing, damaged)
         self.trouble = begun, missing, damaged
         if fault == "order":
@@ -620,9 +607,9 @@ class Clip:
     def decode_wanted(self, pictures, damaged):
         """Choose the wanted pictures by the stamps of their packets, and decode up to the last one.
 
-        Returns a list of arrays, the set of the stamps that did not come out, and a fault: "key" if
-        the first packet did not come out as a keyframe, "order" if the frames came in another order
-        than their stamps, else "".
+        Returns a list of arrays (H, W, 3), the set of the stamps that did not come out, and a
+        fault: "key" if the first packet did not come out as a keyframe, "order" if the frames came
+        in another order than their stamps, else "".
         """
         context, images, before, fault = self.video.codec_context, {}, -np.inf, "key"
         stamps = sorted({packet.pts for packet in pictures if not self.is_hidden(packet)})
@@ -631,23 +618,18 @@ class Clip:
         chosen = [stamps[bisect_right(middles, time / self.tick)] for time in self.wanted]
         missing = set(chosen)
         last = max(n for n, packet in enumerate(pictures) if packet.pts in missing)
-
-        def packets():
-            for packet in pictures[:last + 1]:
-                if context.name in SKIPS:               # skip what no other picture refers to
-                    context.skip_frame = "DEFAULT" if packet.pts in missing else "NONREF"
-                yield packet
-            yield None
-
-        for frame in decode(self.video, packets(), damaged):
-            if frame.pts is None or frame.pts < before:
-                return [], set(), "order"
-            before = frame.pts
-            if frame.pts == pictures[0].pts and frame.key_frame:
-                fault = ""
-            if frame.pts in missing and not frame.is_corrupt:
-                images[frame.pts] = self.convert(frame)
-                missing.discard(frame.pts)
+        for packet in [*pictures[:last + 1], None]:
+            if packet and context.name in SKIPS:        # skip what no other picture refers to
+                context.skip_frame = "DEFAULT" if packet.pts in missing else "NONREF"
+            for frame in decode(self.video, [packet], damaged):
+                if frame.pts is None or frame.pts < before:
+                    return [], set(), "order"
+                before = frame.pts
+                if frame.pts == pictures[0].pts and frame.key_frame:
+                    fault = ""
+                if frame.pts in missing and not frame.is_corrupt:
+                    images[frame.pts] = self.convert(frame)
+                    missing.discard(frame.pts)
         return [images.get(stamp) for stamp in chosen], missing, fault
 
     def decode_all(self, pictures, damaged):
