@@ -618,18 +618,24 @@ class Clip:
         chosen = [stamps[bisect_right(middles, time / self.tick)] for time in self.wanted]
         missing = set(chosen)
         last = max(n for n, packet in enumerate(pictures) if packet.pts in missing)
-        for packet in [*pictures[:last + 1], None]:
-            if packet and context.name in SKIPS:        # skip what no other picture refers to
-                context.skip_frame = "DEFAULT" if packet.pts in missing else "NONREF"
-            for frame in decode(self.video, [packet], damaged):
-                if frame.pts is None or frame.pts < before:
-                    return [], set(), "order"
-                before = frame.pts
-                if frame.pts == pictures[0].pts and frame.key_frame:
-                    fault = ""
-                if frame.pts in missing and not frame.is_corrupt:
-                    images[frame.pts] = self.convert(frame)
-                    missing.discard(frame.pts)
+        skips = context.name in SKIPS
+
+        def packets():
+            for packet in pictures[:last + 1]:
+                if skips:                               # skip what no other picture refers to
+                    context.skip_frame = "DEFAULT" if packet.pts in missing else "NONREF"
+                yield packet
+            yield None
+
+        for frame in decode(self.video, packets(), damaged):
+            if frame.pts is None or frame.pts < before:
+                return [], set(), "order"
+            before = frame.pts
+            if frame.pts == pictures[0].pts and frame.key_frame:
+                fault = ""
+            if frame.pts in missing and not frame.is_corrupt:
+                images[frame.pts] = self.convert(frame)
+                missing.discard(frame.pts)
         return [images.get(stamp) for stamp in chosen], missing, fault
 
     def decode_all(self, pictures, damaged):
