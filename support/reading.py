@@ -7,18 +7,13 @@ stretched to square pixels as a player shows it. Time 0 is the time at which the
 if sound is read too, at which both have begun. `read` refuses a file that it cannot read exactly;
 it never approximates.
 
-This module alone decides when a stream begins (`begin`) and ends (`end`), whether its time stamps
-run on (`StampCheck`), how early a decoder of sound must begin (`lead_in`), and where each sample
-lies (`place_sound`).
-
 How `read` works:
 1. Open the file, and seek to a keyframe before the clip.
 2. Collect the packets from this keyframe to the end of the clip, without decoding them.
 3. Choose the wanted pictures by the time stamps of their packets.
 4. Decode from the keyframe to the last wanted picture.
 If the seek came too late, or if a wanted picture did not come out, `read` opens the file again and
-begins earlier. The last resort is to decode from the file's first packet on without a seek, which
-is always right.
+begins earlier. To decode from the file's first packet on, without a seek, is always right.
 
 A packet is compressed, a frame is decoded. A time stamp, in short a stamp, counts the ticks of its
 stream; all other times are in s. `damaged` is always a Damage, to which a function adds the times
@@ -28,6 +23,7 @@ of the packets that it could not decode.
 import re
 from bisect import bisect_right
 from collections import deque
+from contextlib import suppress
 from heapq import heappop, heappush
 from itertools import accumulate, chain
 from statistics import median
@@ -43,18 +39,20 @@ ROUGH_SEAM = 0.1                        # s; the same in asf, which stamps packe
 SLACK = {"video": 0.1, "audio": 0.25}   # s by which stamps may go back, as where sound changes
 JUMP = 10                               # s; a larger gap in JOINABLE is a jump of the stamps
 JOINABLE = {"mpegts", "mpeg"}           # files that stay files if others are appended to them
-REORDER = {"h264": 16, "hevc": 16}      # pictures that a decoder may hold back; others: 4
+# Pictures that a decoder may hold back to put them in the order of display; the others hold 4.
+REORDER = {"h264": 16, "hevc": 16}
 UNORDERED = {"avi", "asf"}              # these containers do not store when a picture is shown
 # These decoders let skip_frame change in mid-stream.
 SKIPS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video"}
 UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
-# Each pixel is the mean of the area below it, or interpolated if the picture is enlarged. Without
-# the other flags swscale takes faster ways at even widths and at the size of the film, which darken
-# the pictures by up to 2 levels and blur their colours.
+# Without the flags beside AREA swscale takes faster ways at even widths and at the film's own size,
+# which darken the pictures by up to 2 levels and blur their colours.
 EXACT = int(Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND)
 # Sound decoders that are right after 0.2 s. Bit reservoirs and filters with memory need 1 s.
 QUICK = re.compile("aac|e?ac3|alac|flac|mp2|(lib)?opus|(lib)?vorbis|wmav[12]|pcm_.*")
 
+# frame.side_data raises ValueError if PyAV does not know a type in it, such as EXIF, so name these.
+Type._missing_ = classmethod(lambda cls, value: cls.SEI_UNREGISTERED)
 # glibc returns freed memory to the system above a limit, which grows with the largest block that
 # was freed. Without this block it would return the pictures of each clip and fetch them again.
 np.empty(16 << 20, np.uint8)
@@ -109,12 +107,8 @@ def open_streams(container, sound=True):
 def begin(stream):
     """Return the time of the stream's first picture or sample, on the container's clock."""
     start = (stream.start_time or 0) * float(stream.time_base)
-    return max(0.0, start) if has_hidden_beginning(stream.container) else start
-
-
-def has_hidden_beginning(container):
-    """Return whether an edit list hides what comes before time 0 (see open_file)."""
-    return "advanced_editlist" in container.options
+    # With this option of open_file, an edit list hides what comes before time 0.
+    return max(0.0, start) if "advanced_editlist" in stream.container.options else start
 
 
 def end(container, stream):
@@ -124,7 +118,7 @@ def end(container, stream):
     no header tells it.
     """
     kind = container.format.name
-    if kind == "asf" or kind in JOINABLE or has_hidden_beginning(container):
+    if kind == "asf" or kind in JOINABLE or "advanced_editlist" in container.options:
         return None
     if stream.duration:
         return begin(stream) + stream.duration * float(stream.time_base)
@@ -138,10 +132,8 @@ def end(container, stream):
 
 def demux(container, streams):
     """Yield the packets of the streams up to the end of the file."""
-    try:
+    with suppress(IndexError):      # raised at the end if a stream has appeared in mid-file (FLV)
         yield from container.demux(streams)
-    except IndexError:      # PyAV raises it at the end if a stream has appeared in mid-file (FLV)
-        return
 
 
 class Damage(list):
@@ -170,7 +162,7 @@ class StampCheck:
 
     def __init__(self, stream):
         self.kind, self.tick = stream.type, float(stream.time_base)
-        self.joinable = stream.container.format.name in JOINABLE
+        self.jump = JUMP if stream.container.format.name in JOINABLE else np.inf
         self.begun, self.latest = False, None           # latest: the latest time so far, s
 
     def check(self, packet):
@@ -182,15 +174,14 @@ class StampCheck:
         if inner and not self.begun and packet.size:
             raise ValueError("its pictures begin without a keyframe: cut off what lies before one")
         self.begun = True
-        if packet.pts is None:
-            return packet
-        time = packet.pts * self.tick
-        latest = time if self.latest is None else self.latest
-        back = time < latest - SLACK[self.kind] and not inner       # B-frames go back always
-        if back or self.joinable and time > latest + JUMP:
-            raise ValueError(f"its time stamps go from {latest:.2f} to {time:.2f} s, as in joined "
-                             "recordings: split it there")
-        self.latest = max(latest, time)
+        if packet.pts is not None:
+            time = packet.pts * self.tick
+            latest = time if self.latest is None else self.latest
+            back = time < latest - SLACK[self.kind] and not inner       # B-frames go back always
+            if back or time > latest + self.jump:
+                raise ValueError(f"its time stamps go from {latest:.2f} to {time:.2f} s, as in "
+                                 "joined recordings: split it there")
+            self.latest = max(latest, time)
         return packet
 
 
@@ -201,7 +192,7 @@ def decode(stream, packets, damaged):
         try:
             if packet is not None and packet.size:
                 damaged.last = packet.pts
-                if packet.is_corrupt and stream.container.format.name not in ("mpegts", "mpeg"):
+                if packet.is_corrupt and stream.container.format.name not in JOINABLE:
                     # The file ends within the packet, which not all decoders notice. In MPEG-TS and
                     # MPEG-PS the flag is about larger pieces, most of whose packets are whole.
                     raise av.error.InvalidDataError(0, "cut off")
@@ -220,15 +211,9 @@ def padded(packet):
     the picture for damaged, and draws over good parts of it. What is really cut off is still found.
     """
     copy = av.Packet(bytes(packet) + b"\0")
-    copy.stream, copy.is_keyframe, copy.time_base = (packet.stream, packet.is_keyframe,
-                                                     packet.time_base)
-    copy.pts, copy.dts, copy.duration = packet.pts, packet.dts, packet.duration
+    for name in ("stream", "is_keyframe", "time_base", "pts", "dts", "duration"):
+        setattr(copy, name, getattr(packet, name))
     return copy
-
-
-def held_back(video):
-    """Return how many pictures the decoder may hold back to put them in the order of display."""
-    return REORDER.get(video.codec_context.name, 4)
 
 
 def in_order(video, packets, damaged):
@@ -237,7 +222,7 @@ def in_order(video, packets, damaged):
     A decoder returns the frames in this order, but their stamps may be out of order (UNORDERED),
     so each frame gets the smallest stamp that is left. Raises ValueError if a frame has no stamp.
     """
-    waiting, stamps, depth = deque(), [], held_back(video)
+    waiting, stamps, depth = deque(), [], REORDER.get(video.codec_context.name, 4)
     for frame in decode(video, packets, damaged):
         if frame.pts is None:
             raise ValueError("its pictures have no time stamps")
@@ -249,34 +234,17 @@ def in_order(video, packets, damaged):
         yield heappop(stamps), waiting.popleft()
 
 
-@classmethod
-def unnamed(cls, value):
-    """Return a member of Type for a type of side data that PyAV does not know, such as EXIF."""
-    member = object.__new__(cls)
-    member._name_, member._value_ = str(value), value
-    return member
-
-
-Type._missing_ = unnamed                # else frame.side_data raises ValueError on such a frame
-
-
-def display_matrix(frame):
-    """Return (a, b, c, d): a player moves pixel (x, y) to (a x + c y, b x + d y) / 65536."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return UPRIGHT
-    return tuple(np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]].tolist())
-
-
 def turns(matrix):
-    """Return three booleans of the display matrix (a, b, c, d): whether a player exchanges x and y,
-    and whether it then reverses y and x."""
+    """Return three booleans: whether a player exchanges x and y, and then reverses y and x.
+
+    matrix: the display matrix (a, b, c, d). It moves pixel (x, y) to (ax + cy, bx + dy) / 65536.
+    """
     a, b, c, d = matrix
     return (True, b < 0, c < 0) if abs(b) > abs(a) else (False, d < 0, a < 0)
 
 
 def upright(image, matrix):
-    """Return the pixels (H, W, ...) turned and mirrored by the display matrix (a, b, c, d)."""
+    """Return the pixels (H, W, ...) turned and mirrored by the display matrix."""
     turned, reverse_y, reverse_x = turns(matrix)
     image = image.swapaxes(0, 1) if turned else image
     return image[::-1 if reverse_y else 1, ::-1 if reverse_x else 1]
@@ -285,10 +253,8 @@ def upright(image, matrix):
 class Shape:
     """Checks that all frames of a stream have the shape of the first: a clip has one shape."""
 
-    first = None
-
     def __init__(self, stream):
-        self.stream = stream
+        self.stream, self.first = stream, None
 
     def check(self, frame):
         """Raise ValueError if the frame is turned in another way than the first frame, if its
@@ -338,7 +304,9 @@ class Cutter:
         """Find the window in frames of the kind of this one, and prepare a frame for its pixels."""
         copy = self.unpack.reformat(frame, 16, 16, "gray", interpolation="POINT", threads=1)
         # ask the copy, because PyAV would keep `frame` in memory if it were asked for its matrix
-        self.matrix = self.matrix or display_matrix(copy)
+        matrix = copy.side_data.get("DISPLAYMATRIX")
+        matrix = UPRIGHT if matrix is None else np.frombuffer(matrix, np.int32)[[0, 1, 3, 4]]
+        self.matrix = self.matrix or tuple(map(int, matrix))
         W, H, form = frame.width, frame.height, frame.format
         wide = W * float(self.video.sample_aspect_ratio or 1)
         turned, reverse_y, reverse_x = turns(self.matrix)
@@ -420,11 +388,10 @@ class MonoResampler:
         """Put a frame, or None at the end, into the graph, and return what comes out."""
         self.graph.push(frame)
         pieces = []
-        try:
+        with suppress(BlockingIOError, EOFError):       # it needs more frames, or it is empty
             while True:
                 pieces.append(self.graph.pull())
-        except (BlockingIOError, EOFError):             # it needs more frames, or it is empty
-            return pieces
+        return pieces
 
 
 # ---- one clip
@@ -445,11 +412,11 @@ def read(path, times, samples=0, size=160, window=None):
         A list with an array (H, W, 3) uint8 for each time, and the sound (samples,) float32.
         Raises ValueError, OSError or av.error.FFmpegError if the file does not give them exactly.
     """
-    reader, clip = Reader(times, samples, size, window), None
-    while clip is None:
+    clip, result = Clip(times, samples, size, window), None
+    while result is None:
         with open_file(path) as container:
-            clip = reader.attempt(container)
-    return clip
+            result = clip.attempt(container)
+    return result
 
 
 def read_sound(path):
@@ -468,19 +435,17 @@ def read_sound(path):
         pieces = [(round(place), wave) for place, wave in place_sound(audio, packets, damaged)]
         if not pieces:
             raise ValueError("no sound decodes")
-        start = pieces[0][0]
-        wave = np.zeros(max(place + len(samples) for place, samples in pieces) - start, np.float32)
-        for place, samples in pieces:
-            wave[place - start:place - start + len(samples)] = samples
+        start, stop = pieces[0][0], max(place + len(samples) for place, samples in pieces)
         if "mp4" in container.format.name:              # its edit list cuts off what encoders add
-            first, last = begin(audio), end(container, audio) or np.inf
-            wave = wave[max(0, round(first * RATE) - start):]
-            start = max(start, round(first * RATE))
-            wave = wave[:round(min((last * RATE) - start, len(wave)))]
-        return wave, [time - start / RATE for time in damaged.inside()]
+            start = max(start, round(begin(audio) * RATE))
+            stop = min(stop, round((end(container, audio) or stop / RATE) * RATE))
+    wave = np.zeros(max(0, stop - start), np.float32)
+    for place, samples in pieces:
+        insert(samples, wave, place - start)
+    return wave, [time - start / RATE for time in damaged.inside()]
 
 
-class Reader:
+class Clip:
     """Reads one clip in attempts. After a failed attempt the next one begins earlier."""
 
     def __init__(self, times, samples, size, window):
@@ -492,68 +457,208 @@ class Reader:
 
     def attempt(self, container):
         """Return what `read` returns, or None if another attempt is needed."""
-        clip = Clip(container, self.times, self.samples)
-        kind = container.format.name
-        self.sort = self.sort or kind in UNORDERED and clip.video.codec_context.has_b_frames
+        self.container, kind = container, container.format.name
+        self.video, self.audio = open_streams(container, sound=self.samples > 0)
+        self.streams = [stream for stream in (self.video, self.audio) if stream is not None]
+        self.tick = float(self.video.time_base)         # s
+        self.first = begin(self.video) / self.tick      # the first stamp that is not hidden
+        self.zero = max(map(begin, self.streams))       # by the container's clock, as what follows
+        self.wanted = [self.zero + time for time in self.times]     # times of the wanted pictures
+        self.stop = self.wanted[0] + self.samples / RATE            # end of the sound
+        self.convert = Converter(self.video, self.size, self.window)
+        self.sort = self.sort or kind in UNORDERED and self.video.codec_context.has_b_frames
         if self.sort or kind == "mpeg":                 # the first stamps after a seek are wrong
             self.early = max(1.0, self.early)
-        self.back = max(clip.lead, self.back)
-        first = clip.wanted[0] - self.early             # decode from a keyframe not after this time
-        fresh = first - self.back <= begin(clip.video)      # read from the file's first packet on
-        if not fresh and not seek(container, clip.video, first - self.back):
+        self.lead = lead_in(self.audio)
+        self.back = max(self.lead, self.back)
+        first = self.wanted[0] - self.early             # decode from a keyframe not after this time
+        fresh = first - self.back <= begin(self.video)      # read from the file's first packet on
+        if not fresh and not self.seek(first - self.back):
             self.back = np.inf
-            return None
-        packets = collect(clip, first, fresh, self.sort)
-        if packets is None:                             # the seek came too late
+        elif not self.collect(first, fresh):            # the seek came too late
             self.back = max(1.0, 2 * self.back)
-            return None
-        if not self.sort and any(packet.pts is None for packet in packets[0]):
+        elif not self.sort and any(packet.pts is None for packet in self.pictures):
             self.sort = True
-            return None
-        convert = Converter(clip.video, self.size, self.window)
-        result = decode_clip(clip, *packets, convert, self.sort)
-        return self.finish_or_retry(clip, result, packets[0][0].pts, fresh)
+        else:
+            return self.decode(fresh)
+        return None
 
-    def finish_or_retry(self, clip, result, begun, fresh):
-        """Return what `read` returns, or None after preparing another attempt.
+    def seek(self, time):
+        """Seek to the last keyframe before `time` by the index. Return whether that was possible.
 
-        begun is the stamp of the first packet. Raises ValueError if no other attempt can help.
+        Raises ValueError if the file's first picture is no keyframe.
         """
-        images, wave, missing, damaged, fault = result
-        if images and wave is not None and not missing and not damaged:
-            if not fault or fresh and fault != "order":
-                return images, wave
+        first = StampCheck(self.video).check(next(demux(self.container, self.video)))
+        if re.search("pal8|444", self.video.codec_context.pix_fmt or ""):
+            # only the first packet has the palette, or the version of x264, that the decoder needs
+            list(decode(self.video, [first], Damage()))
+        with suppress(av.error.FFmpegError):
+            self.container.seek(int(time // self.tick), stream=self.video)
+            return True
+        return False
+
+    def collect(self, first, fresh):
+        """Collect the packets, `pictures` and `sound`. Return False if the seek came too late.
+
+        The packets of the pictures reach from the last keyframe not after the time `first` to as
+        many pictures behind the last wanted time as the decoder may hold back. Those of the sound
+        reach from `lead` before the first wanted time to the end of the clip. Raises ValueError
+        if the file ends within the clip, and more than 1 s earlier than its header says, or if its
+        stamps do not run on.
+        """
+        video, audio, wanted = self.video, self.audio, self.wanted
+        self.pictures, self.sound = pictures, sound = [], []
+        self.ended, first_sound = False, np.inf     # ended: these packets are the last of the file
+        begin_sound = wanted[0] - self.lead
+        behind, enough = 0, REORDER.get(video.codec_context.name, 4)    # behind the last wanted
+        checks = {stream: StampCheck(stream) for stream in self.streams}
+        reached = dict.fromkeys(self.streams, -np.inf)      # where the packets so far end, s
+        for packet in demux(self.container, self.streams):
+            if not packet.size:                 # PyAV ends each stream with an empty packet
+                continue
+            stream, tick = packet.stream, checks[packet.stream].tick
+            # No comparison holds for nan, so a packet without a stamp changes none of these times.
+            time = np.nan if packet.pts is None else packet.pts * tick
+            reached[stream] = max(reached[stream], time + (packet.duration or 0) * tick)
+            if stream is audio:
+                checks[stream].check(packet)
+                first_sound = min(first_sound, time)
+                if packet.pts is None or reached[stream] >= begin_sound:
+                    sound.append(packet)
+                if behind >= enough and time > self.stop + 0.1:
+                    break                       # 0.1 s: decoder and resampler hold back
+            elif behind < enough and (pictures or fresh or packet.is_keyframe):
+                checks[stream].check(packet)
+                if packet.is_keyframe and not fresh:
+                    if time > first and not pictures:
+                        return False
+                    if time <= first and not self.sort:     # the packets so far are not needed
+                        pictures.clear()
+                pictures.append(packet)
+                behind += time > wanted[-1]
+                if behind >= enough and audio is None:
+                    break
+        else:
+            self.ended = True
+        late = audio is not None and first_sound > max(begin(audio), begin_sound) + 1e-3
+        nothing = all(map(self.is_hidden, pictures))
+        if not fresh and (late or nothing):
+            return False
+        if nothing:
+            raise ValueError("no picture decodes")
+        for stream, last in zip(self.streams, (wanted[-1], self.stop)):
+            stated = end(self.container, stream)
+            if stated is not None and reached[stream] < min(last, stated - 1):
+                raise ValueError(f"its {stream.type} ends at {reached[stream]:.2f} s of "
+                                 f"{stated:.2f} s")
+        return True
+
+    def is_hidden(self, packet):
+        """Return whether an edit list hides a picture, which is decoded but never shown."""
+        return packet.is_discard or packet.pts is not None and packet.pts < self.first - 0.5
+
+    def decode(self, fresh):
+        """Decode the packets. Return what `read` returns, or None after preparing another attempt.
+
+        Raises ValueError if no other attempt can help.
+        """
+        decode_pictures = self.decode_all if self.sort else self.decode_wanted
+        start, damaged_sound = self.wanted[0], Damage()
+        keys = [p.pts * self.tick for p in self.pictures if p.is_keyframe and p.pts is not None]
+        key = max((time for time in keys if time <= start), default=min(keys, default=0.0))
+        # If there is damage, and these packets are the last of the file, the file may end within
+        # its last picture, so try without it.
+        for packets in (self.pictures, self.pictures[:-1])[:1 + self.ended]:
+            damaged = Damage()
+            images, missing, fault = decode_pictures(packets, damaged)
+            damaged = [time for time in damaged if time >= key]     # earlier ones are not needed
+            if not damaged and not missing:
+                break
+            self.video.codec_context.flush_buffers()
+        wave, heard = np.zeros(self.samples, np.float32), self.audio is None
+        if self.audio is not None:
+            for place, samples in place_sound(self.audio, self.sound, damaged_sound):
+                heard, place = True, round(place - start * RATE)            # place in the wave
+                insert(samples, wave, place)
+                if place + len(samples) >= len(wave):
+                    break
+        damaged += [time for time in (damaged_sound.inside() if self.ended else damaged_sound)
+                    if start <= time < self.stop]
+        complete = images and heard
+        if complete and not missing and not damaged and (not fault or fresh and fault != "order"):
+            return images, wave
         # If two attempts from different packets have the same trouble, or if one attempt from the
         # file's first packet on has it, the trouble is in the file.
+        begun = self.pictures[0].pts
         again = self.trouble and self.trouble[0] != begun and self.trouble[1:] == (missing, damaged)
         self.trouble = begun, missing, damaged
         if fault == "order":
             self.sort = True
         elif fresh or again and not fault:
             if damaged:
-                raise ValueError(f"damaged at {min(damaged) - clip.zero:.2f} s")
-            if fresh and not (images and wave is not None):
+                raise ValueError(f"damaged at {min(damaged) - self.zero:.2f} s")
+            if fresh and not complete:
                 cause = "sound" if images else "picture"
                 raise ValueError(f"no {cause} decodes at {self.times[0]:.2f} s")
             self.sort = True                            # choose among the pictures that come out
         self.early = max(1.0, 2 * self.early)
         return None
 
+    def decode_wanted(self, pictures, damaged):
+        """Choose the wanted pictures by the stamps of their packets, and decode up to the last one.
 
-class Clip:
-    """The wanted part of an open file. Its times count on the container's clock."""
+        Returns a list of arrays (H, W, 3), the set of the stamps that did not come out, and a
+        fault: "key" if the first packet did not come out as a keyframe, "order" if the frames came
+        in another order than their stamps, else "".
+        """
+        context, images, before, fault = self.video.codec_context, {}, -np.inf, "key"
+        stamps = sorted({packet.pts for packet in pictures if not self.is_hidden(packet)})
+        # the nearest stamp for each time, the later of two equally near
+        middles = [(a + b) / 2 for a, b in zip(stamps, stamps[1:])]
+        chosen = [stamps[bisect_right(middles, time / self.tick)] for time in self.wanted]
+        missing = set(chosen)
+        last = max(n for n, packet in enumerate(pictures) if packet.pts in missing)
+        skips = context.name in SKIPS
 
-    def __init__(self, container, times, samples):
-        self.container, self.samples = container, samples
-        self.ended = False      # whether its last packets are the last of the file
-        self.video, self.audio = open_streams(container, sound=samples > 0)
-        self.streams = [stream for stream in (self.video, self.audio) if stream is not None]
-        self.tick = float(self.video.time_base)         # s
-        self.first = begin(self.video) / self.tick      # the first stamp that is not hidden
-        self.lead = lead_in(self.audio)
-        self.zero = max(begin(stream) for stream in self.streams)
-        self.wanted = [self.zero + time for time in times]      # times of the wanted pictures
-        self.stop = self.wanted[0] + samples / RATE     # end of the sound
+        def packets():
+            for packet in pictures[:last + 1]:
+                if skips:                               # skip what no other picture refers to
+                    context.skip_frame = "DEFAULT" if packet.pts in missing else "NONREF"
+                yield packet
+            yield None
+
+        for frame in decode(self.video, packets(), damaged):
+            if frame.pts is None or frame.pts < before:
+                return [], set(), "order"
+            before = frame.pts
+            if frame.pts == pictures[0].pts and frame.key_frame:
+                fault = ""
+            if frame.pts in missing and not frame.is_corrupt:
+                images[frame.pts] = self.convert(frame)
+                missing.discard(frame.pts)
+        return [images.get(stamp) for stamp in chosen], missing, fault
+
+    def decode_all(self, pictures, damaged):
+        """Decode all packets, sort the stamps, and choose among the pictures that come out.
+
+        Returns a list of arrays, an empty set as no stamp is known in advance, and a fault: "late"
+        if the first picture comes after the first wanted time, else "".
+        """
+        wanted, images, start = self.wanted, [], np.inf
+        before, shown, image = None, np.inf, None       # the frame before, its time, its array
+        frames = in_order(self.video, [*pictures, None], damaged)
+        for stamp, frame in chain(frames, [(np.inf, None)]):    # the last frame is shown for ever
+            time = stamp * self.tick
+            start = min(start, time)
+            while before and len(images) < len(wanted) and wanted[len(images)] < (shown + time) / 2:
+                if image is None:
+                    damaged += [shown] * before.is_corrupt
+                    image = self.convert(before)
+                images.append(image)
+            if len(images) == len(wanted):
+                break
+            before, shown, image = frame, time, None
+        return images, set(), "late" if start > wanted[0] else ""
 
 
 def lead_in(audio):
@@ -563,170 +668,6 @@ def lead_in(audio):
     context = audio.codec_context
     quick = QUICK.fullmatch(context.name) and "HE" not in (context.profile or "")
     return 0.2 if quick else 1.0
-
-
-def seek(container, video, time):
-    """Seek to the last keyframe before `time` by the container's index. Return False on failure.
-
-    Raises ValueError if the file's first picture is no keyframe.
-    """
-    first = StampCheck(video).check(next(demux(container, video)))
-    if re.search("pal8|444", video.codec_context.pix_fmt or ""):
-        # only the first packet has the palette, or the version of x264, that the decoder needs
-        list(decode(video, [first], Damage()))
-    try:
-        container.seek(int(time // float(video.time_base)), stream=video)
-    except av.error.FFmpegError:
-        return False
-    return True
-
-
-def collect(clip, first, fresh, sort):
-    """Return the packets of a clip, (pictures, sound), or None if the seek came too late.
-
-    The packets of the pictures reach from the last keyframe not after the time `first` to
-    `held_back` packets behind the last wanted time. The packets of the sound reach from `clip.lead`
-    before the first wanted time to the end of the clip. Raises ValueError if the file ends within
-    the clip, and more than 1 s earlier than its header says, or if its stamps do not run on.
-    """
-    video, audio, wanted = clip.video, clip.audio, clip.wanted
-    pictures, sound, first_sound = [], [], np.inf
-    behind, enough = 0, held_back(video)                # pictures behind the last wanted time
-    ticks = {stream: float(stream.time_base) for stream in clip.streams}
-    checks = {stream: StampCheck(stream) for stream in clip.streams}
-    reached = dict.fromkeys(clip.streams, -np.inf)      # where the packets so far end, s
-    for packet in demux(clip.container, clip.streams):
-        if not packet.size:                             # PyAV ends each stream with an empty packet
-            continue
-        stream, tick = packet.stream, ticks[packet.stream]
-        time = None if packet.pts is None else packet.pts * tick
-        if time is not None:
-            reached[stream] = max(reached[stream], time + (packet.duration or 0) * tick)
-        if stream is audio:
-            checks[stream].check(packet)
-            first_sound = min(first_sound, np.inf if time is None else time)
-            if time is None or reached[audio] >= wanted[0] - clip.lead:
-                sound.append(packet)
-            if behind >= enough and time is not None and time > clip.stop + 0.1:
-                break                                   # 0.1 s: decoder and resampler hold back
-        elif behind < enough and (pictures or fresh or packet.is_keyframe):
-            checks[stream].check(packet)
-            if packet.is_keyframe and not fresh and time is not None:
-                if time > first and not pictures:
-                    return None
-                if time <= first and not sort:          # the packets before this one are not needed
-                    pictures.clear()
-            pictures.append(packet)
-            behind += time is not None and time > wanted[-1]
-            if behind >= enough and audio is None:
-                break
-    else:
-        clip.ended = True
-    late = audio is not None and first_sound > max(begin(audio), wanted[0] - clip.lead) + 1e-3
-    nothing = all(is_hidden(clip, packet) for packet in pictures)
-    if not fresh and (late or nothing):
-        return None
-    if nothing:
-        raise ValueError("no picture decodes")
-    for stream, last in zip(clip.streams, (wanted[-1], clip.stop)):
-        stated = end(clip.container, stream)
-        if stated is not None and reached[stream] < min(last, stated - 1):
-            raise ValueError(f"its {stream.type} ends at {reached[stream]:.2f} s of {stated:.2f} s")
-    return pictures, sound
-
-
-def is_hidden(clip, packet):
-    """Return whether an edit list hides a picture, which is decoded but never shown."""
-    return packet.is_discard or packet.pts is not None and packet.pts < clip.first - 0.5
-
-
-def decode_clip(clip, pictures, sound, convert, sort):
-    """Decode the packets of a clip, and return (images, wave, missing, damaged, fault).
-
-    images: a list of arrays (H, W, 3). wave: (samples,), or None if no sound decodes. missing: the
-    stamps of the wanted pictures that did not come out. damaged: the times of the damage that
-    matters. fault: see `decode_wanted` and `decode_all`.
-    """
-    decode_pictures = decode_all if sort else decode_wanted
-    wave, start, damaged_sound = np.zeros(clip.samples, np.float32), clip.wanted[0], Damage()
-    keys = [p.pts * clip.tick for p in pictures if p.is_keyframe and p.pts is not None]
-    key = max((time for time in keys if time <= start), default=min(keys, default=0.0))
-    # If there is damage, and these packets are the last of the file, the file may end within its
-    # last picture, so try without it.
-    for packets in (pictures, pictures[:-1])[:1 + clip.ended]:
-        damaged = Damage()
-        images, missing, fault = decode_pictures(clip, packets, convert, damaged)
-        damaged = [time for time in damaged if time >= key]     # earlier ones are not needed
-        if not damaged and not missing:
-            break
-        clip.video.codec_context.flush_buffers()
-    if clip.audio is not None and not fill_wave(clip.audio, sound, wave, start, damaged_sound):
-        wave = None
-    heard = damaged_sound.inside() if clip.ended else damaged_sound
-    damaged += [time for time in heard if start <= time < clip.stop]
-    return images, wave, missing, damaged, fault
-
-
-def nearest(stamps, times):
-    """Return for each time the nearest of the ascending stamps, the later of two equally near."""
-    middles = [(a + b) / 2 for a, b in zip(stamps, stamps[1:])]
-    return [stamps[bisect_right(middles, time)] for time in times]
-
-
-def decode_wanted(clip, pictures, convert, damaged):
-    """Choose the wanted pictures by the stamps of their packets, and decode up to the last one.
-
-    Returns a list of arrays, the set of the stamps that did not come out, and a fault: "key" if the
-    first packet did not come out as a keyframe, "order" if the frames came in another order than
-    their stamps, else "".
-    """
-    context, images, before, fault = clip.video.codec_context, {}, -np.inf, "key"
-    stamps = sorted({packet.pts for packet in pictures if not is_hidden(clip, packet)})
-    chosen = nearest(stamps, [time / clip.tick for time in clip.wanted])
-    missing = set(chosen)
-    last = max(n for n, packet in enumerate(pictures) if packet.pts in missing)
-    skips = context.name in SKIPS
-
-    def packets():
-        for packet in pictures[:last + 1]:
-            if skips:                                   # skip what no other picture refers to
-                context.skip_frame = "DEFAULT" if packet.pts in missing else "NONREF"
-            yield packet
-        yield None
-
-    for frame in decode(clip.video, packets(), damaged):
-        if frame.pts is None or frame.pts < before:
-            return [], set(), "order"
-        before = frame.pts
-        if frame.pts == pictures[0].pts and frame.key_frame:
-            fault = ""
-        if frame.pts in missing and not frame.is_corrupt:
-            images[frame.pts] = convert(frame)
-            missing.discard(frame.pts)
-    return [images.get(stamp) for stamp in chosen], missing, fault
-
-
-def decode_all(clip, pictures, convert, damaged):
-    """Decode all packets, sort the stamps, and choose among the pictures that come out.
-
-    Returns a list of arrays, an empty set as no stamp is known in advance, and a fault: "late" if
-    the first picture comes after the first wanted time, else "".
-    """
-    wanted, images, start = clip.wanted, [], np.inf
-    before, shown, image = None, np.inf, None           # the frame before, its time, its array
-    frames = in_order(clip.video, [*pictures, None], damaged)
-    for stamp, frame in chain(frames, [(np.inf, None)]):    # the last frame is shown for ever
-        time = stamp * clip.tick
-        start = min(start, time)
-        while before and len(images) < len(wanted) and wanted[len(images)] < (shown + time) / 2:
-            if image is None:
-                damaged += [shown] * before.is_corrupt
-                image = convert(before)
-            images.append(image)
-        if len(images) == len(wanted):
-            break
-        before, shown, image = frame, time, None
-    return images, set(), "late" if start > wanted[0] else ""
 
 
 class Converter:
@@ -779,17 +720,8 @@ def place_sound(audio, packets, damaged):
         place += piece.samples
 
 
-def fill_wave(audio, packets, wave, start, damaged):
-    """Decode the packets into `wave` (samples,), which begins at the time `start`.
-
-    Returns False if no packet decodes. Raises ValueError if no frame has a stamp.
-    """
-    place = None
-    for place, samples in place_sound(audio, packets, damaged):
-        place = round(place - start * RATE)             # in the wave
-        low, high = max(place, 0), min(place + len(samples), len(wave))
-        if low < high:
-            wave[low:high] = samples[low - place:high - place]
-        if place + len(samples) >= len(wave):
-            break
-    return place is not None
+def insert(samples, wave, place):
+    """Copy the samples into the wave from `place` on, except those that lie outside of it."""
+    low, high = max(place, 0), min(place + len(samples), len(wave))
+    if low < high:
+        wave[low:high] = samples[low - place:high - place]

@@ -185,7 +185,7 @@ FILM = dict(
     turned=0,               # degrees by which a player turns the picture, counter-clockwise
     ticks=None,             # time stamps of the pictures, in 1/fps s
     gray=None,              # gray(t): one gray value at time t (s) in place of the barcode
-    wave=None,              # wave(t): samples in place of the tone
+    wave=None,              # wave(t): samples (L,) or (channels, L) in place of the tone
     sound_seconds=None,     # length of the sound, if the pictures have another
     bit_rate=None,          # of the sound, bits per s
     muxer=None)             # options of the container
@@ -229,10 +229,10 @@ def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, **film):
 
 
 def write_sound(out, audio, sound, film):
-    """Encode a waveform, the same on all channels, into a stream of a container."""
-    channels = {"mono": 1, "stereo": 2, "5.1": 6}[film.layout]
-    planes = np.ascontiguousarray(np.tile(sound.astype(np.float32), (channels, 1)))
-    frame = av.AudioFrame.from_ndarray(planes, format="fltp", layout=film.layout)
+    """Encode a waveform (L,) for all channels, or (channels, L), into a stream of a container."""
+    channels = av.AudioLayout(film.layout).nb_channels
+    waves = np.broadcast_to(sound.astype(np.float32), (channels, sound.shape[-1]))
+    frame = av.AudioFrame.from_ndarray(waves.T.reshape(1, -1), format="flt", layout=film.layout)
     frame.sample_rate, frame.time_base = film.rate, Fraction(1, film.rate)
     frame.pts = round(film.start * film.rate)
     # The resampler gives the sample format that the encoder takes.
