@@ -336,7 +336,7 @@ def test_files_that_fail_leave_an_evaluation(tmp_path, workers, capfd):
     path = tmp_path / "c" / "7.mp4"
     failure = (7, f"{path}: Invalid data found when processing input")
     assert clips[7] == (None, None, failure)
-    assert ActionClips(rows, ["b", "c"], 4, 8, 24, views=(2, 3))[7] == (None, 1, failure)
+    assert ActionClips(rows, ["b", "c"], 4, 8, 24, views=(2, 3))[7] == (None, None, failure)
 
     batches = list(evaluation_batches(make_loader(clips, 3, workers), 0.5))
     assert [index for *_, index in batches] == [[3, 4, 5], [6]]
