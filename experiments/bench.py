@@ -6,8 +6,8 @@
     python -m experiments.bench loader          # a sample over the bare decode of its window
     python -m experiments.bench frames          # wrong frames of the reader
 
-`step --batch-size 8 16 32 ...` goes on until the memory is full. Each bench yields (what, {quantity:
-value}), which is printed. `--csv FILE` adds a line to FILE for each value.
+`step --batch-size 8 16 32 ...` goes on until the memory is full. Each bench yields what it measured
+with its {quantity: value}. They are printed, and `--csv FILE` adds a line to FILE for each value.
 """
 
 import argparse

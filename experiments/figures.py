@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from augment import LogMel, centre_crop, crop_at, frame_times, normalize_frames
 from data import read_clip
-from experiments.runs import write_csv
+from experiments.ablation import write_csv
 from loss import cross_affinity, info_nce, similarities
 from prepare.weights import sound_input
 from retrieval import extract, load
