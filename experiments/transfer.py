@@ -87,6 +87,13 @@ def read_results(path):
                 for script, flags, _ in commands(seed, Path("runs")) if script != "pretrain.py"}]
 
 
+def write_results(lines, path):
+    """Write the csv, sorted by seed, and the table beside it."""
+    lines.sort(key=lambda line: int(line["seed"]))
+    write_csv(lines, COLUMNS, path)
+    path.with_suffix(".md").write_text(markdown(lines))
+
+
 def markdown(lines):
     """The means and standard deviations over seeds."""
     def values(result, encoder):
@@ -116,9 +123,7 @@ def main(argv=None):
 
     def add(of_seed):
         lines.extend(of_seed)
-        lines.sort(key=lambda line: int(line["seed"]))
-        write_csv(lines, COLUMNS, path)
-        path.with_suffix(".md").write_text(markdown(lines))
+        write_results(lines, path)
 
     failures = run_all({f"seed {seed}": (run_seed, seed, folder)
                         for seed in args.seeds if seed not in done}, add)
