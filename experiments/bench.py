@@ -343,11 +343,11 @@ def frames(args):
     """Wrong frames of 50 films of unlike containers and codecs."""
     wrong = []
     with tempfile.TemporaryDirectory() as folder:
-        for film in films.FILMS:
-            path = films.make(film, Path(folder))
+        for kind in films.FILMS:
+            path = films.make(kind, Path(folder))
             count, asked = films.ask(path, films.ours, *films.truth(path))
+            print(f"{kind.name}: {count} of {asked} frames wrong", flush=True)
             wrong.append(count)
-            print(f"{film.name:26}{count:>12}", flush=True)
     yield "frames", {"wrong": sum(wrong), "asked": asked * len(wrong),
                      "films with wrong frames": sum(count > 0 for count in wrong)}
 
