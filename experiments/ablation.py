@@ -23,55 +23,275 @@ query's speed.
 
 experiments/results/ablation.csv, or ablation-grid.csv, gets a line per run, and the .md beside it
 the tables. docs/results.md discusses them.
+
+Symbols: n test clips, C and D the widths of y and z.
 """
 
 import argparse
+import csv
+import io
+import json
+import math
+import multiprocessing
+import os
 import shutil
 import statistics
+import subprocess
 import sys
+from argparse import Namespace
 from collections import namedtuple
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
 
-from experiments import measures
-from experiments.measures import LEVELS, PROBES, SPEEDS, WAYS
-from experiments.runs import (RESULTS, read_csv, run_all, run_script, spread, standard_error,
-                              write_csv)
+from augment import centre_crop
+from data import read_clip
 from prepare import demo
-from retrieval import RANKS, chance
+from prepare.weights import sound_input
+from retrieval import RANKS, chance, embed, extract, load, recall_at_k
+from support.checkpoints import write_atomic
+from support.classification import fit_linear, subset
+from support.processes import choose_precision, start
 
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+LEVELS = "instance", "class"
+WAYS = "video -> audio", "audio -> video"       # as in Table 3
+SPEEDS = 1, 2, 3, 4
+PROBES = ("video probe", "audio probe", "video probe, 2 labels", "audio probe, 2 labels")
+
+
+# ---- many runs of the scripts; experiments/transfer.py uses these functions too
+
+def run_script(name, flags, log):
+    """Run a script of the top level, and add its output to the file `log`.
+
+    Raises ValueError if it fails.
+    """
+    with open(log, "a") as file:
+        done = subprocess.run([sys.executable, ROOT / name, *flags], stdout=file, stderr=file)
+    if done.returncode:
+        raise ValueError(f"{name} ended with {done.returncode}: see {log}")
+
+
+def take_core(free):
+    """Keep this process and those that it starts to one core, off GPUs, and hide progress bars."""
+    os.sched_setaffinity(0, free.get())
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.stderr = open(os.devnull, "w")
+
+
+def run_all(jobs, take):
+    """Run the jobs {name: (function, *arguments)}, each on one core, and one on every core.
+
+    GPUs are not used. As each ends, `take` gets what the function returned. A ValueError that it
+    raised is printed. Any other error is raised here, when the jobs that have begun have ended.
+    Returns how many jobs failed.
+    """
+    cores, failures = sorted(os.sched_getaffinity(0)), 0
+    context = multiprocessing.get_context("spawn")
+    free = context.Queue()
+    for core in cores:
+        free.put({core})
+    with ProcessPoolExecutor(len(cores), context, take_core, (free,)) as pool:
+        futures = {pool.submit(*job): name for name, job in jobs.items()}
+        try:
+            for future in as_completed(futures):
+                try:
+                    result = future.result()
+                except ValueError as error:
+                    failures += 1
+                    print(f"error: {futures[future]}: {error}", file=sys.stderr, flush=True)
+                else:
+                    take(result)
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return failures
+
+
+def write_csv(lines, columns, path):
+    """Write the lines [{column: text}] of a csv."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_atomic(text.getvalue().encode(), path)
+
+
+def read_csv(path, columns):
+    """The lines [{column: text}] of a csv. Without a file there are none.
+
+    Ends the program with a sentence if the csv does not have these columns.
+    """
+    if not path.exists():
+        return []
+    lines = list(csv.DictReader(path.read_text().splitlines()))
+    if any(list(line) != columns or None in line.values() for line in lines):
+        sys.exit(f"error: {path} has other columns than this version writes ({', '.join(columns)}):"
+                 " move it away, then give the same command again")
+    return lines
+
+
+def table(head, rows, by_chance=()):
+    """The lines of a table in Markdown: head [text], rows {name: [text]}."""
+    text = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    if by_chance:
+        blank = " |" * (len(head) - len(by_chance))
+        text.append(f"| chance | {' | '.join(by_chance)} |{blank}")
+    return text + [f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()]
+
+
+def spread(values, deviation, sign=""):
+    """'mean ± deviation', or the value if there is only one, or 'not run'."""
+    if not values:
+        return "not run"
+    text = f"{statistics.mean(values):{sign}.1f}"
+    return text + (f" ± {deviation(values):.1f}" if len(values) > 1 else "")
+
+
+def standard_error(values):
+    return statistics.stdev(values) / len(values) ** 0.5
+
+
+# ---- what is measured of a run of pretrain.py, on the test part of its data
+
+def recall_names(level):
+    """The names of the measures of Table 3 at a level."""
+    return [f"{level}, {way}, R@{k}" for way in WAYS for k in RANKS]
+
+
+def recalls(audio, video, labels):
+    """Table 3 of features (n, D) in %, and the means of both directions: {metric: %}."""
+    found = {}
+    for way, pair in zip(WAYS, ((video, audio), (audio, video))):
+        for k, shares in recall_at_k(*pair, labels).items():
+            found |= {f"{level}, {way}, R@{k}": 100 * share for level, share in zip(LEVELS, shares)}
+    return found | {f"{level} R@{k}": statistics.mean(found[f"{level}, {way}, R@{k}"]
+                                                      for way in WAYS)
+                    for level in LEVELS for k in RANKS}
+
+
+def classes_and_clips(checkpoint):
+    """{metric: %}: retrieval and linear classifiers, on the mean of 2 clips per film.
+
+    "clips/s" is the rate of training, and "clips" is n. Raises ValueError if a film cannot be read.
+    """
+    device = start()
+    dtype, _ = choose_precision("auto", device)
+    y, rows, labels = {}, {}, {}
+    for split in ("train", "test"):
+        model, _, clips, _ = load(
+            Namespace(checkpoint=checkpoint, data=None, split=split, clips=2))
+        rows[split], names = clips.rows, sorted({row.label for row in clips.rows})
+        labels[split] = torch.tensor([names.index(row.label) for row in clips.rows], device=device)
+        model = model.to(device)
+        model.l = torch.nn.Identity()           # y are encoder outputs, whatever the mapping was
+        y[split] = extract(model, clips, dtype, "y", max_failures=0)[:2]        # (n, C) x 2
+    audio, video, _ = extract(model, clips, dtype, max_failures=0)              # (n, D) x 2
+    result = recalls(audio, video, labels["test"])
+    draws = [[rows["train"].index(row) for row in subset(rows["train"], 2 / demo.TRAIN, draw)]
+             for draw in range(5)]
+
+    def probe(n, labelled):
+        classifier = fit_linear(y["train"][n][labelled], labels["train"][labelled])
+        answers = classifier(y["test"][n]).argmax(1)                            # (n,)
+        return 100 * (answers == labels["test"]).double().mean().item()
+
+    for n, name in enumerate(("audio probe", "video probe")):
+        result[name] = probe(n, list(range(len(rows["train"]))))
+        result[f"{name}, 2 labels"] = statistics.mean(probe(n, labelled) for labelled in draws)
+    _, rate = from_log(checkpoint)
+    return result | {"clips/s": rate, "clips": len(rows["test"])}
+
+
+@torch.no_grad()
+def timing(checkpoint):
+    """{metric: %}: retrieval of the middle clip of each file, at speed 1 and at four speeds.
+
+    "mixed" are those of a pool in which clip i has sound and video at speed 1 + i mod 4. "same
+    speed" is the share of its 5 nearest that have the query's speed. "loss" is that of about the
+    last epoch of training, in % of the loss of a model that cannot tell clips apart,
+    log(1 + K (N - 1)). "clips/s" is the rate of training, and "clips" is n. Raises ValueError if a
+    film cannot be read.
+    """
+    device = start()
+    dtype, _ = choose_precision("auto", device)
+    model, settings, clips, _ = load(
+        Namespace(checkpoint=checkpoint, data=None, split="test", clips=1))
+    model, own = model.to(device).eval(), torch.arange(len(clips), device=device)
+    z = torch.stack([embed_at(model, settings, clips, dtype, tau) for tau in SPEEDS])   # (4,2,n,D)
+    found = recalls(*z[0], own)
+    speeds = own % len(SPEEDS)                                                          # (n,)
+    audio, video = z[speeds, :, own].unbind(1)                                          # (n, D) x 2
+    nearest = torch.cat([(audio @ video.T).topk(5).indices, (video @ audio.T).topk(5).indices])
+    same = speeds[nearest] == speeds.repeat(2)[:, None]                                 # (2 n, 5)
+    N, K = settings.batch_per_process, 1 if settings.max_speed == 1 else 2
+    loss, rate = from_log(checkpoint)
+    return found | {"mixed R@5": recalls(audio, video, own)["instance R@5"],
+                    "mixed, same speed": 100 * same.double().mean().item(),
+                    "loss": 100 * loss / math.log(1 + K * (N - 1)), "clips/s": rate,
+                    "clips": len(clips)}
+
+
+def embed_at(model, settings, clips, dtype, tau):
+    """z of sound and of video of the middle of each file, both at speed tau: (2, n, D).
+
+    Raises ValueError if a file cannot be read.
+    """
+    log_mel = sound_input(settings.sound).to(next(model.parameters()).device)
+    z = []
+    for row in clips.rows:
+        t0 = max(0, row.duration - tau * clips.seconds) / 2
+        video, audio = read_clip(row.path, t0, (tau,), (tau,), clips.frames, clips.fps, clips.size,
+                                 centre_crop)                           # (1, T, H, W, 3), (1, L)
+        z.append(embed(model, log_mel, dtype, "z", video[None], audio[None]))       # (2, 1, D)
+    return torch.cat(z, 1)
+
+
+def from_log(checkpoint):
+    """The mean loss of about the last epoch of training, and the median clips/s, from a run's log.
+
+    The first line that counts may cover some steps of the epoch before.
+    """
+    lines = map(json.loads, Path(checkpoint).with_name("log.jsonl").read_text().splitlines())
+    events = [line for line in lines if "loss" in line]
+    first = events[-1]["epoch"] - 1
+    return (statistics.mean(line["loss"] for line in events if line["epoch"] > first),
+            statistics.median(line["clips_per_s"] for line in events))
+
+
+# ---- the rows {name: flags of pretrain.py}
+
+PLAIN = "--max-speed {} --affinity none"
 SOFT = "--max-speed 4 --affinity clip --affinity-temperature 1"
-PAPER = {"no speed, InfoNCE": "--max-speed 1 --affinity none",
-         "s = [1, 2], InfoNCE": "--max-speed 2 --affinity none",
-         "s = [1, 4], InfoNCE": "--max-speed 4 --affinity none",
-         "s = [1, 6], InfoNCE": "--max-speed 6 --affinity none",
+PAPER = {"no speed, InfoNCE": PLAIN.format(1), "s = [1, 2], InfoNCE": PLAIN.format(2),
+         "s = [1, 4], InfoNCE": PLAIN.format(4), "s = [1, 6], InfoNCE": PLAIN.format(6),
          "s = [1, 4], SoftInfoNCE": SOFT}
-READINGS = {"temperature 0.1": "--max-speed 4 --affinity clip --affinity-temperature 0.1",
+READINGS = {"temperature 0.1": SOFT.removesuffix("1") + "0.1",
             "raw y": SOFT + " --raw-affinity",
             "detached": SOFT + " --detach-affinity",
-            "scope view": "--max-speed 4 --affinity view --affinity-temperature 1",
-            "scope batch": "--max-speed 4 --affinity batch --affinity-temperature 1",
+            "scope view": SOFT.replace("clip", "view"),
+            "scope batch": SOFT.replace("clip", "batch"),
             "mapping linear": SOFT + " --mapping linear",
             "mapping mlp": SOFT + " --mapping mlp",
             "shared speed": SOFT + " --same-speed"}
 SHORT = {f"{name}, 15 epochs": flags + " --epochs 15"
          for name, flags in (PAPER | READINGS).items() if name != "shared speed"}
+TIMING = {"no speed, InfoNCE": PLAIN.format(1) + " --epochs 32"} | {
+    name: flags + " --epochs 16" for name, flags in (
+        ("no speed, InfoNCE, 16 epochs", PLAIN.format(1)),
+        ("s = [1, 2], InfoNCE", PLAIN.format(2)),
+        ("s = [1, 4], InfoNCE", PLAIN.format(4)),
+        ("s = [1, 4], InfoNCE, shared speed", PLAIN.format(4) + " --same-speed"),
+        ("s = [1, 4], SoftInfoNCE, shared speed", READINGS["shared speed"]),
+        ("s = [1, 4], SoftInfoNCE", SOFT),
+        ("s = [1, 4], SoftInfoNCE, temperature 0.1", READINGS["temperature 0.1"]))}
 PAPER, READINGS = ({name: flags + " --epochs 30" for name, flags in rows.items()}
                    for rows in (PAPER, READINGS))
-TIMING = {"no speed, InfoNCE": "--max-speed 1 --affinity none --epochs 32",
-          "no speed, InfoNCE, 16 epochs": "--max-speed 1 --affinity none --epochs 16",
-          "s = [1, 2], InfoNCE": "--max-speed 2 --affinity none --epochs 16",
-          "s = [1, 4], InfoNCE": "--max-speed 4 --affinity none --epochs 16",
-          "s = [1, 4], InfoNCE, shared speed":
-              "--max-speed 4 --affinity none --same-speed --epochs 16",
-          "s = [1, 4], SoftInfoNCE, shared speed": SOFT + " --same-speed --epochs 16",
-          "s = [1, 4], SoftInfoNCE": SOFT + " --epochs 16",
-          "s = [1, 4], SoftInfoNCE, temperature 0.1":
-              "--max-speed 4 --affinity clip --affinity-temperature 0.1 --epochs 16"}
 
-# rows: {name: flags of pretrain.py}. seeds: of a run without --seeds, none if it runs with --rows
-# alone. base: the row with which the others are compared.
+# seeds: of a run without --seeds, none if it runs with --rows alone. base: the row with which the
+# others are compared.
 Table = namedtuple("Table", "title rows seeds base")
 # flags: of pretrain.py, for all rows. metrics: columns of the tables. compared: the metric whose
 # differences from the base's are in the last column. levels: of Table 3. measure: from a checkpoint
@@ -81,12 +301,12 @@ BUILT_IN = Study("--fps 6 --warmup 1",
                  [Table("The paper's rows", PAPER, range(5), "s = [1, 4], SoftInfoNCE"),
                   Table("Open readings", READINGS, range(3), "s = [1, 4], SoftInfoNCE"),
                   Table("15 epochs", SHORT, (), "s = [1, 4], SoftInfoNCE, 15 epochs")],
-                 [f"{level} R@{k}" for level in ("class", "instance") for k in (1, 5)] + [*PROBES],
-                 "class R@1", LEVELS, measures.classes_and_clips)
+                 ["class R@1", "class R@5", "instance R@1", "instance R@5", *PROBES],
+                 "class R@1", LEVELS, classes_and_clips)
 LIPS = Study("--arch r2plus1d_10 --frames 8 --fps 12 --size 32 --batch-per-process 32",
              [Table("Timing alone", TIMING, range(3), "no speed, InfoNCE")],
              [*(f"instance R@{k}" for k in RANKS), "mixed R@5", "mixed, same speed", "loss"],
-             "instance R@5", LEVELS[:1], measures.timing)
+             "instance R@5", LEVELS[:1], timing)
 
 
 def rows_of(study):
@@ -96,17 +316,20 @@ def rows_of(study):
 
 def columns(study):
     """The columns of the csv. "clips" is the size n of the pool, which decides chance."""
-    table_3 = [name for level in study.levels for name in measures.recall_names(level)]
+    table_3 = [name for level in study.levels for name in recall_names(level)]
     return ["row", "seed", "flags", *study.metrics, *table_3, "clips/s", "clips"]
 
 
-def run_row(flags, out, measure):
-    """Start or continue one run of pretrain.py, and measure it: {metric: value}.
+def run_row(study, name, seed, flags, out):
+    """Start or continue one run of pretrain.py, and measure it: the line of the csv.
 
     Raises ValueError if pretrain.py fails, or if a file of the test part cannot be read.
     """
     run_script("pretrain.py", [*flags, "--out", str(out)], out.with_suffix(".txt"))
-    return measure(out / "checkpoint.pt")
+    values = study.measure(out / "checkpoint.pt")
+    line = {"row": name, "seed": str(seed), "flags": rows_of(study)[name],
+            "clips": str(values["clips"])}
+    return {column: line.get(column) or f"{values[column]:.2f}" for column in columns(study)}
 
 
 def read_results(path, study):
@@ -123,64 +346,51 @@ def write_results(lines, path, study):
     path.with_suffix(".md").write_text(markdown(lines, study))
 
 
-def values_of(lines, metric):
-    """A measure of the lines that have it, by seed: {seed: value}."""
-    return {line["seed"]: float(line[metric]) for line in lines if line[metric]}
-
-
 def chances(study, clips):
     """{metric: its value, as text, for a model that knows nothing} in a pool of so many clips."""
     kinds = len(demo.KINDS) if study is BUILT_IN else clips
-    by_chance = chance(torch.arange(kinds).repeat_interleave(clips // kinds))
-    found = dict.fromkeys(PROBES, 1 / kinds) | {"mixed R@5": by_chance[5][0], "loss": 1,
-                                                "mixed, same speed": 1 / len(SPEEDS)}
-    for k, shares in by_chance.items():
+    found = dict.fromkeys(PROBES, 1 / kinds) | {"loss": 1, "mixed, same speed": 1 / len(SPEEDS)}
+    for k, shares in chance(torch.arange(kinds).repeat_interleave(clips // kinds)).items():
         for level, share in zip(LEVELS, shares):
             names = [f"{level} R@{k}", *(f"{level}, {way}, R@{k}" for way in WAYS)]
             found |= dict.fromkeys(names, share)
+    found["mixed R@5"] = found["instance R@5"]
     return {name: f"{100 * share:.1f}" for name, share in found.items()}
 
 
 def markdown(lines, study):
-    """The tables of the lines of the csv: means over seeds, and chance."""
-    by_row = {name: [line for line in lines if line["row"] == name] for name in rows_of(study)}
-    by_chance = chances(study, max(int(line["clips"]) for line in lines))
-    text = []
-    for title, rows, _, base in study.tables:
-        names = [*study.metrics, "seeds", f"{study.compared} minus that of {base}"]
-        text += [f"## {title}", "", "In %, mean ± standard deviation over seeds. The last column "
-                 "is paired by seed, mean ± standard error.", ""]
-        text += [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
-                 "| chance | " + " | ".join(by_chance[name] for name in study.metrics) + " | | |"]
-        of_base = values_of(by_row[base], study.compared)
-        for name in rows:
-            cells = [spread([*values_of(by_row[name], metric).values()], statistics.stdev)
-                     for metric in study.metrics]
+    """The tables of the lines of the csv, means over seeds with chance: those of the study, and
+    Table 3 for the rows of the first."""
+    def values(name, metric):
+        """A measure of the lines of a row that have it, by seed: {seed: value}."""
+        return {line["seed"]: float(line[metric]) for line in lines
+                if line["row"] == name and line[metric]}
+
+    def cells(name, metrics, deviation):
+        return [spread([*values(name, metric).values()], deviation) for metric in metrics]
+
+    by_chance, text = chances(study, max(int(line["clips"]) for line in lines)), []
+    for title, names, _, base in study.tables:
+        of_base, rows = values(base, study.compared), {}
+        for name in names:
             differences = [value - of_base[seed] for seed, value
-                           in values_of(by_row[name], study.compared).items() if seed in of_base]
-            cells += [str(len(by_row[name])),
-                      "" if name == base or not differences
-                      else spread(differences, standard_error, "+")]
-            text.append(f"| {' | '.join([name, *cells])} |")
-        text.append("")
-    return "\n".join(text + table_3(by_row, by_chance, study)).strip() + "\n"
-
-
-def table_3(by_row, by_chance, study):
-    """The lines of Table 3 for the rows of the first table: mean ± standard error over seeds."""
-    text = []
+                           in values(name, study.compared).items() if seed in of_base]
+            rows[name] = [*cells(name, study.metrics, statistics.stdev),
+                          str(sum(line["row"] == name for line in lines)),
+                          "" if name == base or not differences
+                          else spread(differences, standard_error, "+")]
+        text += [f"## {title}", "", "In %, mean ± standard deviation over seeds. The last column "
+                 "is paired by seed, mean ± standard error.", "",
+                 *table([*study.metrics, "seeds", f"{study.compared} minus that of {base}"], rows,
+                        [by_chance[metric] for metric in study.metrics]), ""]
     for level in study.levels:
-        names = measures.recall_names(level)
-        short = [name.removeprefix(f"{level}, ") for name in names]
+        metrics = recall_names(level)
+        rows = {name: [*cells(name, metrics, standard_error), str(len(values(name, metrics[0])))]
+                for name in study.tables[0].rows}
         text += [f"## Table 3, {level}-level", "", "In %, mean ± standard error over seeds.", "",
-                 f"| | {' | '.join(short)} | seeds |", "|---" * (len(names) + 2) + "|",
-                 "| chance | " + " | ".join(by_chance[name] for name in names) + " | |"]
-        for name in study.tables[0].rows:
-            found = [[*values_of(by_row[name], metric).values()] for metric in names]
-            cells = [spread(values, standard_error) for values in found]
-            text.append(f"| {' | '.join([name, *cells, str(len(found[0]))])} |")
-        text.append("")
-    return text
+                 *table([*(metric.removeprefix(f"{level}, ") for metric in metrics), "seeds"],
+                        rows, [by_chance[metric] for metric in metrics]), ""]
+    return "\n".join(text).strip() + "\n"
 
 
 def parse(argv=None):
@@ -233,22 +443,21 @@ def main(argv=None):
     if not args.data:
         demo.build(folder / "demo")
 
-    lines, failures, rows = read_results(results, study), 0, rows_of(study)
+    lines, rows = read_results(results, study), rows_of(study)
     done = {(line["row"], int(line["seed"])) for line in lines}
-    todo = {(name, seed): (run_row, [*common, "--seed", str(seed), *rows[name].split(), *shorter],
-                           folder / f"{list(rows).index(name):02d}-{seed}", study.measure)
-            for name, seed in jobs if (name, seed) not in done}
-    for (name, seed), values, error in run_all(todo):
-        if error:
-            failures += 1
-            print(f"error: {name}, seed {seed}: {error}", file=sys.stderr, flush=True)
-            continue
-        line = {"row": name, "seed": str(seed), "flags": rows[name], "clips": str(values["clips"])}
-        line = {column: line.get(column) or f"{values[column]:.2f}" for column in columns(study)}
+
+    def add(line):
         lines.append(line)
         write_results(lines, results, study)
-        print(f"{name}, seed {seed}: "
+        print(f"{line['row']}, seed {line['seed']}: "
               + ", ".join(f"{metric} {line[metric]}" for metric in study.metrics), flush=True)
+
+    failures = run_all({
+        f"{name}, seed {seed}": (
+            run_row, study, name, seed,
+            [*common, "--seed", str(seed), *rows[name].split(), *shorter],
+            folder / f"{list(rows).index(name):02d}-{seed}")
+        for name, seed in jobs if (name, seed) not in done}, add)
     if lines:
         write_results(lines, results, study)
         print(results.with_suffix(".md").read_text())

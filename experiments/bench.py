@@ -3,53 +3,89 @@
     python -m experiments.bench step            # a training step over the bare encoders
     python -m experiments.bench step --batch-size 64 --chunk 8      # and in chunks of 8 clips
     python -m experiments.bench loss            # Eq. 3 at global batches of 512 to 32,768
-    python -m experiments.bench saving          # how long a checkpoint holds training up
-    python -m experiments.bench scaling         # 2 processes, and 2 runs, over 1 on two cores
-    python -m experiments.bench retrieval       # ranks in pools of 1,000 to 32,000 clips
     python -m experiments.bench loader          # a sample over the bare decode of its window
-    python -m experiments.bench rows            # start-up and memory with 240,000 files
-    python -m experiments.bench scan            # files per second of the scan
-    python -m experiments.bench frames          # wrong frames, beside other libraries
+    python -m experiments.bench frames          # wrong frames of the reader
 
-`step --batch-size 8 16 32 ...` goes on until the memory is full. Each bench yields (text, what,
-values): the text is printed, and `--csv FILE` adds a line to FILE for each value.
+`step --batch-size 8 16 32 ...` goes on until the memory is full. Each bench yields what it measured
+with its {quantity: value}. They are printed, and `--csv FILE` adds a line to FILE for each value.
 """
 
 import argparse
 import csv
 import io
-import json
 import os
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
-from itertools import product
+from fractions import Fraction
 from pathlib import Path
 from unittest.mock import patch
 
 import av
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
-from augment import LogMel, normalize_frames
-from data import AudioVisualClips, Row, make_loader
-from experiments import bench_data
-from experiments.timing import forget_peak, peak_memory, ratio, turns, wait_for
+from augment import LogMel, normalize_frames, random_crop
+from data import AudioVisualClips, Row, make_loader, read_clip, read_manifest
+from experiments import frames as films
 from loss import soft_info_nce
-from prepare import demo
-from retrieval import ranks
+from prepare import scan, transcode
 from support.processes import autocast, choose_precision, start
 from support.reading import RATE
-from support.run import Run
 
 MADE_UP = [Row("made up", "", "train", 1e6, 1e6, True, "")]     # a file long enough for any clip
+
+
+def now(device):
+    """The time in s, once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def turns(functions, rounds, device=torch.device("cpu")):
+    """Time functions in turn, in `rounds` rounds after one that is not counted: s, a list each.
+
+    A machine that slows down slows all of them down.
+    """
+    times = [[] for _ in functions]
+    for n in range(rounds + 1):
+        for spent, function in zip(times, functions):
+            began = now(device)
+            function()
+            if n:
+                spent.append(now(device) - began)
+    return times
+
+
+def ratio(name, ours, bare):
+    """{quantity: value}: the median of the ratios of the rounds, and their quartiles."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, bare)], n=4)
+    return {name: middle, f"{name}, first quartile": low, f"{name}, third quartile": high}
+
+
+def forget_peak(device):
+    """Forget the peak of the memory up to now."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()        # the search for the fastest convolutions took the rest
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device):
+    """The peak since then in bytes: of torch's memory on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 class Steps:
@@ -64,12 +100,12 @@ class Steps:
 
     def __init__(self, rounds, chunk, profile):
         self.rounds, self.chunk, self.profile = rounds, chunk, profile
-        self.ours, self.bare, self.peak, self.kernels = [], [], 0, []
+        self.ours, self.bare, self.kernels = [], [], []
 
     def begin(self, args, loader, model, optimizer, scaler, metadata):
         """Take the arguments of Run, in its place."""
         self.args, self.model, self.device = args, model, next(model.parameters()).device
-        self.dtype, self.why = choose_precision(args.precision, self.device)
+        self.dtype, _ = choose_precision(args.precision, self.device)
         return self
 
     def log(self, **measures):
@@ -91,19 +127,15 @@ class Steps:
         if args.compile:
             encoders = [torch.compile(encoder) for encoder in encoders]
         for n in range(self.rounds + 1):
-            wait_for(device)
-            times = [time.perf_counter()]
+            began = now(device)
             yield 0, [x.to(device, non_blocking=True) for x in batch]
-            wait_for(device)
-            times.append(time.perf_counter())
+            stepped = now(device)
             self.model.zero_grad(set_to_none=True)
             for _ in range(B // c):
                 self.encode(encoders, video, audio)
-            wait_for(device)
-            times.append(time.perf_counter())
             if n:
-                self.ours.append(times[1] - times[0])
-                self.bare.append(times[2] - times[1])
+                self.ours.append(stepped - began)
+                self.bare.append(now(device) - stepped)
         with FlopCounterMode(display=False) as counter:         # of 2 views, which fit anywhere
             self.encode((self.model.f, self.model.g), video[:2], audio[:2])
         self.flops = counter.get_total_flops() * B
@@ -114,7 +146,7 @@ class Steps:
         if self.profile:
             with torch.profiler.profile() as profiler:
                 yield 0, [x.to(device, non_blocking=True) for x in batch]
-                wait_for(device)
+                now(device)
             self.kernels = profiler.key_averages()
 
     def encode(self, encoders, *inputs):
@@ -142,85 +174,66 @@ def train(flags, rounds, device, chunk=None, profile=False):
 
 def step(args):
     device = start()
-    common = ["--arch", args.arch, "--frames", str(args.frames), "--size", str(args.size),
-              *["--compile"] * args.compile]
+    common = ["--arch", args.arch, "--frames", str(args.frames), "--size", str(args.size)]
+    common += ["--compile"] if args.compile else []
     for B in args.batch_size:
         if args.compile:
             torch.compiler.reset()          # otherwise the second B would compile for any B
         # With --chunk: a batch of one chunk, the batch in chunks, and the batch as a whole.
-        kinds = [(args.chunk, None), (B, args.chunk)] * bool(args.chunk) + [(B, None)]
+        kinds = [(args.chunk, []), (B, ["--chunk", str(args.chunk)])] if args.chunk else []
         done = []
-        for clips, chunk in kinds:
-            flags = ["--batch-per-process", str(clips), *["--chunk", str(chunk)] * bool(chunk)]
+        for clips, flags in [*kinds, (B, [])]:
+            flags = [*common, "--batch-per-process", str(clips), *flags]
             try:
-                done.append(train(common + flags, args.rounds, device, args.chunk, args.profile))
+                done.append(train(flags, args.rounds, device, args.chunk, args.profile))
             except RuntimeError as error:   # cuDNN and cuBLAS name a full memory in other words
                 full = re.search("unable to find an engine|ALLOC_FAILED", str(error))
                 if not full and not isinstance(error, torch.OutOfMemoryError):
                     raise
-                yield f"B {clips} does not fit the memory: {str(error).splitlines()[0]}", "", {}
+                yield f"B {clips} does not fit the memory: {str(error).splitlines()[0]}", {}
                 break
             yield of_step(done[-1])
         if len(done) > 1:
             yield of_chunks(*done)
-        if len(done) < len(kinds):
+        if len(done) <= len(kinds):
             break
+
+
+def of_step(steps):
+    """What the Steps of one batch size have measured."""
+    args, dtype, cuda = steps.args, str(steps.dtype)[6:], steps.device.type == "cuda"
+    B, size = args.batch_per_process, 8192 if cuda else 2048
+    a, b = (torch.randn(size, size, device=steps.device, dtype=steps.dtype) for _ in range(2))
+    matmul, = turns([lambda: a @ b], steps.rounds, steps.device)
+    rate, limit = steps.flops / min(steps.ours), 2 * size ** 3 / min(matmul)        # FLOP/s
+    what = (f"step {args.arch} B{B} T{args.frames} {args.size}px {dtype}"
+            + (f" chunks of {args.chunk}" if args.chunk else "")
+            + (" compiled" if args.compile else ""))
+    # Beside --chunk the bare encoders take chunks, also where the step does not.
+    over = "step / bare in chunks" if steps.chunk else "step / bare"
+    values = ratio(over, steps.ours, steps.bare) | {
+        "s": min(steps.ours), "clips per s": B / min(steps.ours), "TFLOP/s": rate / 1e12,
+        "share of matmul rate": rate / limit, "peak memory, GB": steps.peak / 1e9}
+    if cuda:
+        hours = 231e5 / 8 * min(steps.ours) / B / 3600
+        values["hours on 8 for 231k clips, 100 epochs"] = hours
+    # Kernels, on a CPU operations, by their share of the time.
+    spent = sorted(((e.self_device_time_total if cuda else e.self_cpu_time_total, e.key, e.count)
+                    for e in steps.kernels if not e.is_user_annotation
+                    and (not cuda or e.device_type != torch.autograd.DeviceType.CPU)), reverse=True)
+    total = sum(t for t, _, _ in spent)
+    return what, values | {f"share of {n} x {name[:80]}": t / total for t, name, n in spent[:10]}
 
 
 def of_chunks(one, chunked, whole=None):
     """Compare a batch in chunks with a batch of one chunk and, if that fits, with itself whole."""
-    args = chunked.args
-    memory = chunked.peak / one.peak
-    lines = [f"in chunks: peak memory {memory:.2f} times that of a batch of one chunk"]
-    values = {"peak memory / of one chunk": memory}
+    args, values = chunked.args, {"peak memory / of one chunk": chunked.peak / one.peak}
     if whole:
         # Each step is divided by the bare encoders of its own round, which take chunks in both.
         over, base = (statistics.median(a / b for a, b in zip(x.ours, x.bare))
                       for x in (chunked, whole))
         values |= {"time / whole": over / base, "peak memory / whole": chunked.peak / whole.peak}
-        lines.append(f"over the whole batch at once: time {over / base:.2f} times, peak memory "
-                     f"{chunked.peak / whole.peak:.2f} times")
-    what = f"step {args.arch} B{args.batch_per_process} in chunks of {args.chunk}"
-    return "\n".join(lines), what, values
-
-
-def of_step(steps):
-    """What the Steps of one batch size have measured."""
-    args, dtype, device = steps.args, str(steps.dtype)[6:], steps.device
-    B = args.batch_per_process
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=steps.dtype) for _ in range(2))
-    matmul, = turns([lambda: a @ b], steps.rounds, device)
-    seconds, (over, text) = min(steps.ours), ratio(steps.ours, steps.bare)
-    rate, limit = steps.flops / seconds, 2 * size ** 3 / min(matmul)            # FLOP/s
-    # Beside --chunk the bare encoders take chunks, also where the step does not.
-    name = "step / bare" + " in chunks" * bool(steps.chunk)
-    values = {name: over, "clips per s": B / seconds,
-              "share of matmul rate": rate / limit}
-    what = (f"step {args.arch} B{B} T{args.frames} {args.size}px {dtype}"
-            f"{f' chunks of {args.chunk}' if args.chunk else ''}{' compiled' * args.compile}")
-    lines = [f"{what} ({steps.why}), K 2, {torch.get_num_threads()} thread(s)",
-             f"step / bare encoders{' in chunks' * bool(steps.chunk)}: {text}",
-             f"step {seconds:.3f} s, {values['clips per s']:.1f} clips/s; bare "
-             f"{min(steps.bare):.3f} s; {rate / 1e12:.2f} TFLOP/s, {100 * rate / limit:.0f} % of "
-             f"the {limit / 1e12:.2f} of a {dtype} matmul; peak memory {steps.peak / 1e9:.1f} GB"]
-    values["peak memory, GB"] = steps.peak / 1e9
-    if device.type == "cuda":
-        hours = 231e5 / 8 / values["clips per s"] / 3600
-        values["hours on 8 for 231k clips, 100 epochs"] = hours
-        lines.append("the paper's 231k clips x 100 epochs on 8 of these at this rate, without "
-                     f"anything else: {hours:.1f} h")
-    return "\n".join(lines + kernels(steps.kernels, device)), what, values
-
-
-def kernels(events, device):
-    """Lines for the ten kernels (on a CPU: operations) that take most of a step's time."""
-    cuda = device.type == "cuda"
-    spent = sorted(((e.self_device_time_total if cuda else e.self_cpu_time_total, e.key, e.count)
-                    for e in events if not e.is_user_annotation
-                    and (not cuda or e.device_type != torch.autograd.DeviceType.CPU)), reverse=True)
-    return [f"{100 * t / sum(x[0] for x in spent):5.1f} %  {count:4} x  {name[:80]}"
-            for t, name, count in spent[:10]]
+    return f"step {args.arch} B{args.batch_per_process} in chunks of {args.chunk}", values
 
 
 def loss(args):
@@ -245,90 +258,98 @@ def loss(args):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             both()
         spent, = turns([both], args.rounds, device)
-        ms, megabytes = 1000 * min(spent), sum(held.values()) / 1e6
-        first = first or (ms, megabytes)
-        yield (f"N {N}: {ms:.2f} ms ({ms / first[0]:.1f} times that of 512), {megabytes:.1f} MB "
-               f"held for the backward pass ({megabytes / first[1]:.1f} times)",
-               f"loss B 8 N {N}", {"ms": ms, "MB for the backward": megabytes})
-    whole = min(train([], 2, device).ours)
-    share = first[0] / 1000 / whole
-    yield (f"N 512: {100 * share:.2f} % of a step of 8 clips of the paper's model ({whole:.2f} s)",
-           "loss B 8 N 512", {"share of a step": share})
+        values = {"ms": 1000 * min(spent), "MB for the backward": sum(held.values()) / 1e6}
+        first = first or values
+        over = {f"{name} / N 512": value / first[name] for name, value in values.items()}
+        yield f"loss B 8 N {N}", values | over
+    # Of 8 clips of the paper's model.
+    yield "loss B 8 N 512", {"share of a step": first["ms"] / 1000 / min(train([], 2, device).ours)}
 
 
-def saving(args):
-    """The checkpoint of the paper's model, with momentum, written as support.run.Run writes it."""
-    device = start()
-    with tempfile.TemporaryDirectory() as out:
-        settings = pretrain.parse(["--data", "made up", "--out", out])
-        model, optimizer, scaler = pretrain.build(settings, device, torch.float32)
-        for x in model.parameters():
-            x.grad = torch.zeros_like(x)
-        optimizer.step()
-        loader = make_loader(AudioVisualClips(MADE_UP * 8), 8)
-        run = Run(settings, loader, model, optimizer, scaler, {})
-        spent, = turns([run.save], args.rounds, device)
-        megabytes = run.path.stat().st_size / 1e6
-    median, minutes = statistics.median(spent), settings.save_every
-    share = median / minutes / 60
-    yield (f"a checkpoint of {megabytes:.0f} MB holds training up for {median:.2f} s (at most "
-           f"{max(spent):.2f}), {100 * share:.2f} % of the {minutes} minutes between two",
-           "checkpoint of the full model", {
-               "MB": megabytes, "s held up": median, "s held up, at most": max(spent),
-               "share of the time between two": share})
+def loader(args):
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, listed = folder / "set" / "films" / "film.mp4", folder / "m.csv"
+        path.parent.mkdir(parents=True)
+        film(path)
+        yield sample(path, args.rounds)
+        scan.write(scan.scan(path.parent.parent), listed)
+        transcode.run(listed, folder / "copy")
+        yield throughput("originals", listed, args.rounds)
+        yield throughput("transcoded copies", folder / "copy" / "manifest.csv", args.rounds)
 
 
-def scaling(args):
-    """clips/s of pretrain.py on two cores, on the built-in set in global batches of 32.
+def film(path):
+    """Write 10 s of moving texture at 30 fps and a noisy tone: H.264, a keyframe every 250 frames;
+    AAC."""
+    rng, rate = np.random.default_rng(0), 44100
+    texture = rng.integers(0, 256, (64, 85, 3)).repeat(6, 0).repeat(6, 1)           # (384, 510, 3)
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=30, width=340, height=256, options={"g": "250"})
+        audio = out.add_stream("aac", rate=rate)
+        for n in range(300):
+            y, x = (int(60 + 50 * f(n / 25)) for f in (np.sin, np.cos))
+            image = texture[y:y + 256, x:x + 340] + rng.integers(-4, 5, (256, 340, 1))
+            image = np.clip(image, 0, 255).astype(np.uint8)
+            out.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        out.mux(video.encode(None))
+        t = np.arange(10 * rate) / rate
+        wave = 0.3 * np.sin(2 * np.pi * 440 * t) + 0.1 * rng.standard_normal((2, len(t)))
+        sound = av.AudioFrame.from_ndarray(wave.astype(np.float32), format="fltp", layout="stereo")
+        sound.sample_rate, sound.pts, sound.time_base = rate, 0, Fraction(1, rate)
+        out.mux(audio.encode(sound))
+        out.mux(audio.encode(None))
 
-    One process of two threads has both cores, two processes of one thread share them, or two runs
-    have one each. The last two are compared with the first. Each process loads its own clips, so
-    the steps are compared without loading too. Two processes then still wait for the one that loads
-    more slowly.
-    """
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    if len(cores) < 2:
-        sys.exit("error: this bench needs two cores")
-    kinds = {"1 process": [(1, cores)], "2 processes": [(2, cores)],
-             "2 runs": [(1, cores[:1]), (1, cores[1:])]}
-    whole, steps = ({kind: [] for kind in kinds} for _ in range(2))
+
+def sample(path, rounds):
+    """Both views at speed 4 (30 frames at 30 fps, 128 pixels, 1 s of sound) from places of a film
+    of 10 s, over the bare decode of the same 4 s."""
+    starts = iter(np.random.default_rng(0).uniform(0, 6, rounds + 1).repeat(2))
+
+    def ours():
+        window, mirrored = random_crop()
+        video, _ = read_clip(path, next(starts), (1, 4), (1, 4), 30, 30, 128, window)
+        video.flip(-2) if mirrored else video
+
+    def bare():
+        t0, times = next(starts), {}
+        with av.open(str(path)) as container:
+            video, audio = container.streams.video[0], container.streams.audio[0]
+            video.codec_context.thread_count = 1
+            container.seek(int(t0 * av.time_base))
+            for packet in container.demux(video, audio):
+                times |= {packet.stream.type: frame.time for frame in packet.decode()}
+                if len(times) == 2 and min(times.values()) >= t0 + 4:
+                    break
+
+    return f"loader {path.name}", ratio("sample / bare decode", *turns([ours, bare], rounds))
+
+
+def throughput(name, listed, rounds):
+    """Samples/s of one loading process as training draws them: speeds 1 to 4, any place."""
+    rows, _ = read_manifest(listed)
+    dataset = AudioVisualClips(rows * (8 * (rounds + 4)), 30, 30, 128, 4)
+    batches = iter(make_loader(dataset, 8, workers=1))
+    next(batches)                           # by then the process has started
+    began = time.perf_counter()
+    for _ in range(rounds):
+        next(batches)
+    rate = 8 * rounds / (time.perf_counter() - began)
+    return f"loader {name}", {"samples per s, one worker": rate}
+
+
+def frames(args):
+    """Wrong frames of 50 films of unlike containers and codecs."""
+    wrong = []
     with tempfile.TemporaryDirectory() as folder:
-        demo.build(Path(folder) / "demo")
-        for n, (kind, runs) in product(range(args.rounds), kinds.items()):
-            outs = [Path(folder) / f"{n}-{kind}-{k}" for k in range(len(runs))]
-            started = [short_run(P, own, out) for (P, own), out in zip(runs, outs)]
-            if any([process.wait() for process in started]):
-                raise ValueError(f"pretrain.py failed: {kind}")
-            logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[2:]]
-                    for out in outs]                                    # after the first steps
-            whole[kind].append(sum(statistics.median(x["clips_per_s"] for x in log)
-                                   for log in logs))
-            steps[kind].append(sum(statistics.median(x["clips_per_s"] / (1 - x["wait"])
-                                                     for x in log) for log in logs))
-    for kind in list(kinds)[1:]:
-        (over, text), (alone, text_alone) = (ratio(x[kind], x["1 process"]) for x in (whole, steps))
-        yield (f"{kind} / 1 process: {text}; without loading {text_alone}", "scaling",
-               {f"{kind} / 1 process": over, f"{kind} / 1 process, without loading": alone})
-
-
-def short_run(P, cores, out):
-    """Start pretrain.py with P processes on these cores, for 2 epochs of the built-in set."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={P}",
-         "pretrain.py", "--out", str(out), "--epochs", "2", "--batch-per-process", str(32 // P),
-         "--workers", "0"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        preexec_fn=lambda: os.sched_setaffinity(0, cores))
-
-
-def retrieval(args):
-    device = start()
-    for n in (1000, 8000, 32000):
-        query, gallery = (F.normalize(torch.randn(n, 256, device=device), dim=1) for _ in range(2))
-        labels = torch.arange(n, device=device) % 32
-        spent, = turns([lambda: ranks(query, gallery, labels)], args.rounds, device)
-        yield (f"pool of {n}: {min(spent):.3f} s for the ranks of one direction",
-               f"retrieval n {n}", {"s": min(spent)})
+        for kind in films.FILMS:
+            path = films.make(kind, Path(folder))
+            count, asked = films.ask(path, films.ours, *films.truth(path))
+            print(f"{kind.name}: {count} of {asked} frames wrong", flush=True)
+            wrong.append(count)
+    yield "frames", {"wrong": sum(wrong), "asked": asked * len(wrong),
+                     "films with wrong frames": sum(count > 0 for count in wrong)}
 
 
 def hardware():
@@ -344,7 +365,7 @@ def hardware():
 
 def record(path, what, values):
     """Add a line for each of the values {quantity: value} to a csv."""
-    command = " ".join([f"python -m experiments.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    command = " ".join(["python -m experiments.bench", *sys.argv[1:]])
     about = [time.strftime("%Y-%m-%d"), hardware(), command, what]
     lines = [[*about, name, f"{value:.4g}"] for name, value in values.items()]
     if not Path(path).exists():
@@ -353,17 +374,12 @@ def record(path, what, values):
         csv.writer(file, lineterminator="\n").writerows(lines)
 
 
-BENCHES = {"step": step, "loss": loss, "saving": saving, "scaling": scaling,
-           "retrieval": retrieval, "loader": bench_data.loader, "rows": bench_data.rows,
-           "scan": bench_data.scan, "frames": bench_data.frames}
-
-
 def main():
     """Run the command."""
+    benches = {"step": step, "loss": loss, "loader": loader, "frames": frames}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=list(BENCHES))
-    p.add_argument("--rounds", type=int,
-                   help="measured rounds (15; saving 7, scaling 3, retrieval 2)")
+    p.add_argument("what", choices=list(benches))
+    p.add_argument("--rounds", type=int, default=15, help="measured rounds (15)")
     p.add_argument("--csv", help="file to add the results to (none)")
     p.add_argument("--arch", default="r2plus1d_10", help="step: video encoder (r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32],
@@ -375,7 +391,6 @@ def main():
     p.add_argument("--compile", action="store_true", help="step: torch.compile (off)")
     p.add_argument("--profile", action="store_true", help="step: where the time goes (off)")
     args = p.parse_args()
-    args.rounds = args.rounds or {"saving": 7, "scaling": 3, "retrieval": 2}.get(args.what, 15)
     if args.rounds < 2:
         p.error(f"--rounds {args.rounds}: quartiles need 2 or more")
     for B in args.batch_size if args.chunk is not None else ():
@@ -383,8 +398,9 @@ def main():
             p.error(f"--chunk {args.chunk}: give 2 or more clips, fewer than the batch of {B}, "
                     "that divide it")
     print(hardware())
-    for text, what, values in BENCHES[args.what](args):
-        print(text, flush=True)
+    for what, values in benches[args.what](args):
+        print(what, *(f"    {name}: {value:.4g}" for name, value in values.items()), sep="\n",
+              flush=True)
         if args.csv:
             record(args.csv, what, values)
 

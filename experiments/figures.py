@@ -2,24 +2,13 @@
 and what sounds retrieve.
 
     python -m experiments.figures method --out method.png           # of runs/svaclr, its test part
-    python -m experiments.figures affinity --out fig3.png
-    python -m experiments.figures ratios --out ratios.png
-    python -m experiments.figures shifts --out shifts.png
+    python -m experiments.figures affinity --out fig3.png           # lambda as in Fig. 3
+    python -m experiments.figures ratios --out ratios.png           # lambda as in training
+    python -m experiments.figures shifts --out shifts.png           # does the model know synchrony?
     python -m experiments.figures curves runs/svaclr [RUN ...] --out curves.png
     python -m experiments.figures neighbours --out neighbours.png
 
-`method` shows one clip, its views, the similarities of a small batch with the part that each of
-them plays in Eq. 1, and how L and lambda make the clip's loss, from sound to video.
-
-`affinity` follows Fig. 3: for some clips a frame, the spectrograms of the sound at speeds 1, 2 and
-4, and under each lam(a, v) with the video at speed 1; beside it the mean over the test part. The
-paper does not say over which entries its lam sums to 1 in that figure. Here the softmax runs over
-the sounds at speeds 1 to 4, so an even share is 1/4.
-
-`ratios` shows the lambda of training, the 2 x 2 softmax of Eq. 2, by the ratio of both speeds.
-`shifts` shows how the similarity of sound and video changes if the sound is taken from another
-moment of the same file: whether the model knows synchrony. These two and `affinity` write what they
-draw to a csv beside the picture.
+`affinity`, `ratios` and `shifts` write what they draw to a csv beside the picture.
 """
 
 import argparse
@@ -38,7 +27,7 @@ from tqdm import tqdm
 
 from augment import LogMel, centre_crop, crop_at, frame_times, normalize_frames
 from data import read_clip
-from experiments.runs import write_csv
+from experiments.ablation import write_csv
 from loss import cross_affinity, info_nce, similarities
 from prepare.weights import sound_input
 from retrieval import extract, load
@@ -72,14 +61,14 @@ def load_with_lambda(args):
     if not hasattr(settings, "affinity_temperature"):
         raise ValueError(f"{args.checkpoint} holds weights of {settings.peer}, which has no lambda "
                          "to draw: give a checkpoint.pt of pretrain.py")
-    return model, settings, clips
+    return model.eval(), settings, clips
 
 
 @torch.no_grad()
 def method(args):
-    """One clip -> its views -> the batch's similarities -> L and lambda -> the loss."""
+    """One clip, its views, the similarities of a small batch with the part that each of them plays
+    in Eq. 1, and how L and lambda make the clip's loss, from sound to video."""
     model, settings, clips = load_with_lambda(args)
-    model.eval()
     T, fps, size = settings.frames, settings.fps, settings.size
     rows = {row.label: row for row in clips.rows if row.duration >= max(TAU_V + TAU_A) * T / fps}
     rows = [rows[label] for label in sorted(rows)][:4]          # 4 clips of different classes
@@ -233,17 +222,22 @@ def bare(axes):
         axis.set(xticks=[], yticks=[])
 
 
-def views(clips, split, seconds, tau_v, tau_a, frames):
+def long_enough(clips, seconds):
+    """The rows of the films that last so long, but for half a frame."""
+    return [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps]
+
+
+def views(clips, split, tau_v, tau_a, more=0):
     """Yield (n, row, video (K, T, H, W, 3), waves (K, L)) from the middle of each long enough row.
 
-    The clip needs `seconds` of a file. A file that cannot be read is named on stderr and left out.
+    T and L have `more` s than a clip. A file that cannot be read is named on stderr and left out.
     Raises ValueError if no row is long enough, or if none can be read.
     """
-    rows = [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps]
+    seconds, frames = max(tau_v + tau_a) * clips.seconds + more, clips.frames + more * clips.fps
+    rows, read = long_enough(clips, seconds), 0
     if not rows:
         raise ValueError(f"no clip of the {split!r} part lasts {seconds:.1f} s, as this picture "
                          "needs")
-    read = 0
     for n, row in enumerate(tqdm(rows, desc="clips", unit="clip", file=sys.stderr)):
         t0 = max(0, row.duration - seconds) / 2
         try:
@@ -260,7 +254,7 @@ def views(clips, split, seconds, tau_v, tau_a, frames):
 
 @torch.no_grad()
 def ratios(args):
-    """The lambda of training, by the speeds of its faster views: mean and deviation over clips."""
+    """The lambda of training, the 2 x 2 softmax of Eq. 2, by the ratio of both speeds."""
     model, settings, clips = load_with_lambda(args)
     lams = lambda_by_speeds(model, settings, clips, args.split)         # (n, 4, 4)
     mean, deviation = lams.mean(0), lams.std(0)
@@ -285,25 +279,25 @@ def lambda_by_speeds(model, settings, clips, split):
 
     As in training, view 0 has speed 1, and the softmax of Eq. 2 runs over the 2 x 2 pairs.
     """
-    model.eval()
     log_mel, lams = LogMel(), []
-    seconds = max(SPEEDS) * clips.seconds
-    for _, _, video, waves in views(clips, split, seconds, SPEEDS, SPEEDS, clips.frames):
-        ly_a = model.l(model.g(log_mel(waves)))                          # (4, C)
-        ly_v = model.l(model.f(normalize_frames(video)))                 # (4, C)
-        pairs = [([0, p], [0, q]) for p in range(4) for q in range(4)]
-        lam = cross_affinity(torch.stack([ly_a[p] for p, _ in pairs]),   # (16, 2, C) x 2
-                             torch.stack([ly_v[q] for _, q in pairs]), "clip",
-                             settings.affinity_temperature, settings.raw_affinity)
+    pairs = torch.tensor([[(0, p), (0, q)] for p in range(4) for q in range(4)])    # (16, 2, 2)
+    for _, _, video, waves in views(clips, split, SPEEDS, SPEEDS):
+        ly_a = model.l(model.g(log_mel(waves)))                                     # (4, C)
+        ly_v = model.l(model.f(normalize_frames(video)))                            # (4, C)
+        lam = cross_affinity(ly_a[pairs[:, 0]], ly_v[pairs[:, 1]], "clip",
+                             settings.affinity_temperature, settings.raw_affinity)  # (16, 2, 2)
         lams.append(lam[:, 1, 1].view(4, 4))
     return torch.stack(lams)
 
 
 @torch.no_grad()
 def shifts(args):
-    """z_a . z_v against a shift of the sound, for a clip's own sound and for those of others."""
+    """z_a . z_v against a shift of the sound, for a clip's own sound and for those of others.
+
+    It shows whether the model knows synchrony.
+    """
     model, settings, clips, _ = load(args)
-    own, others = similarity_by_shift(model, sound_input(settings.sound), clips, args.split)
+    own, others = similarity_by_shift(model.eval(), sound_input(settings.sound), clips, args.split)
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
     lines = [{"shift, s": shift} for shift in SHIFTS]
     for name, s in (("sound of the same file", own), ("sounds of other files", others)):
@@ -322,10 +316,9 @@ def similarity_by_shift(model, log_mel, clips, split):
 
     The first is with the sound of the same file, the second the mean over those of other files.
     """
-    model.eval()
     T, fps, L = clips.frames, clips.fps, round(RATE * clips.seconds)
     z_a, z_v = [], []
-    for _, _, video, waves in views(clips, split, clips.seconds + 2, (1,), (1,), T + 2 * fps):
+    for _, _, video, waves in views(clips, split, (1,), (1,), more=2):
         starts = [round(RATE * (1 + shift)) for shift in SHIFTS]
         shifted = torch.stack([waves[0, start:start + L] for start in starts])          # (S, L)
         z_a.append(F.normalize(model.h_a(model.g(log_mel(shifted))), dim=1))            # (S, D)
@@ -337,16 +330,20 @@ def similarity_by_shift(model, log_mel, clips, split):
 
 @torch.no_grad()
 def affinity(args):
-    """Fig. 3: lambda of a video with its sound at speeds 1 to 4."""
+    """Fig. 3: for some clips a frame, the spectrograms of the sound at speeds 1, 2 and 4, and under
+    each lam(a, v) with the video at speed 1; beside it the mean over the test part.
+
+    The paper does not say over which entries its lam sums to 1 in that figure. Here the softmax
+    runs over the sounds at speeds 1 to 4, so an even share is 1/4.
+    """
     model, settings, clips = load_with_lambda(args)
-    log_mel, shown, lams, seconds = LogMel(), {}, [], max(SPEEDS) * clips.seconds
-    model.eval()
-    long_enough = sum(row.duration >= seconds - 0.5 / clips.fps for row in clips.rows)
-    chosen = spread(args.show, long_enough)
-    for n, row, video, waves in views(clips, args.split, seconds, (1,), SPEEDS, clips.frames):
+    log_mel, shown, lams = LogMel(), {}, []
+    total = len(long_enough(clips, max(SPEEDS) * clips.seconds))
+    chosen = spread(args.show, total)
+    for n, row, video, waves in views(clips, args.split, (1,), SPEEDS):
         audio = log_mel(waves)                                          # (4, 1, M, F)
-        ly_a = model.l(model.g(audio))                                   # (4, C)
-        ly_v = model.l(model.f(normalize_frames(video)))                 # (1, C)
+        ly_a = model.l(model.g(audio))                                  # (4, C)
+        ly_v = model.l(model.f(normalize_frames(video)))                # (1, C)
         lam = cross_affinity(ly_a[None], ly_v[None], "clip", settings.affinity_temperature,
                              settings.raw_affinity)                     # (1, 4, 1)
         lams.append(lam[0, :, 0])
@@ -354,31 +351,28 @@ def affinity(args):
             shown[n] = row.label, video[0, settings.frames // 2], audio[:, 0], lams[-1]
     if not shown:
         raise ValueError("none of the clips to be shown can be read: see the causes above")
-    draw_by_speed(list(shown.values()), torch.stack(lams), long_enough - len(lams), args.out)
 
-
-def draw_by_speed(shown, lams, failed, out):
-    """Fig. 3 of the clips [(label, frame, spectrograms, lam)], and the mean of lams (n, 4)."""
     figure = plt.figure(figsize=(11, 1.7 * len(shown) + 0.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
     axes = left.subplots(len(shown), 4, squeeze=False)
-    for line, (label, frame, audio, lam) in zip(axes, shown):
+    for line, (label, frame, audio, lam) in zip(axes, shown.values()):
         line[0].imshow(frame)
         line[0].set_ylabel(label, fontsize=8)
         for axis, k in zip(line[1:], (0, 1, 3)):
             axis.imshow(audio[k], origin="lower", aspect="auto", vmin=-3, vmax=3)
             axis.set_xlabel(f"speed {SPEEDS[k]}: $\\lambda$ = {lam[k]:.3f}", fontsize=8)
     bare(axes.flat)
-    mean, deviation = lams.mean(0), lams.std(0)
+    lams = torch.stack(lams)                                            # (n, 4)
+    mean, deviation, failed = lams.mean(0), lams.std(0), total - len(lams)
     axis = right.subplots()
     axis.errorbar(SPEEDS, mean, deviation, marker="o", capsize=4)
     axis.axhline(1 / len(SPEEDS), color="grey", linestyle=":", label="uniform")
     axis.set(xticks=SPEEDS, xlabel="speed of the sound",
-             ylabel="$\\lambda$ with the video at speed 1",
-             title=f"mean +- deviation, {len(lams)} clips" + f", {failed} failed" * (failed > 0))
+             ylabel="$\\lambda$ with the video at speed 1", title="mean +- deviation, "
+             f"{len(lams)} clips" + (f", {failed} failed" if failed else ""))
     axis.legend()
-    save(figure, out, lines=[{"speed of the sound": speed, "lambda": m, "deviation": d}
-                             for speed, m, d in zip(SPEEDS, mean, deviation)])
+    save(figure, args.out, lines=[{"speed of the sound": speed, "lambda": m, "deviation": d}
+                                  for speed, m, d in zip(SPEEDS, mean, deviation)])
 
 
 def curves(args):
@@ -438,11 +432,12 @@ def save(figure, out, dpi=72, lines=None):
         write_csv(lines, list(lines[0]), out.with_suffix(".csv"))
 
 
-def parse(argv=None):
-    """The arguments of the command line. Bad ones end the command with a sentence and status 2."""
+def main(argv=None):
+    """The command. An error becomes one sentence and exit status 1."""
+    draw = {"method": method, "affinity": affinity, "ratios": ratios, "shifts": shifts,
+            "curves": curves, "neighbours": neighbours}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=["method", "affinity", "ratios", "shifts", "curves",
-                                      "neighbours"])
+    p.add_argument("what", choices=list(draw))
     p.add_argument("runs", nargs="*", help="curves: --out folders of pretrain.py (runs/svaclr)")
     p.add_argument("--checkpoint", default="runs/svaclr/checkpoint.pt",
                    help="of pretrain.py (runs/svaclr/checkpoint.pt)")
@@ -452,15 +447,9 @@ def parse(argv=None):
     p.add_argument("--clips", type=int, default=10,
                    help="neighbours: clips of a file, averaged (10; as retrieval.py)")
     p.add_argument("--out", required=True, help="the png to write")
-    return p.parse_args(argv)
-
-
-def main(argv=None):
-    """The command. An error becomes one sentence and exit status 1."""
-    args = parse(argv)
+    args = p.parse_args(argv)
     try:
-        {"method": method, "affinity": affinity, "ratios": ratios, "shifts": shifts,
-         "curves": curves, "neighbours": neighbours}[args.what](args)
+        draw[args.what](args)
     except ValueError as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
 

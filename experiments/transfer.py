@@ -16,7 +16,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from experiments.runs import RESULTS, read_csv, run_all, run_script, spread, write_csv
+from experiments.ablation import (RESULTS, read_csv, run_all, run_script, spread, table,
+                                  write_csv)
 from prepare import demo
 
 PROTOCOLS = {
@@ -36,17 +37,14 @@ def commands(seed, folder):
     name: (protocol, encoder) of a run of finetune.py, None for the other scripts.
     """
     run = folder / f"s{seed}"
-    checkpoint = ["--checkpoint", str(run / "checkpoint.pt")]
+    sources = {"pre-trained": str(run / "checkpoint.pt"), "random": "none"}
     common = ["--seed", str(seed), "--out"]
-    runs = [("pretrain.py", ["--warmup", "1", *common, str(run)], None),
-            ("retrieval.py", checkpoint, None)]
-    for n, (name, flags) in enumerate(PROTOCOLS.items()):
-        for encoder in ENCODERS:
-            source = checkpoint if encoder == "pre-trained" else ["--checkpoint", "none"]
-            out = folder / f"s{seed}-{n}-{encoder}"
-            runs.append(("finetune.py", [*flags.split(), *source, *common, str(out)],
-                         (name, encoder)))
-    return runs
+    return [("pretrain.py", ["--warmup", "1", *common, str(run)], None),
+            ("retrieval.py", ["--checkpoint", sources["pre-trained"]], None),
+            *(("finetune.py", [*flags.split(), "--checkpoint", source, *common,
+                               str(folder / f"s{seed}-{n}-{encoder}")], (name, encoder))
+              for n, (name, flags) in enumerate(PROTOCOLS.items())
+              for encoder, source in sources.items())]
 
 
 def found(script, flags, name):
@@ -89,19 +87,26 @@ def read_results(path):
                 for script, flags, _ in commands(seed, Path("runs")) if script != "pretrain.py"}]
 
 
+def write_results(lines, path):
+    """Write the csv, sorted by seed, and the table beside it."""
+    lines.sort(key=lambda line: int(line["seed"]))
+    write_csv(lines, COLUMNS, path)
+    path.with_suffix(".md").write_text(markdown(lines))
+
+
 def markdown(lines):
     """The means and standard deviations over seeds."""
-    results = [*(f"{level} R@{k}, {way}" for level, k, way in RECALLS), *PROTOCOLS]
-    text = [f"| | {' | '.join(ENCODERS)} | seeds |", "|---|---|---|---|"]
-    for result in results:
-        values = {encoder: [float(line["value"]) for line in lines
-                            if (line["result"], line["encoder"]) == (result, encoder)]
-                  for encoder in ENCODERS}
-        cells = [spread(values[encoder], statistics.stdev) for encoder in ENCODERS]
-        if result not in PROTOCOLS:
-            cells[1] = ""
-        text.append(f"| {' | '.join([result, *cells, str(len(values['pre-trained']))])} |")
-    return "\n".join(["In %, mean ± standard deviation over seeds.", "", *text]) + "\n"
+    def values(result, encoder):
+        return [float(line["value"]) for line in lines
+                if (line["result"], line["encoder"]) == (result, encoder)]
+
+    rows = {}
+    for result in [*(f"{level} R@{k}, {way}" for level, k, way in RECALLS), *PROTOCOLS]:
+        trained, random = (spread(values(result, name), statistics.stdev) for name in ENCODERS)
+        rows[result] = [trained, random if result in PROTOCOLS else "",
+                        str(len(values(result, "pre-trained")))]
+    return "\n".join(["In %, mean ± standard deviation over seeds.", "",
+                      *table([*ENCODERS, "seeds"], rows)]) + "\n"
 
 
 def main(argv=None):
@@ -110,20 +115,18 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     p.add_argument("--out", default="runs/transfer", help="folder of the runs (runs/transfer)")
     args = p.parse_args(argv)
-    folder, path, failures = Path(args.out), RESULTS / "transfer.csv", 0
+    folder, path = Path(args.out), RESULTS / "transfer.csv"
     folder.mkdir(parents=True, exist_ok=True)
     demo.build(folder / "demo")
     lines = read_results(path)
     done = {int(line["seed"]) for line in lines}
-    jobs = {seed: (run_seed, seed, folder) for seed in args.seeds if seed not in done}
-    for seed, values, error in run_all(jobs):
-        if error:
-            failures += 1
-            print(f"error: seed {seed}: {error}", file=sys.stderr, flush=True)
-            continue
-        lines = sorted([*lines, *values], key=lambda line: int(line["seed"]))
-        write_csv(lines, COLUMNS, path)
-        path.with_suffix(".md").write_text(markdown(lines))
+
+    def add(of_seed):
+        lines.extend(of_seed)
+        write_results(lines, path)
+
+    failures = run_all({f"seed {seed}": (run_seed, seed, folder)
+                        for seed in args.seeds if seed not in done}, add)
     if lines:
         print(markdown(lines))
     sys.exit(failures > 0)

@@ -32,18 +32,51 @@ def draw(*args):
     figures.main([str(arg) for arg in args])
 
 
-def manifest_with_a_missing_film(tree, tmp_path):
-    """The test part of the tree, whose first film is gone."""
+def clips_of(checkpoint, part=slice(None)):
+    """The model in evaluation mode, its settings, and clips of the test part."""
+    model, settings, clips, _ = load(Namespace(checkpoint=checkpoint, data=None, split="test",
+                                               clips=1))
+    clips.rows = clips.rows[part]
+    return model.eval(), settings, clips
+
+
+SOME = slice(10, 13)                                    # three clips of two classes
+
+
+@pytest.mark.parametrize("what,flags,kilobytes", [("method", [], 250), ("affinity", [], 300),
+                                                  ("neighbours", ["--clips", 2], 300)])
+def test_pictures(what, flags, kilobytes, brief, tmp_path):
+    draw(what, "--checkpoint", brief, "--show", 3, "--out", tmp_path / "a.png", *flags)
+    assert pixels(tmp_path / "a.png").std() > 20
+    assert (tmp_path / "a.png").stat().st_size < 1000 * kilobytes
+    if what == "affinity":
+        means = values(tmp_path / "a.csv", "lambda")
+        assert len(means) == 4 and abs(sum(means) - 1) < 1e-3 and max(means) < 0.9
+
+
+@pytest.mark.parametrize("what,line", [("affinity", "left out: "), ("neighbours", "failed: ")])
+def test_a_film_that_is_gone_is_named(what, line, tree, brief, tmp_path, capsys):
+    """The first one of the test part."""
     rows = [row for row in scan.scan(tree) if row["split"] == "test"]
     rows[0]["path"] = str(tmp_path / "gone.mp4")
     scan.write(rows, tmp_path / "m.csv")
-    return tmp_path / "m.csv"
+    draw(what, "--checkpoint", brief, "--data", tmp_path / "m.csv", "--show", 3, "--clips", 2,
+         "--out", tmp_path / "a.png")
+    assert capsys.readouterr().err.count(f"{line}{tmp_path / 'gone.mp4'}: No such file") == 1
+    assert pixels(tmp_path / "a.png").std() > 20
 
 
-def test_method(brief, tmp_path):
-    draw("method", "--checkpoint", brief, "--out", tmp_path / "m.png")
-    assert pixels(tmp_path / "m.png").std() > 20
-    assert (tmp_path / "m.png").stat().st_size < 250_000
+def test_curves(brief, tmp_path):
+    draw("curves", brief.parent, "--out", tmp_path / "c.png")
+    assert pixels(tmp_path / "c.png").shape == (216, 792, 3)
+    with pytest.raises(SystemExit, match="error: no .*log.jsonl: give the --out folder"):
+        draw("curves", tmp_path / "gone", "--out", tmp_path / "g.png")
+
+
+def test_clips_too_short_for_speed_4(brief, tmp_path):
+    make_video(tmp_path / "d" / "test" / "c" / "a.mp4", 1.2, 10)
+    with pytest.raises(SystemExit, match="no clip of the 'test' part lasts 2.0 s, as this picture"):
+        draw("affinity", "--checkpoint", brief, "--data", tmp_path / "d", "--out", tmp_path / "x")
 
 
 def test_roles_are_those_of_eq_1():
@@ -64,96 +97,47 @@ def test_roles_are_those_of_eq_1():
                     assert role(i, q, j, r) == {1: "negative", -1: "positive", 0: "left out"}[sign]
 
 
-def all_clips(checkpoint):
-    """The model in evaluation mode, its settings, and the clips of the test part."""
-    model, settings, clips, _ = load(Namespace(checkpoint=checkpoint, data=None, split="test",
-                                               clips=1))
-    return model.eval(), settings, clips
-
-
-def some_clips(checkpoint):
-    """The same with three clips of two classes."""
-    model, settings, clips = all_clips(checkpoint)
-    clips.rows = clips.rows[10:13]
-    return model, settings, clips
-
-
-def test_affinity(tree, brief, tmp_path, capsys):
-    draw("affinity", "--checkpoint", brief, "--show", 3, "--out", tmp_path / "a.png")
-    means = values(tmp_path / "a.csv", "lambda")
-    assert len(means) == 4 and abs(sum(means) - 1) < 1e-3 and max(means) < 0.9
-    assert pixels(tmp_path / "a.png").std() > 20 and (tmp_path / "a.png").stat().st_size < 300_000
-    draw("affinity", "--checkpoint", brief, "--data", manifest_with_a_missing_film(tree, tmp_path),
-         "--show", 3, "--out", tmp_path / "b.png")
-    assert capsys.readouterr().err.count(f"left out: {tmp_path / 'gone.mp4'}: No such file") == 1
-    assert len(values(tmp_path / "b.csv", "lambda")) == 4
-
-
-def test_curves(brief, tmp_path):
-    draw("curves", brief.parent, "--out", tmp_path / "c.png")
-    assert pixels(tmp_path / "c.png").shape == (216, 792, 3)
-    with pytest.raises(SystemExit, match="error: no .*log.jsonl: give the --out folder"):
-        draw("curves", tmp_path / "gone", "--out", tmp_path / "g.png")
-
-
-def test_neighbours(tree, brief, tmp_path, capsys):
-    flags = ["--checkpoint", brief, "--show", 2, "--clips", 2, "--out", tmp_path / "n.png"]
-    draw("neighbours", *flags)
-    assert pixels(tmp_path / "n.png").std() > 20
-    draw("neighbours", *flags, "--data", manifest_with_a_missing_film(tree, tmp_path))
-    assert capsys.readouterr().err.count(f"failed: {tmp_path / 'gone.mp4'}: No such file") == 1
-
-
-def test_clips_too_short_for_speed_4(brief, tmp_path):
-    make_video(tmp_path / "d" / "test" / "c" / "a.mp4", 1.2, 10)
-    with pytest.raises(SystemExit, match="no clip of the 'test' part lasts 2.0 s, as this picture"):
-        draw("affinity", "--checkpoint", brief, "--data", tmp_path / "d", "--out", tmp_path / "x")
-
-
 @torch.no_grad()
-def test_ratios_show_the_lambda_of_training(tree, brief, tmp_path):
+def test_ratios_show_the_lambda_of_training(brief, tmp_path):
     """Each pair of speeds as in training: two views of each modality, the first at speed 1."""
-    model, settings, clips = some_clips(brief)
+    model, settings, clips = clips_of(brief, SOME)
     lams = lambda_by_speeds(model, settings, clips, "test")
     assert lams.shape == (3, 4, 4)
     for row, lam in zip(clips.rows, lams):
         for tau_a, tau_v in ((1, 1), (2, 4), (4, 3)):
             video, waves = read_clip(row.path, (row.duration - 2) / 2, (1, tau_v), (1, tau_a), 4, 8,
                                      16, centre_crop)
-            y_a, y_v, _, _ = model(LogMel()(waves)[None],
-                                   normalize_frames(video)[None])
+            y_a, y_v, _, _ = model(LogMel()(waves)[None], normalize_frames(video)[None])
             expected = cross_affinity(y_a, y_v)[0, 1, 1]
             assert abs(lam[tau_a - 1, tau_v - 1] - expected) < 1e-5
         assert abs(lam[0, 0] - 0.25) < 1e-6             # the same view twice
     draw("ratios", "--checkpoint", brief, "--out", tmp_path / "r.png")
     assert pixels(tmp_path / "r.png").std() > 20
-    whole = lambda_by_speeds(*all_clips(brief), "test").mean(0)          # (4, 4)
+    whole = lambda_by_speeds(*clips_of(brief), "test").mean(0)           # (4, 4)
     assert values(tmp_path / "r.csv", "lambda") == pytest.approx(whole.flatten().tolist(), rel=1e-3)
 
 
 @torch.no_grad()
-def test_shifts_move_the_sound(tree, brief, tmp_path):
-    model, settings, clips = some_clips(brief)
+def test_shifts_move_the_sound(brief, tmp_path):
+    model, settings, clips = clips_of(brief, SOME)
     own, others = similarity_by_shift(model, LogMel(), clips, "test")
     assert own.shape == others.shape == (3, len(SHIFTS))
-    z = {}                                              # (file, shift): z_a, and z_v without shift
-    for n, row in enumerate(clips.rows):
-        t0 = (row.duration - 0.5) / 2
-        video, _ = read_clip(row.path, t0, (1,), (1,), 4, 8, 16, centre_crop)
-        for shift in (-1, 0, 0.5):
+    for shift in (-1, 0, 0.5):
+        z = []                                          # of the clips: (z_a with the shift, z_v)
+        for row in clips.rows:
+            t0 = (row.duration - 0.5) / 2
+            video, _ = read_clip(row.path, t0, (1,), (1,), 4, 8, 16, centre_crop)
             _, waves = read_clip(row.path, t0 + shift, (1,), (1,), 4, 8, 16, centre_crop)
-            _, _, z[n, shift], z[n] = model(LogMel()(waves)[None],
-                                            normalize_frames(video)[None])
-    for n in range(3):
-        for shift in (-1, 0, 0.5):
-            s = [torch.cosine_similarity(z[m, shift][0, 0], z[n][0, 0], 0).item() for m in range(3)]
+            z.append(model(LogMel()(waves)[None], normalize_frames(video)[None])[2:])
+        for n, (_, z_v) in enumerate(z):
+            s = [torch.cosine_similarity(z_a[0, 0], z_v[0, 0], 0).item() for z_a, _ in z]
             k = SHIFTS.index(shift)
             assert abs(own[n, k] - s[n]) < 2e-3
             assert abs(others[n, k] - (sum(s) - s[n]) / 2) < 2e-3
     draw("shifts", "--checkpoint", brief, "--out", tmp_path / "s.png")
     assert pixels(tmp_path / "s.png").std() > 20
     assert values(tmp_path / "s.csv", "shift, s") == SHIFTS
-    model, _, clips = all_clips(brief)
+    model, _, clips = clips_of(brief)
     for name, s in zip(("sound of the same file", "sounds of other files"),
                        similarity_by_shift(model, LogMel(), clips, "test")):
         assert values(tmp_path / "s.csv", name) == pytest.approx(s.mean(0).tolist(), abs=1e-3)

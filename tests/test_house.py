@@ -33,6 +33,11 @@ def test_a_top_level_file_is_a_section_of_the_paper():
         assert not imports(path) & (STAGES | {"data", "experiments"}), path
 
 
+def test_the_citation_names_the_paper():
+    text = (ROOT / "CITATION.cff").read_text()
+    assert "cff-version: 1.2.0" in text and "arXiv:2309.13942" in text
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_lines_are_short(path):
     assert [line for line in path.read_text().splitlines() if len(line) > 100] == []

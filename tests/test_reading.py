@@ -29,7 +29,7 @@ STORE_NO_DELAY = {".avi", ".3gp"}     # these do not store the delay of the soun
 
 def shown(path, times, sound=False):
     """Return the numbers of the frames that the reader gives for the times."""
-    return frames.read_barcode(frames.ours(path, times, None, sound))
+    return frames.read_barcode(frames.ours(path, times, sound))
 
 
 def scanned(path, verify=True):

@@ -132,7 +132,7 @@ def test_commands_are_parsed(name, monkeypatch):
             elif not re.search("venv|pip install|two.py", command):
                 parse_only(command, monkeypatch)
                 count += 1
-    assert count >= {"README.md": 6, "data.md": 10, "running.md": 12, "results.md": 30,
+    assert count >= {"README.md": 6, "data.md": 10, "running.md": 12, "results.md": 24,
                      "readings.md": 0}.get(name, 3)
 
 
