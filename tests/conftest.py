@@ -7,6 +7,7 @@ import io
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import re
 import runpy
@@ -112,6 +113,7 @@ def work(words, environment, cwd, outputs, method, core):
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(method, force=True)    # for the loading processes
+    multiprocessing.resource_tracker._resource_tracker.__init__()       # one of its own, as there
     for number, name in enumerate(outputs, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, Job, error_of, free_port, log_of, run, run_here, write_script
+from conftest import ROOT, SMALL, Job, free_port, log_of, run, run_here, write_script
 
 import finetune
 import pretrain
@@ -28,7 +28,7 @@ from prepare import scan
 from support.processes import INTERRUPTED
 from support.run import REQUEUE, Run, clearly_more, fingerprint, lock_folder, write_atomic
 
-SHORT = [*SMALL, "--save-every", "0"]           # a run that saves at each line of the log
+SHORT = [*SMALL, "--batch-per-process", "2", "--save-every", "0"]   # saves at each line of the log
 exact = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
@@ -213,6 +213,7 @@ def test_too_many_failures_save_first(tmp_path):
         assert state["step"] == step and state["replaced"] == 2 * step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share,stopped", [(0.03, 0), (0.1, 1000)])
 def test_runs_stop_if_clearly_more_clips_fail_than_allowed(share, stopped):
     """Of 1,000 runs none stops at 3 % with a limit of 5 %, and at 10 % all stop within 1,000 clips.
@@ -277,21 +278,21 @@ def left_of(pid, seconds=5):
     return helpers_of(pid)
 
 
+def start(tree, out, *flags, **how):
+    """Start pretrain.py. Returns a Job."""
+    return Job("pretrain.py", "--data", tree, "--out", out, *SHORT, *flags, **how)
+
+
 @pytest.mark.slow
 def test_killed_and_stopped_runs_end_with_the_same_weights(tree, tmp_path):
     """Kill -9 comes after checkpoints and within steps, once for each way to start the loading
     processes. Then Ctrl-C comes to the whole process group, as a terminal sends it. The lock that
     each leaves is no hindrance. The run that nobody stops has another core at the same time."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    cores = sorted(os.sched_getaffinity(0))
-
-    def start(out, *flags, core=cores[0], **how):
-        return Job("pretrain.py", "--data", tree, *SHORT, "--epochs", 30, *flags, "--out", out,
-                   core=core, **how)
-
-    undisturbed = start(whole, core=cores[-1])
+    whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--epochs", 12)
+    core, other = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    undisturbed = start(tree, whole, *flags, core=other)
     for least, method in ((10, "fork"), (20, "forkserver"), (30, "spawn")):
-        job = start(cut, method=method)
+        job = start(tree, cut, *flags, method=method, core=core)
         job.wait_for(lambda: max(steps(cut), default=0) >= least
                      and (cut / "checkpoint.pt").exists())
         time.sleep(0.2 * (least == 30))
@@ -300,7 +301,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tree, tmp_path):
         assert job.wait() == -signal.SIGKILL
         assert left_of(job.pid, 30) == [], "a killed run leaves processes behind"
         assert ("continuing " in job.printed()[0]) == (least > 10)
-    job = start(cut, "--save-every", 60)
+    job = start(tree, cut, *flags, "--save-every", 60, core=core)
     job.wait_for(lambda: max(steps(cut)) >= 40)
     os.killpg(job.pid, signal.SIGINT)
     assert job.wait(60) == INTERRUPTED and left_of(job.pid) == []
@@ -308,7 +309,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tree, tmp_path):
     step = state_of(cut)["step"]
     assert f"stopped by Ctrl-C, saved at step {step} of 60: " in text and "Traceback" not in errors
     assert not (cut / "requeue").exists()
-    job = start(cut)
+    job = start(tree, cut, *flags, core=core)
     assert job.wait() == undisturbed.wait() == 0, job.printed()
     assert f"continuing {cut / 'checkpoint.pt'} at step {step} of 60\n" in job.printed()[0]
     assert_same_state(whole, cut)
@@ -321,15 +322,14 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tree, tmp_path):
 def test_a_signal_to_the_group_saves_and_leaves_the_mark(tree, tmp_path, capsys):
     """The loading processes and the server that forks them get the signal first, and do not mind.
     While the run lives, no other run has its --out. The next start removes the mark."""
-    data, cores = ["--data", tree, *SHORT, "--batch-per-process", 2], os.sched_getaffinity(0)
-    jobs = [(number, tmp_path / method,
-             Job("pretrain.py", *data, "--epochs", 400, "--save-every", 60, "--out",
-                 tmp_path / method, method=method, core=core))
-            for number, method, core in ((signal.SIGTERM, "forkserver", min(cores)),
-                                         (signal.SIGUSR1, "spawn", max(cores)))]
+    flags, cores = ("--epochs", 400, "--save-every", 60), os.sched_getaffinity(0)
+    jobs = [(number, out, start(tree, out, *flags, method=out.name, core=core))
+            for number, out, core in ((signal.SIGTERM, tmp_path / "forkserver", min(cores)),
+                                      (signal.SIGUSR1, tmp_path / "spawn", max(cores)))]
     for number, out, job in jobs:
+        again = ["--data", tree, "--out", out, *SHORT]
         job.wait_for(lambda: steps(out))
-        assert run_here(pretrain, *data, "--out", out) == 1
+        assert run_here(pretrain, *again) == 1
         owner = f"process {job.pid} on {socket.gethostname()}"
         assert f"in use by {owner}: wait until it has ended" in capsys.readouterr().err
         helpers = helpers_of(job.pid)
@@ -343,7 +343,7 @@ def test_a_signal_to_the_group_saves_and_leaves_the_mark(tree, tmp_path, capsys)
         text, errors = job.printed()
         assert "Traceback" not in errors and (out / "requeue").exists()
         assert f"stopped by a signal, saved at step {state_of(out)['step']} of " in text
-        assert run_here(pretrain, *data, "--out", out) == 1             # other --epochs
+        assert run_here(pretrain, *again) == 1              # other --epochs
         assert "epochs was 400 and is 4" in capsys.readouterr().err
         assert not (out / "requeue").exists()
 
@@ -351,8 +351,7 @@ def test_a_signal_to_the_group_saves_and_leaves_the_mark(tree, tmp_path, capsys)
 @pytest.mark.slow
 def test_a_second_ctrl_c_ends_at_once(tree, tmp_path):
     """The step that would have to end first takes seconds."""
-    job = Job("pretrain.py", "--data", tree, "--out", tmp_path, *SHORT, "--size", 96, "--frames",
-              24, "--fps", 24)
+    job = start(tree, tmp_path, "--size", 96, "--frames", 24, "--fps", 24)
     job.wait_for((tmp_path / "log.jsonl").exists)
     for _ in range(2):
         time.sleep(0.2)
@@ -392,11 +391,11 @@ def test_ctrl_c_ends_other_work_with_one_line(script, tree, brief, tmp_path):
 
 
 def torchrun(tree, out, *words, **how):
-    """Start pretrain.py with a training of 100 epochs under torchrun, which gets these flags."""
+    """Start pretrain.py with a training of 40 epochs under torchrun, which gets these flags."""
     output = open(out.with_suffix(".txt"), "a")
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words, "pretrain.py",
-                             "--data", tree, "--out", out, *SHORT, "--epochs", "100",
-                             "--batch-per-process", "2"], cwd=ROOT, stdout=output, stderr=output,
+                             "--data", tree, "--out", out, *SHORT, "--epochs", "40"],
+                            cwd=ROOT, stdout=output, stderr=output,
                             env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, **how)
 
 
@@ -419,18 +418,18 @@ def test_torchrun_replaces_a_lost_process_and_passes_ctrl_c_on(tree, tmp_path):
     os.kill(int(children()[-1]), signal.SIGKILL)
     wait_for_step(out, last + 1, agent)
     assert time.monotonic() - killed < 60
-    workers = children()
+    workers, before = children(), out.with_suffix(".txt").read_text()
     agent.send_signal(signal.SIGINT)
     assert agent.wait(60) == 1 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
-    text = out.with_suffix(".txt").read_text()
+    text = out.with_suffix(".txt").read_text()[len(before):]
     assert text.count("stopped by Ctrl-C, saved at step ") == 1
     assert text.count("Traceback") == 1 and "SignalException" in text       # torchrun's
     step = state_of(out)["step"]
     assert step > last and not (out / "requeue").exists()
-    done = run("--data", tree, "--out", out, *SHORT, "--epochs", 100, "--batch-per-process", 2,
-               "--save-every", 60, processes=2)
-    assert f"at step {step} of 200\n" in done.stdout
-    assert steps(out) == list(range(10, 201, 10))           # no line twice, and none lost
+    done = run("--data", tree, "--out", out, *SHORT, "--epochs", 40, "--save-every", 60,
+               processes=2)
+    assert f"at step {step} of 80\n" in done.stdout
+    assert steps(out) == list(range(10, 81, 10))            # no line twice, and none lost
 
 
 @pytest.mark.slow
@@ -443,8 +442,7 @@ def test_two_nodes_continue(tree, tmp_path, monkeypatch):
 
     out = tmp_path / "out"
     monkeypatch.setattr(pretrain, "top1", stop)
-    assert run_here(pretrain, "--data", tree, "--out", out, *SHORT, "--epochs", 100,
-                    "--batch-per-process", 2) == REQUEUE
+    assert run_here(pretrain, "--data", tree, "--out", out, *SHORT, "--epochs", 40) == REQUEUE
     step = state_of(out)["step"]
     assert state_of(out)["position"] == (0, 2 * step) and step < 5
     nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=1",
@@ -466,7 +464,7 @@ def test_two_nodes_continue(tree, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all(tree, tmp_path):
     done = run("--data", tree, "--out", tmp_path, *SMALL, "--batch-per-process", "2",
-               "--lr", "1e30", "--epochs", "8", processes=2, check=False)
+               "--lr", "1e30", processes=2, check=False)
     assert done.returncode == 1
     sentences = [line for line in done.stderr.splitlines()
                  if line.startswith("error") and "loss nan at step " in line]
@@ -534,14 +532,14 @@ def test_kept_checkpoints_can_be_used(tree, tmp_path, capsys):
                     "--test-clips", 1, "--workers", 1, "--out", tmp_path / "linear") == 0
 
 
-def test_a_folder_that_cannot_be_written(tree, capsys):
+def test_a_folder_that_cannot_be_written(capsys):
     """Also if root runs the tests: without root's rights for the time being."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o555)
     user = os.geteuid()
     try:
         os.seteuid(user or 65534)
-        assert run_here(pretrain, "--data", tree, "--out", folder / "run", *SMALL) == 1
+        assert run_here(pretrain, "--data", "x", "--out", folder / "run") == 1
     finally:
         os.seteuid(user)
         folder.rmdir()
