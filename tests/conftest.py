@@ -50,7 +50,7 @@ SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: starts processes, or takes over two seconds")
+    config.addinivalue_line("markers", "slow: starts many processes, or takes over two seconds")
     if config.pluginmanager.hasplugin("xdist"):
         config.option.maxworkerrestart = "0"    # or a test that hangs is begun ten times
 

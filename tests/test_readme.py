@@ -118,6 +118,7 @@ def test_wrong_commands_are_refused(monkeypatch):
             parse_only(line, monkeypatch)
 
 
+@pytest.mark.slow
 def test_prepare_commands_run_as_written(tmp_path):
     """The lines of docs/data.md for the paper's data sets, beside miniatures in their formats."""
     film = make_video(tmp_path / "film.mp4", 1.2, 10, size=(36, 28))
