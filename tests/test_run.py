@@ -278,21 +278,29 @@ def left_of(pid, seconds=5):
     return helpers_of(pid)
 
 
-def start(tree, out, *flags, **how):
+@pytest.fixture(scope="module")
+def manifest(tree, tmp_path_factory):
+    """The manifest of the tree's ten training films, so that no run scans them."""
+    path = tmp_path_factory.mktemp("manifest") / "train.csv"
+    scan.write(scan.scan(tree / "train"), path)
+    return path
+
+
+def start(data, out, *flags, **how):
     """Start pretrain.py. Returns a Job."""
-    return Job("pretrain.py", "--data", tree, "--out", out, *SHORT, *flags, **how)
+    return Job("pretrain.py", "--data", data, "--out", out, *SHORT, *flags, **how)
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_runs_end_with_the_same_weights(tree, tmp_path):
+def test_killed_and_stopped_runs_end_with_the_same_weights(manifest, tmp_path):
     """Kill -9 comes after checkpoints and within steps, once for each way to start the loading
     processes. Then Ctrl-C comes to the whole process group, as a terminal sends it. The lock that
     each leaves is no hindrance. The run that nobody stops has another core at the same time."""
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--epochs", 12)
     core, other = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
-    undisturbed = start(tree, whole, *flags, core=other)
+    undisturbed = start(manifest, whole, *flags, core=other)
     for least, method in ((10, "fork"), (20, "forkserver"), (30, "spawn")):
-        job = start(tree, cut, *flags, method=method, core=core)
+        job = start(manifest, cut, *flags, method=method, core=core)
         job.wait_for(lambda: max(steps(cut), default=0) >= least
                      and (cut / "checkpoint.pt").exists())
         time.sleep(0.2 * (least == 30))
@@ -301,7 +309,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tree, tmp_path):
         assert job.wait() == -signal.SIGKILL
         assert left_of(job.pid, 30) == [], "a killed run leaves processes behind"
         assert ("continuing " in job.printed()[0]) == (least > 10)
-    job = start(tree, cut, *flags, "--save-every", 60, core=core)
+    job = start(manifest, cut, *flags, "--save-every", 60, core=core)
     job.wait_for(lambda: max(steps(cut)) >= 40)
     os.killpg(job.pid, signal.SIGINT)
     assert job.wait(60) == INTERRUPTED and left_of(job.pid) == []
@@ -309,7 +317,7 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tree, tmp_path):
     step = state_of(cut)["step"]
     assert f"stopped by Ctrl-C, saved at step {step} of 60: " in text and "Traceback" not in errors
     assert not (cut / "requeue").exists()
-    job = start(tree, cut, *flags, core=core)
+    job = start(manifest, cut, *flags, core=core)
     assert job.wait() == undisturbed.wait() == 0, job.printed()
     assert f"continuing {cut / 'checkpoint.pt'} at step {step} of 60\n" in job.printed()[0]
     assert_same_state(whole, cut)
@@ -319,15 +327,15 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(tree, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_group_saves_and_leaves_the_mark(tree, tmp_path, capsys):
+def test_a_signal_to_the_group_saves_and_leaves_the_mark(manifest, tmp_path, capsys):
     """The loading processes and the server that forks them get the signal first, and do not mind.
     While the run lives, no other run has its --out. The next start removes the mark."""
     flags, cores = ("--epochs", 400, "--save-every", 60), os.sched_getaffinity(0)
-    jobs = [(number, out, start(tree, out, *flags, method=out.name, core=core))
+    jobs = [(number, out, start(manifest, out, *flags, method=out.name, core=core))
             for number, out, core in ((signal.SIGTERM, tmp_path / "forkserver", min(cores)),
                                       (signal.SIGUSR1, tmp_path / "spawn", max(cores)))]
     for number, out, job in jobs:
-        again = ["--data", tree, "--out", out, *SHORT]
+        again = ["--data", manifest, "--out", out, *SHORT]
         job.wait_for(lambda: steps(out))
         assert run_here(pretrain, *again) == 1
         owner = f"process {job.pid} on {socket.gethostname()}"
@@ -349,9 +357,9 @@ def test_a_signal_to_the_group_saves_and_leaves_the_mark(tree, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once(tree, tmp_path):
+def test_a_second_ctrl_c_ends_at_once(manifest, tmp_path):
     """The step that would have to end first takes seconds."""
-    job = start(tree, tmp_path, "--size", 96, "--frames", 24, "--fps", 24)
+    job = start(manifest, tmp_path, "--size", 96, "--frames", 24, "--fps", 24)
     job.wait_for((tmp_path / "log.jsonl").exists)
     for _ in range(2):
         time.sleep(0.2)
@@ -390,11 +398,11 @@ def test_ctrl_c_ends_other_work_with_one_line(script, tree, brief, tmp_path):
     assert "Traceback" not in errors and left_of(job.pid) == []
 
 
-def torchrun(tree, out, *words, **how):
+def torchrun(data, out, *words, **how):
     """Start pretrain.py with a training of 40 epochs under torchrun, which gets these flags."""
     output = open(out.with_suffix(".txt"), "a")
     return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *words, "pretrain.py",
-                             "--data", tree, "--out", out, *SHORT, "--epochs", "40"],
+                             "--data", data, "--out", out, *SHORT, "--epochs", "40"],
                             cwd=ROOT, stdout=output, stderr=output,
                             env=os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, **how)
 
@@ -407,11 +415,11 @@ def wait_for_step(out, step, *agents):
 
 
 @pytest.mark.slow
-def test_torchrun_replaces_a_lost_process_and_passes_ctrl_c_on(tree, tmp_path):
+def test_torchrun_replaces_a_lost_process_and_passes_ctrl_c_on(manifest, tmp_path):
     """Kill -9 to one of two processes: torchrun restarts both, and they train on within 60 s. From
     a terminal torchrun alone gets Ctrl-C. The same command ends the run."""
     out = tmp_path / "two"
-    agent = torchrun(tree, out, "--standalone", "--nproc_per_node=2", "--max-restarts=2")
+    agent = torchrun(manifest, out, "--standalone", "--nproc_per_node=2", "--max-restarts=2")
     children = lambda: Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     wait_for_step(out, 10, agent)
     killed, last = time.monotonic(), max(steps(out))
@@ -426,14 +434,14 @@ def test_torchrun_replaces_a_lost_process_and_passes_ctrl_c_on(tree, tmp_path):
     assert text.count("Traceback") == 1 and "SignalException" in text       # torchrun's
     step = state_of(out)["step"]
     assert step > last and not (out / "requeue").exists()
-    done = run("--data", tree, "--out", out, *SHORT, "--epochs", 40, "--save-every", 60,
+    done = run("--data", manifest, "--out", out, *SHORT, "--epochs", 40, "--save-every", 60,
                processes=2)
     assert f"at step {step} of 80\n" in done.stdout
     assert steps(out) == list(range(10, 81, 10))            # no line twice, and none lost
 
 
 @pytest.mark.slow
-def test_two_nodes_continue(tree, tmp_path, monkeypatch):
+def test_two_nodes_continue(manifest, tmp_path, monkeypatch):
     """A run of one process is stopped in mid-epoch. Then two torchrun agents with one process each
     continue, until one of the agents gets SIGTERM."""
     def stop(*_):
@@ -442,13 +450,13 @@ def test_two_nodes_continue(tree, tmp_path, monkeypatch):
 
     out = tmp_path / "out"
     monkeypatch.setattr(pretrain, "top1", stop)
-    assert run_here(pretrain, "--data", tree, "--out", out, *SHORT, "--epochs", 40) == REQUEUE
+    assert run_here(pretrain, "--data", manifest, "--out", out, *SHORT, "--epochs", 40) == REQUEUE
     step = state_of(out)["step"]
     assert state_of(out)["position"] == (0, 2 * step) and step < 5
     nodes = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_id=1",
              f"--rdzv_endpoint=localhost:{free_port()}"]
     cores = (sorted(os.sched_getaffinity(0)) * 2)[:2]       # a core for each node
-    agents = [torchrun(tree, out, *nodes, preexec_fn=partial(os.sched_setaffinity, 0, {core}))
+    agents = [torchrun(manifest, out, *nodes, preexec_fn=partial(os.sched_setaffinity, 0, {core}))
               for core in cores]
     wait_for_step(out, 10, *agents)
     agents[0].terminate()       # torchrun passes it to its process, which tells the other one
@@ -462,8 +470,8 @@ def test_two_nodes_continue(tree, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_all(tree, tmp_path):
-    done = run("--data", tree, "--out", tmp_path, *SMALL, "--batch-per-process", "2",
+def test_a_loss_that_is_not_finite_stops_all(manifest, tmp_path):
+    done = run("--data", manifest, "--out", tmp_path, *SMALL, "--batch-per-process", "2",
                "--lr", "1e30", processes=2, check=False)
     assert done.returncode == 1
     sentences = [line for line in done.stderr.splitlines()
@@ -475,10 +483,9 @@ def test_a_loss_that_is_not_finite_stops_all(tree, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_see_different_checkpoints_stop(tree, tmp_path):
+def test_processes_that_see_different_checkpoints_stop(manifest, tmp_path):
     """As on nodes whose --out is not shared: one has a checkpoint, the other has none."""
-    flags = ["--data", tmp_path / "manifest.csv", *SMALL, "--batch-per-process", 2, "--epochs", 1]
-    scan.write(scan.scan(tree / "train"), tmp_path / "manifest.csv")
+    flags = ["--data", manifest, *SMALL, "--batch-per-process", 2, "--epochs", 1]
     assert run_here(pretrain, *flags, "--out", tmp_path / "0") == 0
     script = write_script(tmp_path / "unshared.py", f"""
         import os, pretrain
@@ -495,10 +502,10 @@ def test_processes_that_see_different_checkpoints_stop(tree, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name,dtype", [("bf16", "bfloat16"), ("fp16", "float16"),
                                         ("fp32", "float32")])
-def test_each_precision_trains(name, dtype, tree, tmp_path):
+def test_each_precision_trains(name, dtype, manifest, tmp_path):
     for chunk in ([], ["--chunk", "2"]):
         out = tmp_path / f"out{len(chunk)}"
-        assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--epochs", "1",
+        assert run_here(pretrain, "--data", manifest, "--out", out, *SMALL, "--epochs", "1",
                         "--frames", "2", "--precision", name, *chunk) == 0
         head, line = log_of(out)
         assert head["precision"] == dtype and 0 < line["loss"] < 20
