@@ -24,8 +24,9 @@ MEAN, STD = 0.45, 0.225                                 # of pixels in [0, 1] (p
 def sample_speeds(max_speed, generator=None, same=False):
     """Draw tau_v and tau_a, the speeds of the video views and of the audio views of a clip (§2.1).
 
-    Both are lists of two integers. View 0 has speed 1. View 1 draws from {1, ..., max_speed},
-    uniformly (paper silent) and independently for video and audio, or once for both (`same`).
+    Both are lists of two integers. View 0 is the given pair (§2), at speed 1. View 1 draws from
+    {1, ..., max_speed}, uniformly (paper silent) and independently for video and audio, or once for
+    both (`same`).
     """
     tau_v, tau_a = torch.randint(1, max_speed + 1, (2,), generator=generator).tolist()
     return [1, tau_v], [1, tau_v if same else tau_a]
@@ -134,8 +135,11 @@ def normalize_frames(frames):
     """Normalise uint8 (..., T, H, W, 3) to float32 (..., 3, T, H, W): mean 0.45, std 0.225 (GDT).
 
     The channels stay innermost in memory, which convolutions call channels-last, so that nothing
-    is rearranged.
+    is rearranged. Raises ValueError for other types or layouts.
     """
+    if frames.dtype != torch.uint8 or frames.dim() < 4 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {str(frames.dtype)[6:]} {tuple(frames.shape)}: give uint8 "
+                         "(..., T, H, W, 3), the colours last")
     x = torch.movedim(frames, -1, -4)                                   # (..., 3, T, H, W)
     return x.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
 

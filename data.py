@@ -26,17 +26,14 @@ import av
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from augment import (centre_band, centre_crop, crop_at, flip_jitter, frame_times, random_crop,
                      random_resized_crop, sample_speeds, speed_up_audio)
 from prepare import demo, scan
-from support.batches import TrainingBatches
-from support.processes import (end_with_trainer, end_workers, gather, loading_workers, rank,
-                               run_once, signals_blocked, world_size)
+from support.batches import TrainingBatches, collate, draw_or_replace, read_or_name
+from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once,
+                               world_size)
 from support.reading import RATE, read
-
-TRIES = 10                              # files in a row that may fail before a run stops
 
 # duration: the s that pictures and sound both cover, or the pictures alone if the sound cannot be
 # used (has_audio is False, and note tells why).
@@ -143,10 +140,9 @@ class AudioVisualClips(Dataset):
         seed: every draw (place, speeds, scale, crop, flip) depends on (seed, epoch, index) alone.
         clips_per_file: None to train | n to evaluate on n evenly spaced clips with a centre crop.
     Items:
-        To train, of a key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32, and
-        (path, failures), see draw_or_replace.
-        To evaluate, of a key index: video (n, T, H, W, 3), audio (n, L), and (index, None); or
-        None, None, and (index, "path: cause") if the file fails.
+        To train, of a key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32. To
+        evaluate, of a key index: video (n, T, H, W, 3), audio (n, L). A third value tells what
+        failed, see draw_or_replace and read_or_name of support/batches.py.
     """
 
     crops = 1
@@ -171,7 +167,11 @@ class AudioVisualClips(Dataset):
     def __getitem__(self, key):
         if self.clips_per_file is None:
             return draw_or_replace(self, *key)
-        return evenly_spaced(self, key, self.rows[key].duration, sound=True)
+        return read_or_name(self, key)
+
+    def read(self, row):
+        """The evaluation clips of a file: video (n, T, H, W, 3) uint8, audio (n, L) float32."""
+        return evenly_spaced(self, row.path, row.duration, sound=True)
 
     def draw(self, row, generator):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
@@ -211,9 +211,12 @@ class ActionClips(Dataset):
     def __getitem__(self, key):
         if self.clips_per_file is None:
             return draw_or_replace(self, *key)
-        row = self.rows[key]
-        video, _, source = evenly_spaced(self, key, row.video_duration, sound=False)
-        return video, self.classes.index(row.label), source
+        return read_or_name(self, key)
+
+    def read(self, row):
+        """The evaluation clips of a file: video (n c, T, H, W, 3) uint8, and its label."""
+        video, _ = evenly_spaced(self, row.path, row.video_duration, sound=False)
+        return video, self.classes.index(row.label)
 
     def draw(self, row, generator):
         """One training clip: video (T, H, W, 3) uint8, and its label."""
@@ -226,57 +229,21 @@ class ActionClips(Dataset):
         return flip_jitter(video[0], seed).contiguous(), self.classes.index(row.label)
 
 
-def draw_or_replace(dataset, epoch, index):
-    """Draw a training clip of the file `index`: (*dataset.draw(...), (path, failures)).
-
-    Another file replaces one that fails. path is the file that was read, and failures are the
-    causes of the others. Raises ValueError if 10 files in a row fail.
-    """
-    seed = np.random.SeedSequence([dataset.seed, epoch, index]).generate_state(1)[0]
-    generator = torch.Generator().manual_seed(int(seed))
-    failures = []
-    while len(failures) < TRIES:
-        row = dataset.rows[index]
-        try:
-            return *dataset.draw(row, generator), (row.path, failures)
-        except ValueError as error:
-            failures.append(str(error))
-            index = int(torch.randint(len(dataset.rows), (), generator=generator))
-    raise ValueError(f"{TRIES} files in a row failed, the last: {failures[-1]}")
-
-
-def evenly_spaced(dataset, index, duration, sound):
-    """Read the evaluation clips of file `index` at speed 1, spaced evenly over `duration` s.
+def evenly_spaced(dataset, path, duration, sound):
+    """Read the evaluation clips of a file at speed 1, spaced evenly over `duration` s.
 
     Each clip is cut dataset.crops times (1: the middle; 3: both ends of the longer side and the
-    middle). Returns video (clips * crops, T, H, W, 3), audio (clips, L), empty without sound, and
-    (index, None); or None, None, (index, "path: cause") if the file fails.
+    middle). Returns video (clips * crops, T, H, W, 3) uint8 and audio (clips, L), empty without
+    `sound`. Raises ValueError with the path and the cause if the file fails.
     """
-    path, n = dataset.rows[index].path, dataset.clips_per_file
-    T, fps, size = dataset.frames, dataset.fps, dataset.size
+    T, fps, size, n = dataset.frames, dataset.fps, dataset.size, dataset.clips_per_file
     room, window = max(0, duration - T / fps), centre_crop if dataset.crops == 1 else centre_band
-    try:
-        clips = [read_clip(path, t0, (1,), (1,) * sound, T, fps, size, window)
-                 for t0 in (np.linspace(0, room, n) if n > 1 else [room / 2])]
-    except ValueError as error:
-        return None, None, (index, str(error))
+    clips = [read_clip(path, t0, (1,), (1,) if sound else (), T, fps, size, window)
+             for t0 in (np.linspace(0, room, n) if n > 1 else [room / 2])]
     video, audio = (torch.cat(x) for x in zip(*clips))          # (clips, T, H', W', 3), (clips, L)
     places = (0.5,) if dataset.crops == 1 else (0, 0.5, 1)
     video = torch.stack([crop_at(video, size, place) for place in places], 1)
-    return video.flatten(0, 1), audio, (index, None)
-
-
-def collate(samples):
-    """[(video, audio or label, source)] -> video (B, ...), audio (B, ...) or labels (B,), [source].
-
-    A sample without a video adds its source alone. If no sample has one, the first two are None.
-    """
-    sources = [sample[2] for sample in samples]
-    samples = [sample for sample in samples if sample[0] is not None]
-    if not samples:
-        return None, None, sources
-    video, second, _ = zip(*samples)
-    return torch.stack(video), torch.stack([torch.as_tensor(x) for x in second]), sources
+    return video.flatten(0, 1), audio
 
 
 def make_loader(dataset, batch_size, workers=None, epochs=1):
@@ -294,34 +261,3 @@ def make_loader(dataset, batch_size, workers=None, epochs=1):
         return DataLoader(dataset, batch_size, sampler=share, **common)
     batches = TrainingBatches(len(dataset), batch_size, epochs, dataset.seed, rank(), world_size())
     return DataLoader(dataset, batch_sampler=batches, generator=torch.Generator(), **common)
-
-
-def evaluation_batches(dataset, batch_size, max_failures, workers=None):
-    """Yield this process's share of an evaluation, with a progress bar.
-
-    A batch is video (B, ...), audio (B, ...) or labels (B,), and a list of the B indices. A video
-    that fails is named on stderr and left out. Raises ValueError if more than the share
-    `max_failures` of all videos fail.
-    """
-    def stop_if_too_many():
-        if len(causes) > max_failures * len(dataset):
-            raise ValueError(f"{len(causes)} of {len(dataset)} videos failed, more than a share of "
-                             f"{max_failures:g}, the last: {causes[-1]}; all are named above: "
-                             "check the disk, mend these files or take them out of the data, or "
-                             "let more fail (--max-failures of retrieval.py and finetune.py)")
-
-    causes = []
-    loader = make_loader(dataset, batch_size, workers)
-    with signals_blocked():
-        batches = iter(loader)              # starts the loading processes
-    for video, second, sources in tqdm(batches, "evaluating", len(loader), unit="batch",
-                                       disable=rank() > 0):
-        for index, cause in sources:
-            if cause:
-                causes.append(cause)
-                tqdm.write(f"failed: {cause}", file=sys.stderr)
-        stop_if_too_many()
-        if video is not None:
-            yield video, second, [index for index, cause in sources if not cause]
-    causes = sum(gather(causes), [])
-    stop_if_too_many()

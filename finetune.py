@@ -28,8 +28,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import normalize_frames
-from data import ActionClips, evaluation_batches, find_rows, make_loader
+from data import ActionClips, find_rows, make_loader
 from models import C, video_encoder
+from support.batches import evaluation_batches
 from support.checkpoints import load_encoder
 from support.classification import (answers, fit_linear, report, say_torchvision, shared_classes,
                                     subset, top_1_and_5, write_classes)
@@ -152,7 +153,7 @@ def features(f, clips, dtype, workers, max_failures):
     """
     f.eval()
     device = next(f.parameters()).device
-    for frames, label, (index,) in evaluation_batches(clips, 1, max_failures, workers):
+    for frames, label, (index,) in evaluation_batches(make_loader(clips, 1, workers), max_failures):
         with autocast(device, dtype):
             y = f(normalize_frames(frames[0].to(device)))               # (clips * crops, C)
         yield index, label.item(), y.float()

@@ -50,6 +50,15 @@ def flags():
                       "(default: the built-in set)")
     data.add_argument("--split", default="train", help="part to train on (train; our choice)")
     data.add_argument("--out", default="runs/svaclr", help="folder of the results (runs/svaclr)")
+    add_clip_flags(p)
+    add_objective_flags(p)
+    add_optimisation_flags(p)
+    add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
+    return p
+
+
+def add_clip_flags(p):
+    """Add the flags of the views of a clip (§2.1)."""
     clip = p.add_argument_group("clips")
     clip.add_argument("--max-speed", type=at_least(1), default=4,
                       help="S, speeds are drawn from {1, ..., S}; 1: no co-augmentation (4: "
@@ -64,6 +73,10 @@ def flags():
                       help="frames per s at speed 1 (30: paper silent, GDT; built-in set: 4)")
     clip.add_argument("--size", type=at_least(16), default=128,
                       help="H = W in pixels (128: Table 2, which has 224 too; built-in set: 32)")
+
+
+def add_objective_flags(p):
+    """Add the flags of the networks and of Eq. 1 to 3."""
     model = p.add_argument_group("model and objective")
     model.add_argument("--arch", default="r2plus1d_18",
                        choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
@@ -84,6 +97,10 @@ def flags():
                        help="audio -> video alone, as printed (default: mean of both directions)")
     model.add_argument("--eta", type=positive, default=0.07,
                        help="temperature of Eq. 1 (0.07; paper silent, GDT)")
+
+
+def add_optimisation_flags(p):
+    """Add the flags of §3.1."""
     optim = p.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=at_least(1), default=100,
                        help="passes over the data (100: §3.1; built-in set: 15)")
@@ -101,8 +118,6 @@ def flags():
                        "the global batch over 512")
     optim.add_argument("--weight-decay", type=at_least(0, float), default=1e-5,
                        help="of SGD, on all weights (1e-5; paper silent, GDT)")
-    add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
-    return p
 
 
 def parse(argv=None):
@@ -198,23 +213,8 @@ def step_in_chunks(embed, objective, net, scaler, batch, n):
     return loss, *ly_z[2:]
 
 
-def say_settings(args, B, clips, left_out, steps):
-    """Print the effective numbers of a run: batch, negatives, steps and learning rate."""
-    N, K = world_size() * B, 1 if args.max_speed == 1 else 2
-    peak = args.lr * N / PAPER_BATCH
-    chunks = f" in chunks of {args.chunk}" if args.chunk else ""
-    say(f"{clips} clips ({left_out} left out), global batch {N} = {world_size()} process(es) x "
-        f"{B} clips{chunks}, {K} view(s): {K * (N - 1)} negatives per query, {steps} steps an "
-        f"epoch, {args.epochs * steps} steps in all")
-    say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
-        f"({args.lr:g} for a batch of 512, times {N}/512)")
-
-
-def train(args, device):
-    """§3.1: read the data, build the model, train it with Eq. 3, save it."""
-    lock_folder(args.out)
-    B = clips_per_process(args)
-    N = B * world_size()
+def find_clips(args, B):
+    """§3.1: the batches of all epochs, and {path: reason} of the files that are left out."""
     if args.data is None:
         names = "arch", "size", "frames", "fps", "epochs", "warmup"
         say("No --data: training on the built-in set, with "
@@ -227,16 +227,37 @@ def train(args, device):
     loader = make_loader(clips, B, args.workers, args.epochs)
     if loader.batch_sampler.steps_per_epoch == 0:
         raise ValueError(f"{len(clips)} usable clips ({len(left_out)} left out) do not fill one "
-                         f"global batch of {N}: give a smaller --batch-per-process or more data")
+                         f"global batch of {B * world_size()}: give a smaller --batch-per-process "
+                         "or more data")
+    return loader, left_out
 
+
+def say_settings(args, B, loader, left_out):
+    """Print the effective numbers of a run: batch, negatives, steps and learning rate."""
+    N, K = world_size() * B, 1 if args.max_speed == 1 else 2
+    peak, steps = args.lr * N / PAPER_BATCH, loader.batch_sampler.steps_per_epoch
+    chunks = f" in chunks of {args.chunk}" if args.chunk else ""
+    say(f"{len(loader.dataset)} clips ({len(left_out)} left out), global batch {N} = "
+        f"{world_size()} process(es) x {B} clips{chunks}, {K} view(s): {K * (N - 1)} negatives per "
+        f"query, {steps} steps an epoch, {args.epochs * steps} steps in all")
+    say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
+        f"({args.lr:g} for a batch of 512, times {N}/512)")
+
+
+def train(args, device):
+    """§3.1: read the data, build the model, train it with Eq. 3, save it."""
+    B = clips_per_process(args)
+    N = B * world_size()
+    lock_folder(args.out)
+    loader, left_out = find_clips(args, B)
     dtype, reason = choose_precision(args.precision, device)
+    say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "
+        f"{torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
+    say_settings(args, B, loader, left_out)
     model, optimizer, scaler = build(args, device, dtype)
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world_size() > 1 else net
     log_mel = LogMel().to(device)
-    say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "
-        f"{torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
-    say_settings(args, B, len(clips), len(left_out), loader.batch_sampler.steps_per_epoch)
 
     def embed(frames, waves):                       # (B, K, T, H, W, 3) uint8, (B, K, L)
         audio = log_mel(waves)                      # (B, K, 1, M, F)
@@ -251,7 +272,7 @@ def train(args, device):
         raw_affinity=args.raw_affinity, detach_affinity=args.detach_affinity, one_way=args.one_way)
     run = Run(args, loader, model, optimizer, scaler, {
         "processes": world_size(), "precision": str(dtype)[6:], "torch": torch.__version__,
-        "clips": len(clips), "left_out": Counter(left_out.values())})
+        "clips": len(loader.dataset), "left_out": Counter(left_out.values())})
     for epoch, (frames, waves) in run:
         lr = learning_rate(epoch, args.warmup, args.epochs, args.lr * N / PAPER_BATCH)
         for group in optimizer.param_groups:

@@ -1,7 +1,20 @@
-"""The order of training: which clips make a batch, on which process, after which others."""
+"""Which clips make a batch, on which process, after which others, and what is done if one fails.
+
+A dataset (data.AudioVisualClips, data.ActionClips) has rows, a seed, draw(row, generator) to train
+and read(row) to evaluate. Both return (video, audio or label), or raise ValueError with the path
+and the cause.
+"""
+
+import sys
 
 import numpy as np
+import torch
 from torch.utils.data import Sampler
+from tqdm import tqdm
+
+from support.processes import gather, rank, signals_blocked
+
+TRIES = 10                              # files in a row that may fail before a run stops
 
 
 class TrainingBatches(Sampler):
@@ -33,3 +46,76 @@ class TrainingBatches(Sampler):
             for batch in order.reshape(-1, self.batch_size).tolist():
                 yield [(epoch, index) for index in batch]
             used = 0
+
+
+def draw_or_replace(dataset, epoch, index):
+    """Draw a training clip of the file `index`: (*dataset.draw(...), (path, failures)).
+
+    Another file replaces one that fails. path is the file that was read, and failures are the
+    causes of the others. Raises ValueError if 10 files in a row fail.
+    """
+    seed = np.random.SeedSequence([dataset.seed, epoch, index]).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(seed))
+    failures = []
+    while len(failures) < TRIES:
+        row = dataset.rows[index]
+        try:
+            return *dataset.draw(row, generator), (row.path, failures)
+        except ValueError as error:
+            failures.append(str(error))
+            index = int(torch.randint(len(dataset.rows), (), generator=generator))
+    raise ValueError(f"{TRIES} files in a row failed, the last: {failures[-1]}")
+
+
+def read_or_name(dataset, index):
+    """The evaluation clips of the file `index`: (*dataset.read(...), (index, None)).
+
+    If the file fails, that is None, None, (index, "path: cause").
+    """
+    try:
+        return *dataset.read(dataset.rows[index]), (index, None)
+    except ValueError as error:
+        return None, None, (index, str(error))
+
+
+def collate(samples):
+    """[(video, audio or label, source)] -> video (B, ...), audio (B, ...) or labels (B,), [source].
+
+    A sample without a video adds its source alone. If no sample has one, the first two are None.
+    """
+    sources = [sample[2] for sample in samples]
+    samples = [sample for sample in samples if sample[0] is not None]
+    if not samples:
+        return None, None, sources
+    video, second, _ = zip(*samples)
+    return torch.stack(video), torch.stack([torch.as_tensor(x) for x in second]), sources
+
+
+def evaluation_batches(loader, max_failures):
+    """Yield this process's share of an evaluation, with a progress bar.
+
+    loader: of data.make_loader. A batch is video (B, ...), audio (B, ...) or labels (B,), and a
+    list of the B indices. A video that fails is named on stderr and left out. Raises ValueError if
+    more than the share `max_failures` of all videos fail.
+    """
+    def stop_if_too_many():
+        if len(causes) > max_failures * len(loader.dataset):
+            raise ValueError(f"{len(causes)} of {len(loader.dataset)} videos failed, more than a "
+                             f"share of {max_failures:g}, the last: {causes[-1]}; all are named above: "
+                             "check the disk, mend these files or take them out of the data, or "
+                             "let more fail (--max-failures of retrieval.py and finetune.py)")
+
+    causes = []
+    with signals_blocked():
+        batches = iter(loader)              # starts the loading processes
+    for video, second, sources in tqdm(batches, "evaluating", len(loader), unit="batch",
+                                       disable=rank() > 0):
+        for index, cause in sources:
+            if cause:
+                causes.append(cause)
+                tqdm.write(f"failed: {cause}", file=sys.stderr)
+        stop_if_too_many()
+        if video is not None:
+            yield video, second, [index for index, cause in sources if not cause]
+    causes = sum(gather(causes), [])
+    stop_if_too_many()

@@ -53,8 +53,8 @@ def load_svaclr(path, build):
         raise ValueError(f"{path} was not written by pretrain.py: give a checkpoint.pt of it")
     if "h_v.0.weight" not in state["model"]:
         raise ValueError(f"{path} holds encoders without projectors, which were not trained to be "
-                         "compared: give it to finetune.py or to --pair video-video, or give "
-                         "another checkpoint")
+                         "compared: give it to finetune.py or to experiments.search --pair "
+                         "video-video, or give another checkpoint")
     with torch.device("meta"):                  # no initial values, which the load would replace
         model = build(settings.arch, settings.mapping)
     model.load_state_dict(state["model"], assign=True)

@@ -129,6 +129,14 @@ def test_normalize_frames():
     assert x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last_3d)
 
 
+@pytest.mark.parametrize("frames", [
+    torch.zeros(2, 3, 4, 6, 6, dtype=torch.uint8), torch.zeros(2, 4, 6, 6, 3),
+    torch.zeros(6, 6, 3, dtype=torch.uint8)])
+def test_frames_in_another_layout_get_a_sentence(frames):
+    with pytest.raises(ValueError, match=r"give uint8 \(..., T, H, W, 3\), the colours last"):
+        normalize_frames(frames)
+
+
 def test_log_mel():
     log_mel = LogMel()
     waves = torch.stack([tone(300), tone(1200), torch.zeros(24000)])

@@ -12,10 +12,10 @@ from conftest import make_video, peak_hz, read_barcode
 
 import data
 from augment import centre_band, crop_at
-from data import (ActionClips, AudioVisualClips, evaluation_batches, evenly_spaced, find_rows,
-                  make_loader, read_clip, read_manifest)
+from data import (ActionClips, AudioVisualClips, evenly_spaced, find_rows, make_loader, read_clip,
+                  read_manifest)
 from prepare import scan
-from support.batches import TrainingBatches
+from support.batches import TrainingBatches, evaluation_batches
 
 
 def rows_of(root, out, split=None):
@@ -342,7 +342,7 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     assert three.shape == (12, 4, 24, 24, 3) and label == 0 and source == (0, None)
     assert (three[1::3, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
     for n in (0, 1):
-        three, sound, _ = evenly_spaced(crops, n, rows[n].duration, sound=False)
+        three, sound = evenly_spaced(crops, rows[n].path, rows[n].duration, sound=False)
         assert sound.shape[0] == 0 and three.shape[0] == 12
     band, _ = read_clip(rows[1].path, 0, (1,), (), 4, 8, 24, centre_band)
     assert band.shape == (1, 4, 24, 37, 3)                          # 7/8 of 54 lines, 72 columns
@@ -367,7 +367,7 @@ def test_files_that_fail_leave_an_evaluation(tmp_path, workers, capfd):
     assert clips[7] == (None, None, failure)
     assert ActionClips(rows, ["b", "c"], 4, 8, 24, views=(2, 3))[7] == (None, 1, failure)
 
-    batches = list(evaluation_batches(clips, 3, 0.5, workers))
+    batches = list(evaluation_batches(make_loader(clips, 3, workers), 0.5))
     assert [index for *_, index in batches] == [[3, 4, 5], [6]]
     for video, audio, index in batches:
         assert video.equal(torch.stack([whole[n][0] for n in index]))
@@ -377,11 +377,11 @@ def test_files_that_fail_leave_an_evaluation(tmp_path, workers, capfd):
         assert said.count(f"failed: {tmp_path / 'c' / f'{n}.mp4'}: Invalid data") == 1
     seen = []
     with pytest.raises(ValueError, match=f"4 of 8 videos failed, .* of 0.45, the last: {path}: "):
-        for _, _, index in evaluation_batches(clips, 3, 0.45, workers):
+        for _, _, index in evaluation_batches(make_loader(clips, 3, workers), 0.45):
             seen += index
     assert seen == [3, 4, 5]
     with pytest.raises(ValueError, match="3 of 8 videos failed, .* of 0.25, the last: .*2.mp4: "):
-        next(evaluation_batches(clips, 3, 0.25, workers))
+        next(evaluation_batches(make_loader(clips, 3, workers), 0.25))
 
 
 def test_a_silent_film_can_be_read_without_sound(tmp_path):

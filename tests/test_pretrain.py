@@ -7,6 +7,7 @@ import os
 import shutil
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import finetune
 import pretrain
 import retrieval
 from data import Row
+from experiments import search
 from loss import double_sum, soft_info_nce
 from models import SvaCLR, video_encoder
 from prepare import scan
@@ -53,19 +55,21 @@ def test_defaults_are_the_papers():
     assert parse(["--data", "x", "--epochs", "5", "--warmup", "2"]).warmup == 2
 
 
-@pytest.mark.parametrize("script", [pretrain, finetune, retrieval])
+@pytest.mark.parametrize("script", [pretrain, finetune, retrieval, search])
 def test_every_flag_is_read_and_says_its_defaults_and_their_source(script, monkeypatch):
-    files = f"{script.__name__}.py", f"support/{'pools' if script is retrieval else 'run'}.py"
-    source = "".join((ROOT / name).read_text() for name in files)
+    trains = script in (pretrain, finetune)
+    files = Path(script.__file__), ROOT / ("support/run.py" if trains else "retrieval.py")
+    source = "".join(path.read_text() for path in files)
     read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
             and ast.unparse(node.value) in ("args", "self.args")}
     parsers, original = [], argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args",
                         lambda self, *a: parsers.append(self) or original(self, *a))
-    assert vars(script.parse(["--data", "x"])).keys() - read == set()
+    flags = ["--query", "x"] if script is search else ["--data", "x"]
+    assert vars(script.parse(flags)).keys() - read == set()
     for action in parsers[0]._actions:
         assert "(" in action.help or action.dest == "help", action.dest
-    if script is not retrieval:                 # help has both where the built-in set differs
+    if trains:                                  # help has both where the built-in set differs
         help_of = {action.dest: action.help for action in parsers[0]._actions}
         ours, papers = script.parse([]), script.parse(["--data", "x"])
         for name, value in script.DEMO.items():

@@ -164,7 +164,8 @@ def test_the_others_wait_for_a_process_with_a_slow_disk(tmp_path):
         import time
         from datetime import timedelta
         import torch, torch.distributed as dist
-        from data import evaluation_batches
+        from data import make_loader
+        from support.batches import evaluation_batches
         from support.processes import run_once, start
 
         class Clips(torch.utils.data.Dataset):
@@ -178,7 +179,7 @@ def test_the_others_wait_for_a_process_with_a_slow_disk(tmp_path):
         dist.init_process_group("gloo", timeout=timedelta(seconds=2))
         start()
         found = torch.zeros(4)
-        for _, _, index in evaluation_batches(Clips(), 1, 0, workers=0):
+        for _, _, index in evaluation_batches(make_loader(Clips(), 1, 0), 0):
             found[index] = 1
         dist.all_reduce(found)
         run_once(lambda: time.sleep(4))

@@ -15,6 +15,7 @@ import finetune
 import pretrain
 import retrieval
 from data import read_manifest
+from experiments import search
 from loss import soft_info_nce
 
 README = (ROOT / "README.md").read_text()
@@ -77,9 +78,13 @@ def parse_only(line, monkeypatch):
     """Parse a command as its program does, without running it. SystemExit if it is refused."""
     words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
     if words[0] == "torchrun":
-        words = ["python", *words[next(n for n, w in enumerate(words) if w.endswith(".py")):]]
+        first = next(n for n, w in enumerate(words) if w == "-m" or w.endswith(".py"))
+        words = ["python", *words[first:]]
     if words[1] in SCRIPTS:
         SCRIPTS[words[1]].parse(words[2:])
+        return
+    if words[1:3] == ["-m", "experiments.search"]:
+        search.parse(words[3:])
         return
 
     def parse_args(self, *args):

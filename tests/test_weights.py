@@ -20,7 +20,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import finetune
 import retrieval
-from experiments import figures
+from experiments import figures, search
 from models import SvaCLR, video_encoder
 from prepare import weights
 from prepare.weights import GDTLogMel
@@ -205,12 +205,13 @@ def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, monkeypatch, capsys):
     assert run_here(retrieval, "--checkpoint", out, "--data", tree) == 1
     assert capsys.readouterr().err == (
         f"error: {out} holds encoders without projectors, which were not trained to be compared: "
-        "give it to finetune.py or to --pair video-video, or give another checkpoint\n")
+        "give it to finetune.py or to experiments.search --pair video-video, or give another "
+        "checkpoint\n")
     path = with_settings(out, tmp_path / "small.pt", frames=2, fps=4, size=16)
-    assert run_here(retrieval, "--checkpoint", path, "--pair", "video-video", "--data", tree,
+    assert run_here(search, "--checkpoint", path, "--pair", "video-video", "--data", tree,
                     "--split", "train", "--gallery", "test", "--clips", "1") == 0
     assert "20-NN" in capsys.readouterr().out
-    assert run_here(retrieval, "--checkpoint", path, "--pair", "video-video") == 1
+    assert run_here(search, "--checkpoint", path, "--pair", "video-video") == 1
     assert "does not say what data it is to be measured on" in capsys.readouterr().err
 
 

@@ -1,0 +1,54 @@
+"""The table of a retrieval: where it is written, how many clips it needs, and how it looks."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from support.processes import rank
+
+
+def results_path(checkpoint):
+    """The retrieval.json beside a checkpoint.pt, or retrieval-<name>.json for other names.
+
+    "none" and "torchvision" have no place: theirs is runs/.
+    """
+    named = checkpoint in ("none", "torchvision")
+    path = Path("runs", checkpoint) if named else Path(checkpoint)
+    name = path.stem.removeprefix("checkpoint").removeprefix("-")
+    return path.with_name(f"retrieval-{name}.json" if name else "retrieval.json")
+
+
+def check_size(n, split, left_out, least):
+    """Raise ValueError if a part has n < least clips. left_out: {path: reason}."""
+    if n < least:
+        causes = ", ".join(f"{n} {why}" for why, n in Counter(left_out.values()).most_common(3))
+        needs = f"R@{least}" if least > 1 else "a query"
+        raise ValueError(f"{n} usable clips in the {split!r} part, but {needs} needs "
+                         f"{least} or more; left out: {causes or 'none'}")
+
+
+def write_table(head, clips, measures, lines, n):
+    """Print the table, and write it to retrieval.json after `head`. Only process 0 does.
+
+    head: what was measured, a dict. clips, measures: words for the title. lines: [(level, way,
+    {column: share of the n queries})]. Those of chance have no standard error.
+    """
+    if rank() > 0:
+        return
+    failures = f"; {head['failed']} of {head['videos']} videos failed" if head["failed"] else ""
+    print(f"{head['checkpoint']}, {clips} ({head['left_out']} left out{failures}), "
+          f"{head['clips_per_file']} clips per file, feature {head['feature']}, {measures} in % +- "
+          "standard error")
+    print(f"{'':24}" + "".join(f"{column:>13}" for column in lines[0][2]))
+    for level, way, shares in lines:
+        cells, kept = [], {}
+        for column, p in shares.items():
+            error = (p * (1 - p) / n) ** 0.5
+            chance = way == "chance"
+            cells.append(f"{100 * p:6.1f}" + (" " * 7 if chance else f" +- {100 * error:3.1f}"))
+            kept[column] = p if chance else [p, error]
+        print(f"{level:9}{way:15}" + "".join(cells))
+        head[f"{level}, {way}"] = kept
+    path = results_path(head["checkpoint"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(head, indent=1))

@@ -1,0 +1,392 @@
+"""experiments.search: the pool, queries and video retrieval against plain loops, and bad input."""
+
+import json
+import re
+import shutil
+from argparse import Namespace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_video, run, run_here
+from test_augment import tone
+from test_retrieval import manifest, rows_of, written
+from torch.nn.functional import normalize
+
+from augment import LogMel, centre_crop, normalize_frames
+from data import read_clip
+from experiments import search
+from experiments.search import read_clips, sound_clips, video_ranks
+from models import SvaCLR
+from support.checkpoints import load_svaclr
+from support.reading import RATE, read_sound
+
+
+def write_wave(path, samples, rate=RATE, codec="pcm_f32le"):
+    """A file of sound alone, by default a wav in 32-bit floats."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples.float().numpy()[None], "fltp", "mono")
+        frame.sample_rate, frame.time_base, frame.pts = rate, Fraction(1, rate), 0
+        for piece in av.AudioResampler(stream.format.name, "mono", rate).resample(frame):
+            out.mux(stream.encode(piece))
+        out.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float32():
+    """The same numbers on all CPUs, as exact as those of a plain loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "choose_precision", lambda *_: (torch.float32, "test"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pool(brief, tmp_path_factory):
+    """The npz of the tree's test part, and one in which sounds and videos have changed places."""
+    saved = tmp_path_factory.mktemp("pool") / "features.npz"
+    assert run_here(search, "--checkpoint", brief, "--clips", 3, "--save", saved) == 0
+    arrays = dict(np.load(saved))
+    exchanged = {name: arrays[name.replace("audio", "x").replace("video", "audio")
+                              .replace("x", "video")] for name in arrays}
+    np.savez(saved.with_name("exchanged.npz"), **exchanged)
+    return saved, saved.with_name("exchanged.npz")
+
+
+def ask(brief, *flags):
+    """Run a query: {"file: its sound finds these videos": [(similarity, label, path)]}, text."""
+    done = run("--checkpoint", brief, *flags, script="experiments.search")
+    found = {}
+    for line in done.stdout.splitlines():
+        if line.endswith((" finds these videos", " find these sounds")):
+            hits = found.setdefault(line.rsplit("/", 1)[-1], [])
+        elif re.match(r" +\d+ ", line):
+            place, similarity, label, path = line.split()
+            hits.append((float(similarity), label, path))
+            assert int(place) == len(hits)
+    return found, done.stdout
+
+
+def plain_features(model, row, sound):
+    """{one of the features of a pool: (D,)} of 3 clips of a file, in a plain loop. Without sound
+    there is y_video alone."""
+    means, seconds = {}, row["duration" if sound else "video_duration"]
+    for t0 in np.linspace(0, seconds - 0.5, 3):
+        frames, wave = read_clip(row["path"], t0, (1,), (1,) if sound else (), 4, 8, 16,
+                                 centre_crop)
+        with torch.no_grad():
+            features = {"y_video": model.f(normalize_frames(frames))}
+            if sound:
+                y_a, y_v = model.g(LogMel()(wave)), features["y_video"]
+                features |= {"y_audio": y_a, "z_audio": model.h_a(y_a), "z_video": model.h_v(y_v)}
+        for name, x in features.items():
+            means[name] = means.get(name, 0) + normalize(x[0], dim=0) / 3
+    return {name: normalize(x, dim=0).numpy() for name, x in means.items()}
+
+
+def test_pool_has_the_features_of_each_file(tree, brief, pool):
+    arrays, rows = np.load(pool[0]), rows_of(tree, "test")
+    assert arrays["paths"].tolist() == [row["path"] for row in rows]
+    assert arrays["labels"].tolist() == [row["label"] for row in rows]
+    model = load_svaclr(brief, SvaCLR)[0].eval()
+    for n in (0, 17):
+        for name, x in plain_features(model, rows[n], sound=True).items():
+            assert arrays[name].dtype == np.float32 and arrays[name].shape == (24, len(x))
+            assert np.allclose(np.linalg.norm(arrays[name], axis=1), 1, atol=1e-5)
+            assert arrays[name][n] @ x > 0.999, name
+    about = json.loads(str(arrays["settings"]))
+    assert about["clips_per_file"] == 3 and about["split"] == "test" and len(about["weights"]) == 8
+
+
+def test_a_saved_pool_answers_as_the_videos_do(tree, brief, pool):
+    """The same lines, to the digit. They are the cosines of the npz, in descending order."""
+    film, arrays = rows_of(tree, "test")[5]["path"], np.load(pool[0])
+    for feature in ("y", "z"):
+        flags = "--query", film, "--top", 24, "--feature", feature
+        saved, _ = ask(brief, *flags, "--pool", pool[0])
+        for (way, hits), (query, found, words) in zip(saved.items(), (
+                ("audio", "video", "sound finds these videos"),
+                ("video", "audio", "pictures find these sounds")), strict=True):
+            similarity = arrays[f"{feature}_{found}"] @ arrays[f"{feature}_{query}"][5]
+            assert way == f"{Path(film).name}: its {words}"
+            assert [s for s, _, _ in hits] == pytest.approx(sorted(similarity)[::-1], abs=2e-3)
+            assert sorted(path for *_, path in hits) == sorted(arrays["paths"])
+    read, text = ask(brief, *flags, "--clips", 3)
+    assert saved == read and "training clips" not in text
+    for split, n in (("train", 10), ("all", 34)):
+        _, text = ask(brief, "--query", film, "--split", split, "--clips", 1)
+        assert f"pool of {n} clips, includes training clips" in text.splitlines()[0]
+
+
+def test_files_with_one_modality_ask_in_one_direction(brief, pool, tmp_path):
+    """A wav and an mp3 find the sounds of their pitch, a silent film the pictures of its gray."""
+    write_wave(tmp_path / "high.wav", tone(1010, 3))
+    write_wave(tmp_path / "low.mp3", tone(410, 3, 44100), 44100, "mp3")
+    make_video(tmp_path / "silent.mp4", 3.0, 10, tone=None, gray=lambda t: 205)
+    make_video(tmp_path / "short.mp4", 0.3, 10, tone=410, gray=lambda t: 75)
+    files = [tmp_path / name for name in ("high.wav", "low.mp3", "silent.mp4", "short.mp4")]
+    found, text = ask(brief, "--query", *files, "--pool", pool[1])
+    for (way, hits), (expected, label) in zip(found.items(), (
+            ("high.wav: its sound finds these videos", "high"),
+            ("low.mp3: its sound finds these videos", "low"),
+            ("silent.mp4: its pictures find these sounds", "high"),
+            ("short.mp4: its sound finds these videos", "low"),
+            ("short.mp4: its pictures find these sounds", "low")), strict=True):
+        assert way == expected and [hit[1] for hit in hits] == [label] * 5
+    for name in ("high.wav", "low.mp3"):
+        assert f"{name}: its pictures cannot be used (no video stream)" in text
+    assert "silent.mp4: its sound cannot be used (no audio stream)" in text
+    assert text.count("cannot be used") == 3
+
+
+def test_clips_of_a_query(tmp_path):
+    """They are spaced as those of the pool; a short file ends in its last frame and in silence."""
+    settings = Namespace(frames=4, fps=8, size=32)
+    wave = torch.arange(3 * RATE) / (3 * RATE)
+    ramp = write_wave(tmp_path / "ramp.wav", wave)
+    assert torch.allclose(sound_clips(ramp, "", 6, 0.5).flatten(), wave, atol=1e-6)
+    middle, = sound_clips(ramp, "", 1, 0.5)
+    assert middle[0] == pytest.approx(1.25 / 3, abs=1e-4)
+    short = write_wave(tmp_path / "short.wav", wave[-RATE // 4:])
+    for clip in sound_clips(short, "", 2, 0.5):
+        assert torch.allclose(clip[:RATE // 4], wave[-RATE // 4:]) and not clip[RATE // 4:].any()
+    film = make_video(tmp_path / "film.mp4", 4.0, 8, tone=500)
+    frames, waves, missing = read_clips(film, settings, 3)
+    assert missing == {} and frames.shape == (1, 3, 4, 32, 32, 3) and waves.shape == (1, 3, 12000)
+    short = make_video(tmp_path / "short.mp4", 0.25, 8, tone=500)
+    frames, waves, missing = read_clips(short, settings, 2)
+    assert missing == {} and (frames[0, :, 1:] == frames[0, :, 1:2]).all()
+    assert waves[0, :, :5000].std() > 0.1 and not waves[0, :, 9000:].any()
+
+
+def test_damage_between_the_clips_of_a_query_does_no_harm(tmp_path):
+    path = write_wave(tmp_path / "a.mp3", tone(500, 8), codec="libmp3lame")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2:len(content) // 2 + 300] = bytes(300)
+    path.write_bytes(content)
+    _, damaged = read_sound(path)
+    assert damaged and all(abs(t - 4) < 0.3 for t in damaged)
+    for clip in sound_clips(path, "", 2, 0.5):          # at both ends
+        assert clip.std() > 0.1
+    with pytest.raises(ValueError, match=r"a.mp3: its sound is damaged at [34]\.\d\d s: mend"):
+        sound_clips(path, "", 1, 0.5)                   # in the middle
+
+
+def test_figure_of_queries(tree, brief, pool, tmp_path):
+    """A line for each query. Films that have gone leave empty places."""
+    arrays = dict(np.load(pool[0]))
+    arrays["paths"][:] = "/gone/a$^$_$film.mp4"            # is no formula
+    np.savez(tmp_path / "gone.npz", **arrays)
+    write_wave(tmp_path / "a.wav", tone(700, 1))
+    film, out = rows_of(tree, "test")[0]["path"], tmp_path / "out.png"
+    for queries, saved, height in (([film], pool[0], 480),
+                                   ([film, tmp_path / "a.wav"], tmp_path / "gone.npz", 720)):
+        _, text = ask(brief, "--query", *queries, "--pool", saved, "--top", 6, "--figure", out)
+        assert f"{out}: the queries and what they find" in text
+        with av.open(str(out)) as container:
+            image = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        drawn = (image[:, 250:] < 240).mean()                           # right of the queries
+        assert image.shape == (height, 1330, 3)
+        assert drawn > 0.4 if saved == pool[0] else drawn < 0.1
+
+
+def test_bad_queries(tree, brief, pool, tmp_path, capsys):
+    film = rows_of(tree, "test")[0]["path"]
+    for name in ("text.mp4", "text.npz"):
+        (tmp_path / name).write_text("no film")
+    state = torch.load(brief, weights_only=True)
+    state["model"]["h_a.3.bias"][:] += 1
+    torch.save(state, tmp_path / "other.pt")
+    np.savez(tmp_path / "array.npz", x=np.zeros(3))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "cut.npz").write_bytes(pool[0].read_bytes()[:20000])
+    no_parts = manifest(rows_of(tree, split=""), tmp_path / "no.csv")
+    silent = manifest(rows_of(tree, has_audio=0), tmp_path / "silent.csv")
+    saved = ["--query", film, "--pool"]
+    for flags, sentence in (
+            (["--query", tmp_path / "gone.wav", "--pool", pool[0]],
+             f"--query {tmp_path}/gone.wav has no pictures (cannot be read: No such file"),
+            (["--query", tmp_path / "text.mp4", "--pool", pool[0]],
+             "and no sound (Invalid data found when processing input): give a sound or video file"),
+            (["--query", film, tmp_path / "gone.wav"], "gone.wav has no pictures"),
+            (["--query", film, "--data", no_parts], "no.csv has no parts"),
+            (["--save", tmp_path / "a.npz", "--data", silent], "0 usable clips in the 'test' part, "
+             "but a query needs 1 or more; left out: 24 no audio"),
+            ([*saved, tmp_path / "gone.npz"], "gone.npz: No such file or directory"),
+            *(([*saved, tmp_path / name], f"--pool {tmp_path / name} is no pool")
+              for name in ("array.npz", "array.npy", "cut.npz", "text.npz", "other.pt")),
+            ([*saved, pool[0], "--checkpoint", tmp_path / "other.pt"],
+             f"{pool[0]} has features of another model, {brief} with the weights ")):
+        assert run_here(search, "--checkpoint", brief, *flags) == 1
+        error = capsys.readouterr().err
+        assert error.count("error: ") == 1 and sentence in error, error
+        assert "evaluating" not in error                                # before the work
+
+
+@pytest.mark.parametrize("flags,sentence", [
+    ("", "nothing to search: give --query FILE, --save FILE.npz or --pair video-video"),
+    ("--pool a.npz", "--pool is for --query FILE: give both or none"),
+    ("--save a.npz --top 3", "--top is for --query FILE"),
+    ("--save a.npz --figure a.png", "--figure is for --query FILE"),
+    ("--query a --pool a.npz --clips 4", "--clips is not read with --pool, which has its own"),
+    ("--query a --pool a.npz --data a.csv", "--data is not read with --pool, which has its own"),
+    ("--query a --pool a.npz --save b.npz", "--save is not read with --pool, which has its own"),
+    ("--save no/a.npz", "--save no/a.npz: there is no folder no, make it first"),
+    ("--save a.pt", "--save a.pt: give a name that ends in .npz"),
+    ("--query a --figure a", "--figure a: give a name that ends in .png or .pdf or .svg"),
+    ("--gallery val", "--gallery is for --pair video-video: give both or none"),
+    ("--frames 3", "--frames is for --pair video-video"),
+    ("--pair video-video --query a", "--query is for --pair audio-video: leave out --pair"),
+    ("--pair video-video --feature y", "--feature is for --pair audio-video"),
+    ("--pair video-video --split train", "--split train --gallery train: a video would find"),
+    ("--pair video-video --gallery all", "--split test --gallery all: a video would find itself")])
+def test_bad_flags(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        search.parse(flags.split())
+    assert stop.value.code == 2 and f"error: {sentence}" in capsys.readouterr().err
+
+
+def test_lines_for_numpy_run_as_written(pool, monkeypatch, capsys):
+    text = (ROOT / "docs/running.md").read_text().partition("## Your own files")[2]
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert len(code.strip().splitlines()) <= 5
+    monkeypatch.chdir(pool[0].parent)
+    exec(code, {})
+    arrays = np.load(pool[0])
+    nearest = (arrays["z_video"] @ arrays["z_audio"][0]).argmax()
+    assert arrays["paths"][nearest] in capsys.readouterr().out.split("'")[1]
+
+
+# ---- video to video
+
+def plain_video_ranks(query, gallery, labels, gallery_labels):
+    """One query after the other: how many come before its class, and is it the majority's?"""
+    before, right = [], []
+    for q, label in zip(query, labels):
+        s = gallery @ q
+        own = [s[j] for j in range(len(s)) if gallery_labels[j] == label]
+        before.append(sum(s[j] >= max(own, default=-np.inf) for j in range(len(s))
+                          if gallery_labels[j] != label))
+        near = sorted(range(len(s)), key=lambda j: (-s[j], j))[:20]
+        votes = {}
+        for j in near:
+            votes[gallery_labels[j]] = votes.get(gallery_labels[j], 0) + 1
+        winners = [c for c in votes if votes[c] == max(votes.values())]   # the nearest's come first
+        right.append(winners[0] == label)
+    return before, right
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_video_ranks_are_the_plain_ones(ties):
+    """With a class (6) that the gallery lacks."""
+    g = torch.Generator().manual_seed(3)
+    labels, gallery_labels = (torch.randint(0, c, (n,), generator=g) for c, n in ((7, 90), (6, 50)))
+    size = 3 if ties else 16
+    query, gallery = (torch.randint(-2, 3, (n, size), generator=g).float() for n in (90, 50))
+    expected = plain_video_ranks(*(x.numpy() for x in (query, gallery, labels, gallery_labels)))
+    for chunk in (256, 7):
+        found = video_ranks(query, gallery, labels, gallery_labels, chunk)
+        assert found[0].tolist() == expected[0] and found[1].tolist() == expected[1]
+    missing = labels == 6
+    assert missing.any() and (found[0][missing] == 50).all() and not found[1][missing].any()
+
+
+COMPARE = "--pair", "video-video", "--clips", 3, "--split", "train", "--gallery", "test"
+
+
+@pytest.fixture
+def silent(tree, tmp_path):
+    """Rows and manifest of the tree. Half of the files have no sound, one query's class is unique,
+    and one query becomes brighter from clip to clip."""
+    rows = [row | {"has_audio": n % 2} for n, row in enumerate(rows_of(tree))]
+    only, bright = (row for row in rows if row["path"].endswith(("train/low/0.mp4",
+                                                                 "train/low/1.mp4")))
+    only["label"] = "only"
+    bright["path"] = str(make_video(tmp_path / "bright.mp4", 3.0, 10, gray=lambda t: 30 + 60 * t))
+    return rows, manifest(rows, tmp_path / "silent.csv")
+
+
+def test_videos_find_videos(brief, silent, capsys, tmp_path, monkeypatch):
+    """The features in a plain loop, y_v of each clip through f, and their ranks in plain loops.
+    video_encoder.pt gives the same numbers, where flags replace the settings of checkpoint.pt."""
+    def watched(query, *more):
+        features.append(query)                          # y_v of the queries
+        return video_ranks(query, *more)
+
+    features, (rows, data) = [], silent
+    monkeypatch.setattr(search, "video_ranks", watched)
+    assert run_here(search, *COMPARE, "--checkpoint", brief, "--data", data) == 0
+    kept, text = written(brief), capsys.readouterr().out
+    model = load_svaclr(brief, SvaCLR)[0].eval()
+    (q, of_q), (g, of_g) = (zip(*((plain_features(model, row, sound=False)["y_video"], row["label"])
+                                  for row in rows if row["split"] == part))
+                            for part in ("train", "test"))
+    assert np.allclose(features[0], np.stack(q), atol=1e-5)
+    before, right = plain_video_ranks(q, np.stack(g), of_q, of_g)
+    found = kept["class, video -> video"]
+    for k in (1, 5, 10, 20):
+        assert found[f"R@{k}"][0] == pytest.approx(np.mean([n < k for n in before]))
+    assert found["20-NN"][0] == pytest.approx(np.mean(right)) and 0.4 < np.mean(right) < 1
+    assert (kept["queries"], kept["pool"], kept["classes"]) == (10, 24, 2)
+    assert kept["queries_without_class"] == 1
+    assert "1 of 10 queries miss always: the gallery has no video of their class." in text
+    assert re.search(r"R@20 +20-NN\nclass +video -> video(?: +[\d.]+ \+- [\d.]+){5}\n"
+                     r"class +chance(?: +[\d.]+){4} *\n", text)
+    assert kept["class, chance"]["R@1"] == pytest.approx(0.45)
+
+    clip = "--frames", 4, "--fps", 8, "--size", 16, "--arch", "r2plus1d_10"
+    encoder = brief.with_name("video_encoder.pt")
+    assert run_here(search, *COMPARE, "--checkpoint", encoder, "--data", data, *clip) == 0
+    again = json.loads(brief.with_name("retrieval-video_encoder.json").read_text())
+    assert again == kept | {"checkpoint": str(encoder)}
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):                          # random weights are the same each time
+        assert run_here(search, *COMPARE, "--checkpoint", "none", "--data", data, *clip,
+                        "--clips", 1) == 0
+    assert json.loads(Path("runs/retrieval-none.json").read_text())["checkpoint"] == "none"
+    assert torch.allclose(*features[-2:], atol=1e-6)
+
+
+def test_videos_that_cannot_be_compared(brief, silent, tmp_path, capsys):
+    rows, data = silent
+    unlabelled = manifest([row | {"label": row["label"] * (n > 0)} for n, row in enumerate(rows)],
+                          tmp_path / "no.csv")
+    encoder = Path(shutil.copy(brief.with_name("video_encoder.pt"), tmp_path))
+    clip = "--frames", 4, "--fps", 8, "--size", 16, "--arch", "r2plus1d_10"
+    for flags, sentence in (
+            (["--checkpoint", encoder, *clip],                          # no built-in set is made
+             "does not say what data it is to be measured on: give --data"),
+            (["--checkpoint", encoder, "--data", data], "does not fit --arch r2plus1d_18"),
+            (["--checkpoint", tmp_path / "gone.pt", "--data", data], "no checkpoint"),
+            (["--checkpoint", brief, "--data", data],
+             "10 usable clips in the 'train' part, but R@20 needs 20"),
+            (["--checkpoint", brief, "--data", data, "--split", "val"], "has no 'val' part"),
+            (["--checkpoint", brief, "--data", unlabelled, "--split", "train", "--gallery", "test"],
+             "it needs a label for every video")):
+        assert run_here(search, "--pair", "video-video", *flags) == 1
+        error = capsys.readouterr().err
+        assert sentence in error and "evaluating" not in error          # before the work
+
+
+@pytest.mark.slow
+def test_two_processes_save_and_compare_as_one(tree, brief, silent, tmp_path):
+    results, film = [], rows_of(tree, "test")[5]["path"]
+    for n in (1, 2):
+        run(*COMPARE, "--checkpoint", brief, "--data", silent[1], script="experiments.search",
+            processes=n)
+        results.append(written(brief))
+        done = run("--checkpoint", brief, "--clips", 2, "--query", film, "--save",
+                   tmp_path / f"{n}.npz", script="experiments.search", processes=n)
+        assert done.stdout.count("finds these videos") == 1
+    assert results[0] == results[1]
+    saved, again = (np.load(tmp_path / f"{n}.npz") for n in (1, 2))
+    assert saved.keys() == again.keys()
+    for name in saved:
+        if saved[name].dtype == np.float32:
+            assert np.allclose(saved[name], again[name], atol=2e-3)
+        elif name != "settings":
+            assert saved[name].tolist() == again[name].tolist()
