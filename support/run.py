@@ -397,4 +397,3 @@ def fingerprint(rows):
     """
     names = "".join(f"{Path(row.path).name} {row.label} " for row in rows)
     return f"{len(rows)} clips, sum {zlib.crc32(names.encode()):08x}"
-
