@@ -5,20 +5,17 @@ process. So a collective operation needs no special case for one process.
 """
 
 import argparse
-import fcntl
 import functools
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
-import socket
-import struct
 import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -100,12 +97,9 @@ def start():
         device = torch.device("cpu")
         torch.set_num_threads(cores_per_process())
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            choose_interface()
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        store = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **store)
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and UNSHARED not in os.environ:
             say(f"warning: torchrun --max-restarts needs {UNSHARED}=1 in its environment, "
                 "otherwise restarted processes look for the dead ones (pytorch/pytorch#135712)",
@@ -134,50 +128,6 @@ def refuse_shared_gpus(device):
         ranks = ", ".join(str(n) for n, uuid in enumerate(uuids) if uuid == shared)
         raise ValueError(f"processes {ranks} would share one GPU: start as many processes on a "
                          "machine as it has GPUs, or set CUDA_VISIBLE_DEVICES= for CPUs")
-
-
-def choose_interface():
-    """Set GLOO_SOCKET_IFNAME to the interface that leads to MASTER_ADDR, if gloo would not find it.
-
-    gloo tells the other hosts the address that belongs to this host's name. Where that is 127.x,
-    they would look for this host on themselves. Prints a warning if the interface is not clear.
-    """
-    nodes = os.environ.get("GROUP_WORLD_SIZE", os.environ.get("SLURM_NNODES"))  # torchrun, Slurm
-    if nodes == "1" or "GLOO_SOCKET_IFNAME" in os.environ or not is_loopback(socket.gethostname()):
-        return
-    master, found = os.environ["MASTER_ADDR"], interfaces()
-    if not is_loopback(master):
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((master, 9))          # sends nothing, but asks the routing table
-            own = probe.getsockname()[0]
-        found = {name: address for name, address in found.items() if address == own}
-    if len(found) == 1:
-        os.environ["GLOO_SOCKET_IFNAME"], = found
-    elif interfaces():
-        print(f"warning: this host's name {socket.gethostname()} is a loopback address, which "
-              "other hosts cannot reach: set GLOO_SOCKET_IFNAME to the interface that leads to "
-              f"them, one of {', '.join(interfaces())}", file=sys.stderr, flush=True)
-
-
-def is_loopback(host):
-    """Whether this machine takes a host name for itself, at 127.x, or does not know it."""
-    try:
-        return socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        return True
-
-
-def interfaces():
-    """{interface: IPv4 address} of this machine, without loopback."""
-    found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                answer = fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))
-            except OSError:                     # SIOCGIFADDR: it has no IPv4 address
-                continue
-            found[name] = socket.inet_ntoa(answer[20:24])
-    return {name: address for name, address in found.items() if not address.startswith("127.")}
 
 
 def rank():
@@ -304,13 +254,11 @@ def autocast(device, dtype):
 def bounded(kind, accepts, rule):
     """An argparse type: kind(text) if accepts(value) is true, otherwise an error with the rule."""
     def convert(text):
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-        return value
+            if accepts(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
 
     return convert
 

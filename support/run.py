@@ -8,9 +8,7 @@ The script owns the training loop, and a Run is what the loop iterates over:
         run.log(loss=loss, top1=top1, lr=lr)
 
 Between two steps the Run counts, logs, checks that losses and weights are finite, saves, and stops
-after a signal. The folder args.out gets checkpoint.pt and log.jsonl, and has been locked:
-
-    lock_folder(args.out)                           # no other run may write there
+after a signal. The folder args.out gets checkpoint.pt and log.jsonl. `lock_folder` has locked it.
 """
 
 import errno
@@ -149,21 +147,22 @@ class Run:
             return
         if rank() == 0 and self.step == 0:
             self.write_line({"args": vars(self.args), **self.metadata}, "w")
-        elif rank() == 0:
-            truncate_log(self.log_path, self.log_bytes)
+        elif rank() == 0 and self.log_path.exists():    # what follows the checkpoint comes again
+            os.truncate(self.log_path, min(self.log_bytes, self.log_path.stat().st_size))
         device = next(self.model.parameters()).device
         self.model.train()
         self.start_window()
         self.saved_at = time.monotonic()
         self.bar = tqdm(total=self.last_step, initial=self.step, desc="training", unit="step",
                         disable=rank() > 0)
-        with catch_signals() as received, self.bar:
+        with catch_signals() as statuses, self.bar:
             with signals_blocked():
                 batches = iter(self.loader)     # starts the loading processes
             while self.step < self.last_step:
                 batch = [x.to(device, non_blocking=True) for x in self.next_batch(batches)]
                 # While a step is computed, the processes agree with which status to stop, if any.
-                should_stop = torch.tensor(stop_status(received), dtype=torch.uint8)
+                # On one process a scheduler's signal (75) counts before Ctrl-C (130).
+                should_stop = torch.tensor(min(statuses, default=0), dtype=torch.uint8)
                 agreed = dist.all_reduce(should_stop, dist.ReduceOp.MAX, async_op=True)
                 scale = self.scaler.get_scale()
                 yield self.epoch + self.used / self.N / self.sampler.steps_per_epoch, batch
@@ -178,7 +177,7 @@ class Run:
         A line of the log has the mean of the tensors over the steps since the last line and over
         the processes, and the last of the numbers.
         """
-        self.window[-1] |= {name: x.detach() if isinstance(x, torch.Tensor) else x
+        self.window[-1] |= {name: x.detach() if torch.is_tensor(x) else x
                             for name, x in measures.items()}
 
     def next_batch(self, batches):
@@ -188,10 +187,12 @@ class Run:
         self.waited += time.monotonic() - began
         if self.used + self.N > len(self.loader.dataset):
             self.epoch, self.used = self.epoch + 1, 0
-        for failure in sum((failures for _, failures in sources), []):
-            self.newly_replaced += 1
-            tqdm.write(f"replaced: {failure}", file=sys.stderr)
-        self.window.append({"files": [path for path, _ in sources]})
+        for path, failures in sources:
+            self.newly_replaced += len(failures)
+            for failure in failures:
+                tqdm.write(f"replaced: {failure}", file=sys.stderr)
+        self.files.append([path for path, _ in sources])
+        self.window.append({})
         return batch
 
     def between_steps(self, should_stop):
@@ -199,17 +200,19 @@ class Run:
 
         should_stop: the exit status, or 0 to go on.
         """
-        last, keep = self.step == self.last_step, self.ends_kept_epoch()
+        last, every = self.step == self.last_step, self.args.keep_every
+        ends_epoch = self.used + self.N > len(self.loader.dataset)
+        keep = ends_epoch and every and (self.epoch + 1) % every == 0
         due = self.step % LOG_EVERY == 0 or last or keep
         time_to_save = too_many_failed = False
         if due or should_stop:
-            losses = torch.stack([entry["loss"] for entry in self.window])
-            reports = gather({"losses": losses.tolist(), "measures": self.measures(),
-                              "replaced": self.newly_replaced, "finite": all_finite(self.model),
-                              "minutes": (time.monotonic() - self.saved_at) / 60})
+            reports = gather(self.measures())
             time_to_save = reports[0]["minutes"] >= self.args.save_every
             self.check(reports)
-            too_many_failed = self.count_failures(reports)
+            failed = sum(report["replaced"] for report in reports)
+            self.replaced, self.failed = self.replaced + failed, self.failed + failed
+            self.drawn += len(self.window) * self.N + failed
+            too_many_failed = clearly_more(self.failed, self.drawn, self.args.max_failures)
             if due:
                 self.report(reports)
             self.start_window()
@@ -228,28 +231,18 @@ class Run:
                              f"{self.args.max_failures} of them: see the causes above, check the "
                              f"disk and the manifest; {self.surviving()}")
 
-    def ends_kept_epoch(self):
-        """Whether an epoch has ended whose checkpoint is to be kept."""
-        ends = self.used + self.N > len(self.loader.dataset)
-        return ends and self.args.keep_every and (self.epoch + 1) % self.args.keep_every == 0
-
-    def count_failures(self, reports):
-        """Count the clips that were drawn and replaced. Returns whether too many were replaced."""
-        failed = sum(report["replaced"] for report in reports)
-        self.replaced += failed
-        self.failed += failed
-        self.drawn += len(self.window) * self.N + failed
-        return clearly_more(self.failed, self.drawn, self.args.max_failures)
-
     def measures(self):
-        """The measures since the last line: the mean of tensors, the last of numbers."""
-        measures = {}
-        for name, value in self.window[-1].items():
-            if torch.is_tensor(value) and name != "loss":
-                value = torch.stack([entry[name] for entry in self.window]).mean().item()
-            if name not in ("loss", "files"):
-                measures[name] = value
-        return measures
+        """What this process tells the others: losses, the other measures, and the state of things.
+
+        The measures are since the last line: the mean of tensors, the last of numbers.
+        """
+        measures = {name: torch.stack([entry[name] for entry in self.window]).mean().item()
+                    if torch.is_tensor(value) else value
+                    for name, value in self.window[-1].items() if name != "loss"}
+        finite = torch.stack([x.isfinite().all() for x in self.model.parameters()]).all().item()
+        return {"losses": torch.stack([entry["loss"] for entry in self.window]).tolist(),
+                "measures": measures, "finite": finite, "replaced": self.newly_replaced,
+                "minutes": (time.monotonic() - self.saved_at) / 60}
 
     def check(self, reports):
         """Stop all processes if a loss or a weight is not finite."""
@@ -258,7 +251,7 @@ class Run:
             if all(map(math.isfinite, losses)):
                 continue
             step = self.step - len(self.window) + n + 1
-            files = sum(gather(self.window[n]["files"]), [])
+            files = sum(gather(self.files[n]), [])
             if rank() == 0:
                 self.write_line({"step": step, "losses": losses, "files": files})
             more = f" and {len(files) - 8} more, which log.jsonl names" if len(files) > 8 else ""
@@ -290,7 +283,8 @@ class Run:
 
     def start_window(self):
         """Forget the steps that have been logged."""
-        self.window, self.waited, self.newly_replaced, self.since = [], 0.0, 0, time.monotonic()
+        self.window, self.files = [], []        # of each step: its measures, its files
+        self.waited, self.newly_replaced, self.since = 0.0, 0, time.monotonic()
 
     def save(self, keep=False, requeue=False):
         """Write the checkpoint. The other processes wait until it is on the disk.
@@ -348,9 +342,8 @@ class Run:
 
     def surviving(self):
         """Tell the user which checkpoint survives."""
-        if self.saved_step:
-            return f"the checkpoint of step {self.saved_step} is kept"
-        return "there is no checkpoint yet"
+        return (f"the checkpoint of step {self.saved_step} is kept" if self.saved_step
+                else "there is no checkpoint yet")
 
     def write_line(self, record, mode="a"):
         """Write one line of JSON to the log. Raises OSError if it cannot be written."""
@@ -364,29 +357,23 @@ class Run:
 
 @contextmanager
 def catch_signals():
-    """Yield a list that receives the numbers of SIGNALS. After Ctrl-C the next one ends at once."""
-    received = []
+    """Yield a list that receives the exit statuses that SIGNALS ask for. After Ctrl-C the next
+    signal ends the process at once."""
+    statuses = []
 
     def receive(number, frame):
-        if signal.SIGINT in received:
+        if INTERRUPTED in statuses:
             os.write(2, b"ended by a signal after Ctrl-C: the same command continues from the last "
                         b"checkpoint\n")
             os._exit(INTERRUPTED)
-        received.append(number)
+        statuses.append(INTERRUPTED if number == signal.SIGINT else REQUEUE)
 
     handlers = {number: signal.signal(number, receive) for number in SIGNALS}
     try:
-        yield received
+        yield statuses
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def stop_status(received):
-    """The exit status that the signals ask for, 0 if none came. A scheduler's counts first."""
-    if not received:
-        return 0
-    return INTERRUPTED if set(received) == {signal.SIGINT} else REQUEUE
 
 
 def clearly_more(failed, drawn, limit):
@@ -403,11 +390,6 @@ def clearly_more(failed, drawn, limit):
     return math.exp(-drawn * divergence) < 0.02
 
 
-def all_finite(model):
-    """Whether all weights are finite."""
-    return torch.stack([x.isfinite().all() for x in model.parameters()]).all().item()
-
-
 def fingerprint(rows):
     """Tell data sets apart: the number of files, and a checksum of their names and labels.
 
@@ -415,9 +397,3 @@ def fingerprint(rows):
     """
     names = "".join(f"{Path(row.path).name} {row.label} " for row in rows)
     return f"{len(rows)} clips, sum {zlib.crc32(names.encode()):08x}"
-
-
-def truncate_log(path, length):
-    """Cut the log to its length in bytes at the last checkpoint: later lines will come again."""
-    if path.exists() and path.stat().st_size > length:
-        os.truncate(path, length)

@@ -7,17 +7,22 @@ import io
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import re
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
+import time
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
+from importlib import import_module
 from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "passive"       # many processes share the cores: none may spin
@@ -32,7 +37,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-import pretrain                                 # noqa: E402
 from experiments import frames                  # noqa: E402
 from experiments.frames import barcode          # noqa: E402
 from prepare import scan                        # noqa: E402
@@ -46,72 +50,77 @@ SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: starts many processes, or takes over ten seconds")
+    config.addinivalue_line("markers", "slow: starts many processes, or takes over two seconds")
     if config.pluginmanager.hasplugin("xdist"):
         config.option.maxworkerrestart = "0"    # or a test that hangs is begun ten times
 
 
 @pytest.fixture(scope="session", autouse=True)
 def server():
-    """A server that has imported torch and its like forks the processes of start_workers, which
-    saves each of them 4 s. It imports while the first tests run."""
+    """A server that has imported torch and its like forks the processes of a Job, which saves each
+    of them 4 s. It imports while the first tests run."""
     multiprocessing.set_forkserver_preload(["torch._dynamo", "torchvision", "torchaudio", "av",
                                             "pytest"])
     multiprocessing.forkserver.ensure_running()
 
 
-def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT, fresh=False):
-    """Run a script, or a module, in processes of its own. Returns a completed process.
+class Job:
+    """A script (a file, or the name of a module) in processes with torchrun's environment.
 
-    One process is this one, which is faster, unless it is to be a fresh one.
+    Each process leads a process group. method: how it starts its loading processes (the default of
+    Python). core: the only one that the processes may use (all).
     """
-    if processes == 1 and not fresh:
-        text, errors = io.StringIO(), io.StringIO()
-        with redirect_stdout(text), redirect_stderr(errors):
-            status = run_here(sys.modules[script.removesuffix(".py")], *args)
-        text, errors = text.getvalue(), errors.getvalue()
-    else:
-        status, text, errors = finish(*start_workers(script, args, processes, cwd))
-    assert not check or status == 0, errors
-    return subprocess.CompletedProcess(args, status, text, errors)
 
-
-def start_workers(script, args, processes=1, cwd=ROOT):
-    """Start a script (a file, or the name of a module) in processes with torchrun's environment.
-
-    Returns the processes, and a folder for `finish`. Until then the test must not use run_here,
-    which ends all processes that it finds.
-    """
-    context = multiprocessing.get_context("forkserver")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    folder, environment = Path(tempfile.mkdtemp()), dict(os.environ)
-    for name in ("stdout", "stderr"):
-        (folder / name).touch()
-    if processes > 1:
-        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                        "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
-                        "MASTER_PORT": str(port)}
-    workers = []
-    for rank in range(processes):
+    def __init__(self, script, *args, processes=1, cwd=ROOT, method=None, core=None):
+        script = ROOT / script if str(script).endswith(".py") else script
+        words, environment = [str(word) for word in (script, *args)], dict(os.environ)
+        self.files = [tempfile.NamedTemporaryFile("r") for _ in ("stdout", "stderr")]
+        names, self.workers = [file.name for file in self.files], []
         if processes > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        words = [str(word) for word in (ROOT / script if str(script).endswith(".py") else script,
-                                        *args)]
-        workers.append(context.Process(target=work, args=(words, environment, str(cwd), folder)))
-        workers[-1].start()
-    return workers, folder
+            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                            "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
+                            "MASTER_PORT": str(free_port())}
+        for rank in map(str, range(processes)):
+            own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            self.workers.append(multiprocessing.get_context("forkserver").Process(
+                target=work, args=(words, environment | own, str(cwd), names, method, core)))
+            self.workers[-1].start()
+        self.pid = self.workers[0].pid
+
+    def wait(self, seconds=300):
+        """Wait for all processes. Returns an exit status of them, 0 if all have it."""
+        for worker in self.workers:
+            worker.join(seconds)
+        hanging = [worker for worker in self.workers if worker.exitcode is None]
+        for worker in hanging:
+            worker.kill()
+        assert not hanging, self.printed()
+        return max((worker.exitcode for worker in self.workers), key=abs)
+
+    def wait_for(self, condition):
+        """Wait until condition() holds, while all processes live."""
+        while not condition():
+            assert all(worker.is_alive() for worker in self.workers), self.printed()
+            time.sleep(0.02)
+
+    def printed(self):
+        """What the processes have written so far: (stdout, stderr)."""
+        return tuple(Path(file.name).read_text() for file in self.files)
 
 
-def work(words, environment, cwd, folder):
+def work(words, environment, cwd, outputs, method, core):
     """In a process of the server: do what `python` does with these words."""
-    multiprocessing.set_start_method(None, force=True)      # as there, for the loading processes
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), number)
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(method, force=True)    # for the loading processes
+    multiprocessing.resource_tracker._resource_tracker.__init__()       # one of its own, as there
+    for number, name in enumerate(outputs, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     sys.argv = words
     try:
         if words[0].endswith(".py"):
@@ -122,31 +131,57 @@ def work(words, environment, cwd, folder):
         processes.end_workers()                 # as at exit, which the server's processes leave out
 
 
-def finish(workers, folder):
-    """Wait for processes of start_workers: their highest exit status, stdout and stderr."""
-    for worker in workers:
-        worker.join(300)
-    hanging = [worker for worker in workers if worker.exitcode is None]
-    for worker in hanging:
-        worker.kill()
-    text, errors = ((folder / name).read_text() for name in ("stdout", "stderr"))
-    shutil.rmtree(folder)
-    assert not hanging, (text, errors)
-    return max(abs(worker.exitcode) for worker in workers), text, errors
+def free_port():
+    """The number of a port that no process uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def write_script(path, body):
+    """Write a script that finds the project, and return its path."""
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(body))
+    return path
+
+
+def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT, fresh=False):
+    """Run a script, or a module, in processes of its own. Returns a completed process.
+
+    One process is this one, which is faster, unless it is to be a fresh one.
+    """
+    if processes == 1 and not fresh:
+        text, errors = io.StringIO(), io.StringIO()
+        with redirect_stdout(text), redirect_stderr(errors):
+            status = run_here(import_module(script.removesuffix(".py")), *args)
+        text, errors = text.getvalue(), errors.getvalue()
+    else:
+        job = Job(script, *args, processes=processes, cwd=cwd)
+        status, (text, errors) = job.wait(), job.printed()
+    assert not check or status == 0, errors
+    return subprocess.CompletedProcess(args, status, text, errors)
 
 
 def run_here(script, *args):
     """Run a script (a module) in this process, which is faster. Returns its exit status."""
     job = {"pretrain": "train", "finetune": "recognise", "retrieval": "evaluate",
            "experiments.search": "search"}[script.__name__]
+    others = set(multiprocessing.active_children())         # processes of Jobs
     try:
         processes.launch(getattr(script, job), script.parse([str(arg) for arg in args]))
     except SystemExit as stop:
         return stop.code
-    finally:
-        locks.clear()                           # both as at the end of a process of its own
-        processes.end_workers()
+    finally:                                    # as at the end of a process of its own
+        locks.clear()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
     return 0
+
+
+def error_of(errors):
+    """The one sentence that begins with "error" in what a run has written to stderr."""
+    sentence, = [line for line in errors.splitlines() if line.startswith("error")]
+    return sentence
 
 
 def log_of(out):
@@ -271,11 +306,19 @@ def tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def brief(tree, tmp_path_factory):
-    """The checkpoint.pt of a run of seconds on the tree's train part, which tells its classes."""
+def trained(tree, tmp_path_factory):
+    """A run of seconds on the tree's 10 training films: (OUT, what it printed). No test changes it.
+
+    It tells the two classes. An epoch has 2 steps.
+    """
     out = tmp_path_factory.mktemp("runs") / "brief"
-    assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--epochs", "10") == 0
-    return out / "checkpoint.pt"
+    return out, run("--data", tree, "--out", out, *SMALL, "--epochs", "10").stdout
+
+
+@pytest.fixture(scope="session")
+def brief(trained):
+    """The checkpoint.pt of `trained`."""
+    return trained[0] / "checkpoint.pt"
 
 
 # ---- for the tests of prepare/

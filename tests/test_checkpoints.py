@@ -12,6 +12,10 @@ from models import SvaCLR, video_encoder
 from support.checkpoints import load_encoder, load_svaclr, read_state
 
 
+def load(source, arch="r2plus1d_18"):
+    return load_encoder(source, video_encoder(arch), arch)
+
+
 def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = SvaCLR("r2plus1d_10")
@@ -21,16 +25,16 @@ def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
     torch.save(model.f.state_dict(), tmp_path / "video_encoder.pt")
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")      # this one has a classifier, fc
     for name in ("checkpoint.pt", "video_encoder.pt"):
-        loaded = load_encoder(tmp_path / name, video_encoder("r2plus1d_10"), "r2plus1d_10").state_dict()
+        loaded = load(tmp_path / name, "r2plus1d_10").state_dict()
         assert all(x.equal(loaded[key]) for key, x in model.f.state_dict().items())
     urls = []
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url",
                         lambda url, **_: urls.append(url) or theirs.state_dict())
     last = theirs.layer4[1].conv2[0][3].weight
     for source in (tmp_path / "theirs.pth", "torchvision"):
-        assert load_encoder(source, video_encoder(), "r2plus1d_18").layer4[1].conv2[0][3].weight.equal(last)
+        assert load(source).layer4[1].conv2[0][3].weight.equal(last)
     assert urls == [torchvision.models.video.R2Plus1D_18_Weights.KINETICS400_V1.url]
-    assert not load_encoder("none", video_encoder(), "r2plus1d_18").stem[0].weight.equal(theirs.stem[0].weight)
+    assert not load("none").stem[0].weight.equal(theirs.stem[0].weight)
 
 
 def test_encoders_that_do_not_fit(tmp_path, monkeypatch):
@@ -43,14 +47,14 @@ def test_encoders_that_do_not_fit(tmp_path, monkeypatch):
             ("other.pt", "it has besides 1 tensors, more the first; "
                          "has in another shape 1 tensors, stem.0.weight")):
         with pytest.raises(ValueError, match=re.escape(sentence)):
-            load_encoder(tmp_path / name, video_encoder("r2plus1d_10"), "r2plus1d_10")
+            load(tmp_path / name, "r2plus1d_10")
 
     def offline(url, **_):
         raise URLError("no network")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     with pytest.raises(ValueError, match="cannot download https://.*pth .*no network.*: "
                                          "fetch it and give its path"):
-        load_encoder("torchvision", video_encoder("r3d_18"), "r3d_18")
+        load("torchvision", "r3d_18")
 
 
 class Bomb:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
-from conftest import ROOT, SMALL, log_of, make_video, run, run_here
+from conftest import ROOT, SMALL, error_of, log_of, make_video, run, run_here, with_damaged
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import finetune
@@ -25,7 +25,6 @@ from loss import double_sum, soft_info_nce
 from models import SvaCLR, video_encoder
 from prepare import scan
 from pretrain import learning_rate, parse
-from support.processes import choose_precision
 
 
 def test_learning_rate():
@@ -117,52 +116,37 @@ def test_the_built_in_set_has_one_global_batch(W, flags, expected, monkeypatch):
             pretrain.clips_per_process(args)
 
 
-def test_the_line_about_the_built_in_set_is_what_runs(tmp_path, monkeypatch, capsys):
-    def stop(*_):
-        raise ValueError("seen")
+@pytest.mark.parametrize("flags,name,sentence", [
+    (["--epochs", 30, "--fps", 6], "find_rows",
+     "No --data: training on the built-in set, with arch r2plus1d_10, size 32, frames 4, fps 6, "
+     "epochs 30, warmup 3.0\n"),
+    (["--data", "tree", *SMALL], "make_loader", "same_speed is False"),
+    (["--data", "tree", *SMALL, "--same-speed"], "make_loader", "same_speed is True")])
+def test_what_runs_is_what_was_asked_for(flags, name, sentence, tree, tmp_path, monkeypatch):
+    """The run stops at the first call of a function, which says what it was called with."""
+    def stop(clips, *_):
+        raise ValueError(f"same_speed is {bool(getattr(clips, 'same_speed', None))}")
 
-    monkeypatch.setattr(pretrain, "find_rows", stop)
-    assert run_here(pretrain, "--epochs", "30", "--fps", "6", "--out", tmp_path) == 1
-    assert ("No --data: training on the built-in set, with arch r2plus1d_10, size 32, frames 4, "
-            "fps 6, epochs 30, warmup 3.0\n" in capsys.readouterr().out)
-
-
-def test_precision_by_capability(monkeypatch):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    for bf16 in (True, False):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert choose_precision("auto", cpu)[0] == (torch.bfloat16 if bf16 else torch.float32)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    for capability, dtype in (((7, 0), torch.float16), ((7, 5), torch.float16),
-                              ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        assert choose_precision("auto", gpu)[0] == dtype
-    assert choose_precision("fp32", gpu)[0] == torch.float32
-
-
-@pytest.fixture(scope="module")
-def trained(tree, tmp_path_factory):
-    """One process, 10 clips: 2 steps an epoch, 4 epochs."""
-    out = tmp_path_factory.mktemp("runs") / "one"
-    return out, run("--data", tree, "--out", out, *SMALL, fresh=True)
+    monkeypatch.setattr(pretrain, name, stop)
+    flags = [tree if word == "tree" else word for word in flags]
+    done = run(*flags, "--out", tmp_path, check=False)
+    assert done.returncode == 1 and sentence in done.stdout + done.stderr
 
 
 def test_start_prints_the_effective_numbers(trained):
-    text = trained[1].stdout
     for part in ("1 process(es) on cpu, float32 (as asked)",
                  "10 clips (0 left out), global batch 4 = 1 process(es) x 4 clips, 2 view(s)",
                  "6 negatives per query",
-                 "2 steps an epoch, 8 steps in all",
+                 "2 steps an epoch, 20 steps in all",
                  "learning rate 0.0005 -> 0.005 -> 0.0007813", "times 4/512"):
-        assert part in text, part
+        assert part in trained[1], part
 
 
 def test_log_and_files(trained):
     out, _ = trained
     head, *events = log_of(out)
     assert head["args"]["max_speed"] == 4 and head["processes"] == 1
-    assert [event["step"] for event in events] == [8]
+    assert [event["step"] for event in events] == [10, 20]
     assert math.isfinite(events[0]["loss"]) and events[0]["replaced"] == 0
     assert 0 <= events[0]["wait"] <= 1
     assert not list(out.glob("*.part"))
@@ -176,7 +160,7 @@ def test_log_and_files(trained):
 def test_same_command_again_has_nothing_to_do(trained, tree, capsys):
     out, _ = trained
     before = (out / "log.jsonl").read_text(), (out / "checkpoint.pt").stat().st_mtime_ns
-    assert run_here(pretrain, "--data", tree, "--out", out, *SMALL) == 0
+    assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--epochs", 10) == 0
     assert "has been trained to its last step" in capsys.readouterr().out
     assert before == ((out / "log.jsonl").read_text(), (out / "checkpoint.pt").stat().st_mtime_ns)
 
@@ -185,57 +169,56 @@ def test_other_settings_or_data_are_refused(trained, tree, tmp_path, capsys):
     out, _ = trained
     before = (out / "checkpoint.pt").read_bytes()
     assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--eta", "0.1") == 1
-    assert ("made with other settings (eta was 0.07 and is 0.1): give the former ones or another "
-            "--out" in capsys.readouterr().err)
+    assert ("made with other settings (epochs was 10 and is 4; eta was 0.07 and is 0.1): give the "
+            "former ones or another --out" in error_of(capsys.readouterr().err))
     assert (out / "checkpoint.pt").read_bytes() == before
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     state["fingerprint"] = "9 clips, sum 1"                 # a file has been added since
     torch.save(state, tmp_path / "checkpoint.pt")
-    assert run_here(pretrain, "--data", tree, "--out", tmp_path, *SMALL) == 1
+    assert run_here(pretrain, "--data", tree, "--out", tmp_path, *SMALL, "--epochs", 10) == 1
     assert "(data set was 9 clips, sum 1 and is 10 clips, sum " in capsys.readouterr().err
 
 
-def test_bad_data(tmp_path, capsys):
+@pytest.mark.parametrize("data,flags,sentence", [
+    ("gone", [], "no folder"), ("gone.csv", [], "no such manifest"), ("empty", [], "no video in"),
+    ("few", [], "1 usable clips (1 left out) do not fill one global batch of 4: give a smaller "
+     "--batch-per-process or more data"),
+    ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
+    ("few", ["--batch-per-process", "1"],
+     "Eq. 1 contrasts a clip with other clips, but the global batch has 1: give it 2 or more")])
+def test_bad_data(data, flags, sentence, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    make_video(tmp_path / "few" / "train" / "c" / "a.mp4", 2)
-    make_video(tmp_path / "few" / "train" / "c" / "silent.mp4", 2, tone=None)
-    too_few = ("1 usable clips (1 left out) do not fill one global batch of 4: give a smaller "
-               "--batch-per-process or more data")
-    for data, flags, sentence in (
-            ("gone", [], "no folder"), ("gone.csv", [], "no such manifest"),
-            ("empty", [], "no video in"), ("few", [], too_few),
-            ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
-            ("few", ["--batch-per-process", "1"], "Eq. 1 contrasts a clip with other clips, but "
-                                                  "the global batch has 1: give it 2 or more")):
-        status = run_here(pretrain, "--data", tmp_path / data, "--out", tmp_path / "out", *SMALL,
-                          *flags)
-        errors = [line for line in capsys.readouterr().err.splitlines()
-                  if line.startswith("error: ")]
-        assert status == 1 and len(errors) == 1 and sentence in errors[0], errors
+    if data == "few":
+        make_video(tmp_path / "few" / "train" / "c" / "a.mp4", 2)
+        make_video(tmp_path / "few" / "train" / "c" / "silent.mp4", 2, tone=None)
+    assert run_here(pretrain, "--data", tmp_path / data, "--out", tmp_path / "out", *SMALL,
+                    *flags) == 1
+    assert sentence in error_of(capsys.readouterr().err)
 
 
 @pytest.mark.slow
-def test_files_that_fail_later(tmp_path):
+def test_bad_data_of_two_processes(tmp_path):
+    done = run("--data", tmp_path / "gone", "--out", tmp_path, *SMALL, processes=2, check=False)
+    assert done.returncode != 0 and done.stderr.count("error: --data") == 1
+
+
+@pytest.mark.slow
+def test_files_that_fail_later(tree, tmp_path):
     """Files are damaged after the scan: they are replaced and counted; too many stop the run."""
-    for n in range(12):
-        make_video(tmp_path / "d" / "c" / f"{n}.mp4", 1.5, 10)
-    scan.write(scan.scan(tmp_path / "d"), tmp_path / "scan" / "manifest.csv")
-    good = (tmp_path / "d" / "c" / "0.mp4").read_bytes()
-    (tmp_path / "d" / "c" / "0.mp4").write_bytes(b"gone bad")
-    settings = ["--data", tmp_path / "scan" / "manifest.csv", *SMALL]
-    done = run(*settings, "--out", tmp_path / "some", "--max-failures", "0.5")
+    rows = scan.scan(tree / "train")
+    one, _ = with_damaged(list(rows), tmp_path, [0])
+    settings = [*SMALL, "--data"]
+    done = run(*settings, one, "--out", tmp_path / "some", "--max-failures", "0.5")
     assert log_of(tmp_path / "some")[-1]["replaced"] > 0
-    assert "replaced: " in done.stderr and "0.mp4: Invalid data" in done.stderr
-    done = run(*settings, "--out", tmp_path / "many", "--max-failures", "0.01", check=False)
-    assert done.returncode == 1
-    sentence = "drawn since the start could not be read, clearly more than --max-failures 0.01 of"
-    assert sentence in done.stderr and (tmp_path / "many" / "checkpoint.pt").exists()
-    for path in (tmp_path / "d" / "c").iterdir():
-        path.write_bytes(good[:200])
-    done = run(*settings, "--out", tmp_path / "all", check=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "replaced: " in done.stderr and "bad0.mp4: Invalid data" in done.stderr
+    done = run(*settings, one, "--out", tmp_path / "many", "--max-failures", "0.01", check=False)
+    assert done.returncode == 1 and (tmp_path / "many" / "checkpoint.pt").exists()
+    assert ("drawn since the start could not be read, clearly more than --max-failures 0.01 of"
+            in error_of(done.stderr))
+    every, _ = with_damaged(rows, tmp_path, range(len(rows)))
+    done = run(*settings, every, "--out", tmp_path / "all", check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert len(errors) == 1 and errors[0].startswith("error: 10 files in a row failed, the last: ")
+    assert error_of(done.stderr).startswith("error: 10 files in a row failed, the last: ")
 
 
 class OneStep:
@@ -296,31 +279,6 @@ def test_flags_of_the_objective_reach_it(flags, keywords, tmp_path, monkeypatch)
         gradient = torch.zeros_like(x) if x.grad is None else x.grad
         torch.testing.assert_close((x - moved).detach() / OneStep.measures["lr"], gradient,
                                    atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
-def test_a_compiled_step(tree, tmp_path):
-    """--compile of two processes trains, and the weights after a step are those of one process
-    without it but for rounding."""
-    flags = ["--data", tree, *SMALL, "--epochs", "1", "--out"]
-    run(*flags, tmp_path / "plain", "--batch-per-process", "10", fresh=True)
-    run(*flags, tmp_path / "compiled", "--batch-per-process", "5", "--compile", processes=2)
-    plain, compiled = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"]
-                       for name in ("plain", "compiled"))
-    assert plain.keys() == compiled.keys() and log_of(tmp_path / "compiled")[-1]["step"] == 1
-    for name, x in plain.items():
-        torch.testing.assert_close(compiled[name], x, atol=1e-3, rtol=1e-3, msg=name)
-
-
-def test_same_speed_reaches_the_clips(tree, tmp_path, monkeypatch):
-    def stop(clips, *_):
-        raise ValueError(f"same_speed is {bool(clips.same_speed)}")
-
-    monkeypatch.setattr(pretrain, "make_loader", stop)
-    for flags, value in (([], False), (["--same-speed"], True)):
-        done = run("--data", tree, "--out", tmp_path, *SMALL, *flags, check=False)
-        assert f"same_speed is {value}" in done.stderr
 
 
 def test_top1():
@@ -450,26 +408,59 @@ def test_statistics_move_once_a_chunk():
     assert model.f[1].num_batches_tracked == 4
 
 
-@pytest.mark.slow
-def test_a_run_of_two_processes_is_a_run_of_one(tmp_path):
-    """The commands, for one step: two processes of five clips, and one of ten, also in chunks."""
+@pytest.fixture(scope="module")
+def one_step(tmp_path_factory):
+    """one_step(B, flags): what the command for one step of ten clips prints, loss, gradient, model.
+
+    B: clips of a process.
+    """
+    data = tmp_path_factory.mktemp("ten")
     for n in range(10):
-        make_video(tmp_path / f"data/a/{n}.mp4", 2.0, 10, tone=300 + 50 * n)
-    flags = ["--data", tmp_path / "data", *SMALL, "--epochs", "1", "--warmup", "0"]
-    run(*flags, "--batch-per-process", "5", "--out", tmp_path / "two", processes=2)
-    run(*flags, "--batch-per-process", "10", "--out", tmp_path / "one")
-    done = run(*flags, "--batch-per-process", "10", "--chunk", "5", "--out", tmp_path / "chunks")
-    assert ("global batch 10 = 1 process(es) x 10 clips in chunks of 5, 2 view(s): 18 negatives "
-            "per query" in done.stdout)
-    two, one, chunks = (log_of(tmp_path / name)[-1] for name in ("two", "one", "chunks"))
-    assert two["step"] == one["step"] == chunks["step"] == 1
-    assert abs(two["loss"] - one["loss"]) < 1e-4
-    two, one = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
-                for name in ("two", "one"))
-    for name, x in one["model"].items():
+        make_video(data / f"a/{n}.mp4", 2.0, 10, tone=300 + 50 * n)
+
+    def command(B, *flags, **how):
+        out = tmp_path_factory.mktemp("step")
+        done = run("--data", data, *SMALL, "--epochs", 1, "--batch-per-process", B, "--out", out,
+                   *flags, **how)
+        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        momentum = [x["momentum_buffer"].flatten() for x in state["optimizer"]["state"].values()]
+        line = log_of(out)[-1]
+        assert line["step"] == 1                # so momentum is the gradient
+        return done.stdout, line["loss"], torch.cat(momentum), state["model"]
+    return command
+
+
+@pytest.fixture(scope="module")
+def step_of_ten(one_step):
+    """What `one_step` returns for one process."""
+    return one_step(10)
+
+
+def test_two_processes_are_one(one_step, step_of_ten):
+    _, loss, gradient, model = step_of_ten
+    printed, loss_of_two, gradient_of_two, model_of_two = one_step(5, processes=2)
+    assert "2 process(es) on cpu" in printed
+    assert "global batch 10 = 2 process(es) x 5 clips, 2 view(s): 18 negatives per" in printed
+    assert abs(loss - loss_of_two) < 1e-4
+    for name, x in model.items():
         if "running" in name:
-            torch.testing.assert_close(two["model"][name], x, atol=1e-4, rtol=1e-3, msg=name)
-    two, one = (torch.cat([x["momentum_buffer"].flatten() for x in state["optimizer"]["state"]
-                           .values()]) for state in (two, one))
-    # After one step it is the gradient. Convolutions round differently on one thread and on two.
-    assert (two - one).norm() / one.norm() < 0.01
+            torch.testing.assert_close(model_of_two[name], x, atol=1e-4, rtol=1e-3, msg=name)
+    # Convolutions round differently on one thread and on two.
+    assert (gradient_of_two - gradient).norm() / gradient.norm() < 0.01
+
+
+def test_a_step_in_chunks(one_step):
+    printed, *_ = one_step(10, "--chunk", 5)
+    assert ("global batch 10 = 1 process(es) x 10 clips in chunks of 5, 2 view(s): 18 negatives "
+            "per query" in printed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_a_compiled_step(one_step, step_of_ten):
+    """--compile of two processes trains, and the weights after a step are those of one process
+    without it but for rounding."""
+    plain, compiled = step_of_ten[-1], one_step(5, "--compile", processes=2)[-1]
+    assert plain.keys() == compiled.keys()
+    for name, x in plain.items():
+        torch.testing.assert_close(compiled[name], x, atol=1e-3, rtol=1e-3, msg=name)

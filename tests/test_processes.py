@@ -3,18 +3,16 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, finish, log_of, run, start_workers
+from conftest import ROOT, Job, log_of, run, write_script
 
 from support import processes
 from support.run import REQUEUE
@@ -24,148 +22,75 @@ TINY = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "4", 
         "--workers", "0", "--precision", "fp32"]
 
 
-def write_script(path, body):
-    """Write a script that finds the project, and return its path."""
-    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" + textwrap.dedent(body))
-    return path
+def two(tmp_path, body):
+    """The words that two processes print that run a script with this body."""
+    return run(script=write_script(tmp_path / "two.py", body), processes=2).stdout.split()
 
 
-# ---- hosts whose own name is a loopback address
-
-@pytest.mark.parametrize("names,found,expected,warns", [
-    ({"me": "127.0.1.1", "node0": "10.0.0.1"}, {"eth0": "10.0.0.2", "ib0": "10.9.0.2"}, "eth0", 0),
-    ({"me": "10.0.0.2", "node0": "10.0.0.1"}, {"eth0": "10.0.0.2"}, None, 0),
-    ({"me": "127.0.1.1", "node0": "127.0.1.1"}, {"eth0": "10.0.0.2"}, "eth0", 0),
-    ({"node0": "10.0.0.1"}, {"eth0": "10.0.0.2"}, "eth0", 0),           # it does not know its name
-    ({"me": "127.0.1.1", "node0": "127.0.1.1"}, {"eth0": "10.0.0.2", "ib0": "10.9.0.2"}, None, 1)])
-def test_the_interface_of_the_route_is_taken(names, found, expected, warns, monkeypatch, capsys):
-    """me is this host, and its route to node0 leaves from 10.0.0.2."""
-    def address(host):
-        if host not in names:
-            raise OSError("unknown host")
-        return names[host]
-
-    class Probe(processes.socket.socket):
-        def connect(self, host):
-            assert host[0] == "node0"
-
-        def getsockname(self):
-            return "10.0.0.2", 9
-
-    monkeypatch.setattr(processes.socket, "gethostname", lambda: "me")
-    monkeypatch.setattr(processes.socket, "gethostbyname", address)
-    monkeypatch.setattr(processes.socket, "socket", Probe)
-    monkeypatch.setattr(processes, "interfaces", lambda: found)
-    monkeypatch.setenv("MASTER_ADDR", "node0")
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    processes.choose_interface()
-    assert os.environ.pop("GLOO_SOCKET_IFNAME", None) == expected
-    warning = "set GLOO_SOCKET_IFNAME to the interface that leads to them, one of eth0, ib0"
-    assert (warning in capsys.readouterr().err) == bool(warns)
-    for name, value in (("GROUP_WORLD_SIZE", "1"), ("GLOO_SOCKET_IFNAME", "mine")):
-        monkeypatch.setenv(name, value)         # one node, or the user's choice: nothing is changed
-        processes.choose_interface()
-        assert os.environ.get("GLOO_SOCKET_IFNAME") == (value if value == "mine" else None)
-
-
-def test_interfaces_have_addresses():
-    found = processes.interfaces()
-    assert "lo" not in found
-    assert all(re.fullmatch(r"\d+\.\d+\.\d+\.\d+", address) for address in found.values())
-
-
-@pytest.fixture
-def two_hosts():
-    """The names of two network namespaces, joined by a cable: 10.77.0.1 and 10.77.0.2."""
-    def ip(*words, check=True):
-        return subprocess.run(["ip", *words], check=check, capture_output=True).returncode
-
-    names = [f"host{os.getpid()}a", f"host{os.getpid()}b"]
-    tools = shutil.which("ip") and shutil.which("unshare")
-    if os.geteuid() or not tools or ip("netns", "add", names[0], check=False):
-        pytest.skip("this user cannot make network namespaces")
-    ip("netns", "add", names[1])
-    ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "eth0", "netns", names[1])
-    for n, name in enumerate(names, 1):
-        ip("-n", name, "address", "add", f"10.77.0.{n}/24", "dev", "eth0")
-        for device in ("lo", "eth0"):
-            ip("-n", name, "link", "set", device, "up")
-    yield names
-    for name in names:
-        ip("netns", "delete", name)
-
-
-@pytest.mark.slow
-def test_two_hosts_that_call_themselves_localhost(two_hosts, tmp_path):
-    script = write_script(tmp_path / "meet.py", """
-        from support.processes import gather, rank, start
-        start()
-        print(gather(rank()), flush=True)
-        """)
-    hosts = [subprocess.Popen(
-        ["ip", "netns", "exec", name, "unshare", "--uts", "sh", "-c",
-         f"hostname localhost && exec {sys.executable} {script}"], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"RANK": str(n), "WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1",
-                          "MASTER_PORT": "29511", "SLURM_NNODES": "2"})
-        for n, name in enumerate(two_hosts)]
-    try:
-        texts = [host.communicate(timeout=90)[0] for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
-    assert all("[0, 1]" in text for text in texts), texts
+def test_restarts_without_a_store_of_their_own_are_warned_of(monkeypatch, capsys):
+    torch.distributed.destroy_process_group()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    for present in (False, True):
+        if present:
+            monkeypatch.setenv(processes.UNSHARED, "1")
+        processes.start()
+        torch.distributed.destroy_process_group()
+        warned = "needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
+        assert warned != present
 
 
 # ---- GPUs (none is needed: what torch says of them is made up)
 
-class Gpus:
-    """torch.cuda of a process that sees GPUs with these UUIDs."""
-
-    def __init__(self, monkeypatch, visible, local_rank):
-        self.visible, self.chosen = visible, None
-        for name, value in (("is_available", lambda: True), ("device_count", lambda: len(visible)),
-                            ("set_device", self.choose),
-                            ("get_device_properties", lambda x: Namespace(uuid=visible[x.index]))):
-            monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-
-    def choose(self, device):
-        self.chosen = device.index
+@pytest.fixture
+def gpu(monkeypatch):
+    """gpu(name=value, ...): these functions of torch.cuda return these values."""
+    def pretend(**values):
+        for name, value in values.items():
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    return pretend
 
 
-@pytest.mark.parametrize("visible,local_rank,index", [
-    (["a", "b", "c", "d"], 3, 3), (["d"], 3, 0), (["a"], 0, 0)])
-def test_a_process_takes_a_gpu_that_it_sees(visible, local_rank, index, monkeypatch):
+@pytest.mark.parametrize("visible,local_rank,index", [(4, 3, 3), (1, 3, 0), (1, 0, 0)])
+def test_a_process_takes_a_gpu_that_it_sees(visible, local_rank, index, gpu, monkeypatch):
     """Four GPUs, or the process's own alone, as srun --gpus-per-task=1 shows it."""
-    gpus = Gpus(monkeypatch, visible, local_rank)
-    assert processes.start() == torch.device("cuda", index) and gpus.chosen == index
+    chosen = []
+    gpu(is_available=True, device_count=visible)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert processes.start() == torch.device("cuda", index)
+    assert chosen == [torch.device("cuda", index)]
 
 
-@pytest.mark.parametrize("uuids,sentence", [
-    (["a", "b", "c"], None),
-    (["a", "b", "a"], "processes 0, 2 would share one GPU: start as many")])
-def test_processes_that_would_share_a_gpu_are_refused(uuids, sentence, monkeypatch):
-    Gpus(monkeypatch, ["a"], 0)
-    monkeypatch.setattr(processes, "gather", lambda own: uuids)
-    if sentence is None:
-        return processes.refuse_shared_gpus(torch.device("cuda", 0))
-    with pytest.raises(ValueError, match=sentence):
-        processes.refuse_shared_gpus(torch.device("cuda", 0))
+def test_processes_that_would_share_a_gpu_are_refused(gpu, monkeypatch):
+    gpu(get_device_properties=Namespace(uuid="a"))
+    monkeypatch.setattr(processes, "gather", lambda own: [own, "b", "c"])
+    processes.refuse_shared_gpus("cuda:0")
+    monkeypatch.setattr(processes, "gather", lambda own: [own, "b", own])
+    with pytest.raises(ValueError, match="processes 0, 2 would share one GPU: start as many"):
+        processes.refuse_shared_gpus("cuda:0")
 
 
-@pytest.mark.parametrize("capability,refused", [((7, 0), True), ((7, 5), False), ((12, 0), False)])
-def test_a_gpu_without_kernels_is_refused(capability, refused, monkeypatch):
-    """The architectures are those of the default wheel of torch 2.14."""
-    for name, value in (("get_device_capability", capability), ("get_device_name", "Tesla V100"),
-                        ("get_arch_list", ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120",
-                                           "compute_120"])):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+@pytest.mark.parametrize("capability,refused,auto", [
+    ((7, 0), True, torch.float16), ((7, 5), False, torch.float16), ((8, 0), False, torch.bfloat16),
+    ((9, 0), False, torch.bfloat16), ((12, 0), False, torch.bfloat16)])
+def test_what_a_gpu_can(capability, refused, auto, gpu):
+    """Kernels and precision. The architectures are those of the default wheel of torch 2.14."""
+    gpu(get_device_capability=capability, get_device_name="Tesla V100",
+        get_arch_list=["sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120"])
+    device = torch.device("cuda")
+    assert processes.choose_precision("auto", device)[0] == auto
+    assert processes.choose_precision("fp32", device)[0] == torch.float32
     if not refused:
-        return processes.refuse_old_gpu("cuda:0")
+        return processes.refuse_old_gpu(device)
     with pytest.raises(ValueError, match="no kernels for Tesla V100 .compute capability 7.0."):
-        processes.refuse_old_gpu("cuda:0")
+        processes.refuse_old_gpu(device)
+
+
+@pytest.mark.parametrize("bf16,auto", [(True, torch.bfloat16), (False, torch.float32)])
+def test_precision_of_a_cpu(bf16, auto, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert processes.choose_precision("auto", torch.device("cpu"))[0] == auto
 
 
 def test_a_full_gpu_gets_one_sentence(capsys):
@@ -178,13 +103,13 @@ def test_a_full_gpu_gets_one_sentence(capsys):
                                        "a smaller --size\n")
 
 
-# ---- BatchNorm
+# ---- two processes
 
 @pytest.mark.slow
 def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
     """Outputs, gradients and running statistics of two steps, in float64, beside nn.BatchNorm3d.
     The inputs are far from zero, where a careless variance loses its digits."""
-    script = write_script(tmp_path / "norm.py", """
+    assert two(tmp_path, """
         import torch, torch.distributed as dist
         from torch import nn
         from support.layers import trainable
@@ -211,17 +136,13 @@ def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
         for name, b in two.state_dict().items():
             torch.testing.assert_close(b, one.state_dict()[name], atol=1e-9, rtol=1e-7, msg=name)
         print("equal", flush=True)
-        """)
-    done = run(script=script, processes=2)
-    assert done.stdout.split() == ["equal", "equal"]
+        """) == ["equal", "equal"]
 
-
-# ---- the end
 
 @pytest.mark.slow
 def test_processes_leave_together(tmp_path):
     """Process 1 still works when process 0 has done its part, as a slow disk would have it."""
-    script = write_script(tmp_path / "leave.py", """
+    assert two(tmp_path, """
         import os, time
         import torch.distributed as dist
         from support import processes
@@ -229,21 +150,17 @@ def test_processes_leave_together(tmp_path):
         def job(args, device):
             destroy = dist.destroy_process_group
             dist.destroy_process_group = lambda: (print("left", flush=True), destroy())
-            time.sleep(2 * processes.rank())
+            time.sleep(processes.rank())
             print("done", flush=True)
 
         processes.launch(job, None)
-        """)
-    done = run(script=script, processes=2)
-    assert done.stdout.split() == ["done", "done", "left", "left"]
+        """) == ["done", "done", "left", "left"]
 
-
-# ---- patience
 
 @pytest.mark.slow
 def test_the_others_wait_for_a_process_with_a_slow_disk(tmp_path):
     """Here the group gives up after 2 s, in place of nccl's 10 minutes, and one disk takes 5 s."""
-    script = write_script(tmp_path / "slow.py", """
+    assert two(tmp_path, """
         import time
         from datetime import timedelta
         import torch, torch.distributed as dist
@@ -266,10 +183,8 @@ def test_the_others_wait_for_a_process_with_a_slow_disk(tmp_path):
             found[index] = 1
         dist.all_reduce(found)
         run_once(lambda: time.sleep(4))
-        print(found.tolist(), flush=True)
-        """)
-    done = run(script=script, processes=2)
-    assert done.stdout.count("[1.0, 1.0, 1.0, 1.0]") == 2, done.stderr[-3000:]
+        print(*found.tolist(), flush=True)
+        """) == 8 * ["1.0"]
 
 
 # ---- Slurm
@@ -380,13 +295,11 @@ def test_eight_processes(tree, tmp_path, monkeypatch):
 
     flags = ["--data", tree, "--split", "test", "--epochs", 2, *TINY, "--keep-every", 1]
     whole = [*flags, "--batch-per-process", 1, "--out", eight]
-    workers, folder = start_workers(script, ["pretrain", *whole], 8)
-    while not (eight / "checkpoint-1.pt").exists():
-        assert all(worker.is_alive() for worker in workers), finish(workers, folder)
-        time.sleep(0.02)
-    workers[-1].kill()
-    finish(workers, folder)                                 # the other seven do not hang
-    assert [worker.exitcode for worker in workers] == [1] * 7 + [-signal.SIGKILL]
+    job = Job(script, "pretrain", *whole, processes=8)
+    job.wait_for((eight / "checkpoint-1.pt").exists)
+    job.workers[-1].kill()
+    job.wait()                                              # the other seven do not hang
+    assert [worker.exitcode for worker in job.workers] == [1] * 7 + [-signal.SIGKILL]
     again = run("pretrain", *whole, script=script, processes=8)
     assert "checkpoint.pt at step 3 of 6" in again.stdout
     run("pretrain", *flags, "--batch-per-process", 8, "--out", one, script=script, fresh=True)

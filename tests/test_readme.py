@@ -1,17 +1,15 @@
 """README.md and docs/: each command runs as written where that takes seconds, or else is parsed."""
 
 import argparse
-import os
 import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, command_lines, log_of, make_video, run
+from conftest import ROOT, command_lines, make_video, run, write_script
 
 import finetune
 import pretrain
@@ -46,28 +44,11 @@ def test_first_line_on_the_built_in_set(tmp_path):
     assert len(re.findall(way, table)) == 4
 
 
-@pytest.mark.slow
-def test_two_processes_train_and_retrieve(tree, tmp_path):
-    done = run("--data", tree, "--out", tmp_path, *SMALL, "--batch-per-process", "2", processes=2)
-    assert "2 process(es) on cpu" in done.stdout and "global batch 4" in done.stdout
-    assert "6 negatives" in done.stdout
-    assert [event["step"] for event in log_of(tmp_path)[1:]] == [8]
-    tables = [run("--checkpoint", tmp_path / "checkpoint.pt", "--clips", "2", processes=n,
-                  script="retrieval.py").stdout for n in (1, 2)]
-    # gloo of torch 2.10 prints too, so only the lines of the table are compared.
-    rows = [re.findall(r"^(?:instance|class) .*", table, re.MULTILINE) for table in tables]
-    assert "24 clips of 2 classes" in tables[0] and len(rows[0]) == 6 and rows[0] == rows[1]
-    gone = run("--data", tmp_path / "gone", "--out", tmp_path / "o", *SMALL, processes=2,
-               check=False)
-    assert gone.returncode != 0 and gone.stderr.count("error: --data") == 1
-
-
-def test_snippet_of_the_loss():
+def test_snippet_of_the_loss(capsys):
     code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(code.strip().splitlines()) <= 10
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loss, gradient, one_view = map(float, done.stdout.split())
+    exec(code, {})
+    loss, gradient, one_view = map(float, capsys.readouterr().out.split())
     assert loss > 0 and gradient > 0 and one_view > 0
 
 
@@ -75,8 +56,7 @@ def test_snippet_of_the_loss():
 def test_snippet_of_two_processes(tmp_path):
     """The losses of the two processes of docs/readings.md are those of one with all clips."""
     code, = re.findall(r"```python\n(.*?)```", DOCUMENTS["readings.md"], re.DOTALL)
-    (tmp_path / "two.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
-    done = run(script=tmp_path / "two.py", processes=2)
+    done = run(script=write_script(tmp_path / "two.py", code), processes=2)
     printed = sorted(tuple(map(float, line.split())) for line in done.stdout.splitlines())
     parts = []
     for rank in (0, 1):
@@ -143,6 +123,7 @@ def test_wrong_commands_are_refused(monkeypatch):
             parse_only(line, monkeypatch)
 
 
+@pytest.mark.slow
 def test_prepare_commands_run_as_written(tmp_path):
     """The lines of docs/data.md for the paper's data sets, beside miniatures in their formats."""
     film = make_video(tmp_path / "film.mp4", 1.2, 10, size=(36, 28))
@@ -166,9 +147,9 @@ def test_prepare_commands_run_as_written(tmp_path):
              "COPY/manifest.csv"]
     assert len(lines) == len(names)
     for line, name in zip(lines, names):
-        done = subprocess.run([sys.executable, *shlex.split(line)[1:]], cwd=tmp_path, text=True,
-                              capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0, (line, done.stderr)
+        python, m, module, *words = shlex.split(line)
+        assert (python, m) == ("python", "-m")
+        run(*words, script=module, cwd=tmp_path, fresh=True)
         assert len(read_manifest(tmp_path / name)[0]) == 1, name
 
 
