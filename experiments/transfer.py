@@ -1,13 +1,13 @@
 """The scripts with their own settings on the built-in set: retrieval, and Table 2 in small.
 
-Pre-training warms up for one epoch, as it did when the kept results were measured.
-
-    python -m experiments.transfer              # three seeds, 27 minutes of a core each
+    python -m experiments.transfer              # three seeds
     python -m experiments.transfer --seeds 3 4
 
-For each seed it runs pretrain.py, retrieval.py, and finetune.py by four protocols, each from the
-pre-trained encoder and from random weights. The same command continues after an interruption.
-experiments/results/transfer.csv gets a line per result, and transfer.md the means over seeds.
+It runs pretrain.py and retrieval.py with each seed, and then finetune.py by four protocols, each
+from the pre-trained encoder and from random weights. experiments/results/transfer.csv gets a line
+per result, and transfer.md the means over seeds. Runs whose results are in the csv are left out, so
+the same command continues after an interruption. After a change of the scripts' own settings,
+delete the csv.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def commands(seed, folder):
     run = folder / f"s{seed}"
     sources = {"pre-trained": str(run / "checkpoint.pt"), "random": "none"}
     common = ["--seed", str(seed), "--out"]
-    return [("pretrain.py", ["--warmup", "1", *common, str(run)], None),
+    return [("pretrain.py", [*common, str(run)], None),
             ("retrieval.py", ["--checkpoint", sources["pre-trained"]], None),
             *(("finetune.py", [*flags.split(), "--checkpoint", source, *common,
                                str(folder / f"s{seed}-{n}-{encoder}")], (name, encoder))
@@ -59,32 +59,31 @@ def found(script, flags, name):
     return {}
 
 
-def run_seed(seed, folder):
-    """Run the scripts with a seed: the lines of the csv. Raises ValueError if one of them fails."""
+def run_commands(seed, runs, log):
+    """Run some of a seed's commands: the lines of the csv. Raises ValueError if one of them fails.
+
+    log: the file to which their output is added.
+    """
     lines = []
-    for script, flags, name in commands(seed, folder):
-        run_script(script, flags, folder / f"s{seed}.txt")
+    for script, flags, name in runs:
+        run_script(script, flags, log)
         lines += [{"result": result, "encoder": encoder, "seed": str(seed),
                    "command": " ".join(["python", script, *flags]), "value": f"{value:.2f}"}
                   for (result, encoder), value in found(script, flags, name).items()]
     return lines
 
 
+def settings(command):
+    """The words of a command but for paths: --out may be another folder."""
+    return tuple(word for word in command.split() if "/" not in word)
+
+
 def read_results(path):
-    """The lines of an earlier csv, of the seeds of which all results have today's commands.
-
-    The commands may differ in --out, the folder of the runs.
-    """
-    def settings(words):
-        return tuple(word for word in words if "/" not in word)
-
-    by_seed = {}
-    for line in read_csv(path, COLUMNS):
-        by_seed.setdefault(int(line["seed"]), []).append(line)
-    return [line for seed, lines in by_seed.items() for line in lines
-            if {settings(line["command"].split()) for line in lines} == {
-                settings(["python", script, *flags])
-                for script, flags, _ in commands(seed, Path("runs")) if script != "pretrain.py"}]
+    """The lines of an earlier csv whose commands are today's."""
+    lines = read_csv(path, COLUMNS)
+    today = {settings(" ".join(["python", script, *flags])) for line in lines
+             for script, flags, _ in commands(int(line["seed"]), Path("runs"))}
+    return [line for line in lines if settings(line["command"]) in today]
 
 
 def write_results(lines, path):
@@ -110,7 +109,7 @@ def markdown(lines):
 
 
 def main(argv=None):
-    """Run the command. The exit status is 1 if a seed failed."""
+    """Run the command. The exit status is 1 if a run failed."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
     p.add_argument("--out", default="runs/transfer", help="folder of the runs (runs/transfer)")
@@ -119,14 +118,22 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     demo.build(folder / "demo")
     lines = read_results(path)
-    done = {int(line["seed"]) for line in lines}
+    done = {(line["seed"], line["encoder"], line["result"]) for line in lines}
 
-    def add(of_seed):
-        lines.extend(of_seed)
+    def add(more):
+        lines.extend(more)
         write_results(lines, path)
 
-    failures = run_all({f"seed {seed}": (run_seed, seed, folder)
-                        for seed in args.seeds if seed not in done}, add)
+    retrieve, fine_tune = {}, {}
+    for seed in args.seeds:
+        runs, log = commands(seed, folder), folder / f"s{seed}.txt"
+        if (str(seed), "pre-trained", "class R@1, audio -> video") not in done:
+            retrieve[f"seed {seed}, retrieval"] = run_commands, seed, runs[:2], log
+        for run in runs[2:]:
+            result, encoder = run[2]
+            if (str(seed), encoder, result) not in done:
+                fine_tune[f"seed {seed}, {result}, {encoder}"] = run_commands, seed, [run], log
+    failures = run_all(retrieve, add) or run_all(fine_tune, add)
     if lines:
         print(markdown(lines))
     sys.exit(failures > 0)
