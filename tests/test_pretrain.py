@@ -49,7 +49,7 @@ def test_defaults_are_the_papers():
     assert {name: getattr(args, name) for name in paper} == paper
     demo = parse([])
     assert {name: getattr(demo, name) for name in pretrain.DEMO} == pretrain.DEMO
-    assert demo.warmup == 1.5 and parse(["--epochs", "30"]).warmup == 3
+    assert demo.warmup == 1.8 and parse(["--epochs", "30"]).warmup == 3
     assert parse(["--epochs", "3"]).epochs == 3     # a flag outranks the built-in set's settings
     assert parse(["--data", "x", "--epochs", "5"]).warmup == 0.5
     assert parse(["--data", "x", "--epochs", "5", "--warmup", "2"]).warmup == 2
