@@ -37,7 +37,7 @@ from support.run import Run, add_run_flags, lock_folder
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong
 # The built-in set has small frames and a small encoder, so that two CPU cores train it in minutes.
 # Its processes share a global batch of 32 clips, so they make as many steps as one process.
-DEMO = dict(arch="r2plus1d_10", size=16, frames=4, fps=4, epochs=18, batch_per_process=None)
+DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, epochs=15, batch_per_process=None)
 DEMO_BATCH = 32
 
 
@@ -72,7 +72,7 @@ def add_clip_flags(p):
     clip.add_argument("--fps", type=at_least(1), default=30,
                       help="frames per s at speed 1 (30: paper silent, GDT; built-in set: 4)")
     clip.add_argument("--size", type=at_least(16), default=128,
-                      help="H = W in pixels (128: Table 2, which has 224 too; built-in set: 16)")
+                      help="H = W in pixels (128: Table 2, which has 224 too; built-in set: 32)")
 
 
 def add_objective_flags(p):
@@ -103,7 +103,7 @@ def add_optimisation_flags(p):
     """Add the flags of §3.1."""
     optim = p.add_argument_group("optimisation")
     optim.add_argument("--epochs", type=at_least(1), default=100,
-                       help="passes over the data (100: §3.1; built-in set: 18)")
+                       help="passes over the data (100: §3.1; built-in set: 15)")
     optim.add_argument("--warmup", type=at_least(0, float),
                        help="epochs of linear warm-up (a tenth of --epochs; 10 of 100: §3.1)")
     optim.add_argument("--batch-per-process", type=at_least(1), default=8,

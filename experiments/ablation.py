@@ -297,7 +297,7 @@ Table = namedtuple("Table", "title rows seeds base")
 # differences from the base's are in the last column. levels: of Table 3. measure: from a checkpoint
 # to {metric: value}.
 Study = namedtuple("Study", "flags tables metrics compared levels measure")
-BUILT_IN = Study("--size 32 --fps 6 --warmup 1",
+BUILT_IN = Study("--fps 6 --warmup 1",
                  [Table("The paper's rows", PAPER, range(5), "s = [1, 4], SoftInfoNCE"),
                   Table("Open readings", READINGS, range(3), "s = [1, 4], SoftInfoNCE"),
                   Table("15 epochs", SHORT, (), "s = [1, 4], SoftInfoNCE, 15 epochs")],

@@ -7,7 +7,7 @@ It runs pretrain.py and retrieval.py with each seed, and then finetune.py by fou
 from the pre-trained encoder and from random weights. experiments/results/transfer.csv gets a line
 per result, and transfer.md the means over seeds. Runs whose results are in the csv are left out, so
 the same command continues after an interruption. After a change of the scripts' own settings,
-delete the csv.
+delete the csv. Pre-training warms up for one epoch, as it did when the kept results were measured.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def commands(seed, folder):
     run = folder / f"s{seed}"
     sources = {"pre-trained": str(run / "checkpoint.pt"), "random": "none"}
     common = ["--seed", str(seed), "--out"]
-    return [("pretrain.py", [*common, str(run)], None),
+    return [("pretrain.py", ["--warmup", "1", *common, str(run)], None),
             ("retrieval.py", ["--checkpoint", sources["pre-trained"]], None),
             *(("finetune.py", [*flags.split(), "--checkpoint", source, *common,
                                str(folder / f"s{seed}-{n}-{encoder}")], (name, encoder))

@@ -49,7 +49,7 @@ def test_defaults_are_the_papers():
     assert {name: getattr(args, name) for name in paper} == paper
     demo = parse([])
     assert {name: getattr(demo, name) for name in pretrain.DEMO} == pretrain.DEMO
-    assert demo.warmup == 1.8 and parse(["--epochs", "30"]).warmup == 3
+    assert demo.warmup == 1.5 and parse(["--epochs", "30"]).warmup == 3
     assert parse(["--epochs", "3"]).epochs == 3     # a flag outranks the built-in set's settings
     assert parse(["--data", "x", "--epochs", "5"]).warmup == 0.5
     assert parse(["--data", "x", "--epochs", "5", "--warmup", "2"]).warmup == 2
@@ -118,7 +118,7 @@ def test_the_built_in_set_has_one_global_batch(W, flags, expected, monkeypatch):
 
 @pytest.mark.parametrize("flags,name,sentence", [
     (["--epochs", 30, "--fps", 6], "find_rows",
-     "No --data: training on the built-in set, with arch r2plus1d_10, size 16, frames 4, fps 6, "
+     "No --data: training on the built-in set, with arch r2plus1d_10, size 32, frames 4, fps 6, "
      "epochs 30, warmup 3.0\n"),
     (["--data", "tree", *SMALL], "make_loader", "same_speed is False"),
     (["--data", "tree", *SMALL, "--same-speed"], "make_loader", "same_speed is True")])
