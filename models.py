@@ -3,9 +3,10 @@
     model = SvaCLR()
     ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
 
-This file needs torch and torchvision alone. Symbols: f video encoder, g audio encoder (Eq. 3 writes
-g(a), f(v)); B clips, K views, C = 512 encoder width, D projection width, T frames, H, W pixels, M
-mel bands, F spectrogram frames.
+This file needs torch and torchvision alone. (Train in bfloat16 on a CPU through
+support.layers.trainable, which avoids a fault of oneDNN.) Symbols: f video encoder, g audio encoder
+(Eq. 3 writes g(a), f(v)); B clips, K views, C = 512 encoder width, D projection width, T frames, H,
+W pixels, M mel bands, F spectrogram frames.
 """
 
 from torch import nn
