@@ -93,14 +93,20 @@ def test_precision_of_a_cpu(bf16, auto, monkeypatch):
     assert processes.choose_precision("auto", torch.device("cpu"))[0] == auto
 
 
-def test_a_full_gpu_gets_one_sentence(capsys):
+@pytest.mark.parametrize("error,sentence", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+     "CUDA out of memory: give fewer clips per process or a smaller --size"),
+    (OSError("cannot write out/checkpoint.pt (No space left on device): make room"),
+     "cannot write out/checkpoint.pt (No space left on device): make room"),
+    (ValueError("out/checkpoint.pt cannot be loaded"), "out/checkpoint.pt cannot be loaded"),
+    (FloatingPointError("loss nan at step 3"), "loss nan at step 3")])
+def test_an_expected_error_is_one_line(error, sentence, capsys):
     def job(args, device):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+        raise error
 
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         processes.launch(job, None)
-    assert capsys.readouterr().err == ("error: CUDA out of memory: give fewer clips per process or "
-                                       "a smaller --size\n")
+    assert stop.value.code == 1 and capsys.readouterr().err == f"error: {sentence}\n"
 
 
 # ---- two processes
