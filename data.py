@@ -94,12 +94,6 @@ def find_rows(data, split, out):
     return read_manifest(manifest, split)
 
 
-def probe(path):
-    """Probe one file: its Row, and why its pictures cannot be used ("" if they can)."""
-    line = scan.probe((path, "", ""))
-    return Row(*map(line.get, Row._fields)), line["reason"]
-
-
 def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, window=None):
     """Read all views of one clip, which covers [t0, t0 + max(tau) * frames / fps) of the file.
 

@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from augment import normalize_frames
-from data import ActionClips, evenly_spaced, make_loader, probe
+from data import ActionClips, Row, evenly_spaced, make_loader
 from models import C, SvaCLR, video_encoder
+from prepare import scan
 from prepare.weights import sound_input
 from retrieval import (RANKS, average, chance, embed, extract, find_part, gather_features, load,
                        parser)
@@ -215,11 +216,12 @@ def read_clips(path, settings, n):
     shorter than a clip ends in its last frame and in silence. ValueError if both are missing.
     """
     T, fps, size = settings.frames, settings.fps, settings.size
-    row, no_video = probe(path)
-    if no_video:
-        waves = sound_clips(path, no_video, n, T / fps)                 # (n, L)
+    line = scan.probe((path, "", ""))
+    if line["reason"]:
+        waves = sound_clips(path, line["reason"], n, T / fps)           # (n, L)
         black = torch.zeros(1, n, T, size, size, 3, dtype=torch.uint8)
-        return black, waves[None], {"video": no_video}
+        return black, waves[None], {"video": line["reason"]}
+    row = Row(*map(line.get, Row._fields))
     clips = ActionClips([row], [row.label], T, fps, size, views=(n, 1))
     try:
         frames, waves = evenly_spaced(clips, path, row.duration, sound=row.has_audio)
