@@ -111,9 +111,11 @@ def crop_at(frames, size, place=0.5):
     """Cut size x size out of (..., H, W, 3) for evaluation.
 
     The crop lies in the middle of the shorter side. Along the longer side it lies at `place`, from
-    0 (left or top end) to 1 (right or bottom end).
+    0 (left or top end) to 1 (right or bottom end). Raises ValueError if the frames are smaller.
     """
     H, W = frames.shape[-3:-1]
+    if size > min(H, W):
+        raise ValueError(f"a crop of {size} pixels does not fit into frames of {H} x {W}")
     top, left = (round((side - size) * (place if side == max(H, W) else 0.5)) for side in (H, W))
     return frames[..., top:top + size, left:left + size, :]
 
@@ -149,7 +151,8 @@ class LogMel(torch.nn.Module):
 
     (..., L) -> (..., 1, M, F), F = 1 + L // hop. The sound is mono at 24 kHz; 40 bands, window
     20 ms, hop 10 ms, n_fft 1024 (paper silent; GDT). We measured mean and std on 14 real clips (8
-    of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers.
+    of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers. Raises ValueError for
+    integers.
     """
 
     def __init__(self, rate=24000, bands=40, mean=-0.9, std=4.3):
@@ -159,6 +162,9 @@ class LogMel(torch.nn.Module):
         self.mean, self.std = mean, std
 
     def forward(self, wave):
+        if not wave.is_floating_point():
+            raise ValueError(f"the wave is {str(wave.dtype)[6:]}: give floats in [-1, 1], for "
+                             "16-bit integers wave / 32768")
         with torch.autocast(wave.device.type, enabled=False):
             x = torch.log(self.mel(wave.float()) + 1e-6)                # (..., M, F)
             return ((x - self.mean) / self.std).unsqueeze(-3)           # (..., 1, M, F)

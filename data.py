@@ -16,7 +16,6 @@ because a forked copy of an open decoder does not work.
 """
 
 import atexit
-import csv
 import os
 import sys
 from collections import namedtuple
@@ -47,8 +46,7 @@ def read_manifest(path, split=None):
     if the file is no manifest or has no such part.
     """
     path = Path(path)
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        table = list(csv.DictReader(file))
+    _, table = scan.read_table(path)
     missing = {*Row._fields, "reason"} - table[0].keys() if table else {"rows"}
     if missing:
         raise ValueError(f"{path} is no manifest of this version, it lacks "

@@ -57,6 +57,8 @@ def info_nce(z_a, z_v, own, eta):
         eta: temperature, > 0.
     Returns:
         L (B, K, K), audio view p by video view q. Raises ValueError if N < 2.
+
+    It neither normalises nor gathers: soft_info_nce(None, None, z_a, z_v, affinity="none") does.
     """
     s, log_negatives = similarities(z_a, z_v, own, eta)                 # (B, K, N, K), (B, K)
     s_own = s[torch.arange(len(own), device=own.device), :, own]        # (B, K, K), s[i,p,i,q]
@@ -103,7 +105,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
         ly_a, ly_v: (B, K, C) l(y) of this process's clips, which is the encoder output y for the
             identity mapping. B is the same on all processes (drop_last=True of a DataLoader).
             None for affinity "none".
-        z_a, z_v: (B, K, D) projections, of any length: they are brought to unit length here.
+        z_a, z_v: (B, K, D) projections, of any length: they are brought to unit length here. Clips
+            come first: torch.stack([view_0, view_1], dim=1).
         eta: temperature of Eq. 1 ("constant", §2.1; 0.07 is GDT's).
         affinity: "clip" | "view": the scope of the softmax in Eq. 2 | "none": lam = 1/K^2, which
             is plain InfoNCE over co-augmented views (Table 1, rows 2 to 4; row 1 with K = 1).
@@ -111,8 +114,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
         raw_affinity: True: l(y) as it is in Eq. 2 | False: of unit length.
         detach_affinity: True: no gradient through lam | False: as printed.
         one_way: True: audio -> video alone, as printed | False: the mean of both directions.
-        check: True: refuse NaN and infinity, for which a GPU has to be waited for | False: return
-            them in the loss.
+        check: True: refuse NaN, infinity, and processes with different B, for which a GPU has to be
+            waited for | False: the caller sees to that.
     Returns:
         A scalar: the loss of this process's clips against all videos. The mean of the losses, and
         of the gradients of the weights as DDP takes it, over the processes are those of the global
@@ -167,11 +170,11 @@ def double_sum(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity_temperature=1.0, raw_
         return a_to_v if one_way else (a_to_v + contrast(z_v, z_a, ly_v, ly_a)) / 2
 
 
-def check_inputs(tensors, eta, affinity_temperature, finite):
+def check_inputs(tensors, eta, affinity_temperature, check):
     """Check z_a, z_v and, where they are needed, ly_a, ly_v; return them in one precision.
 
     z gets unit length. Raises ValueError if one is None, if a shape or a temperature does not fit
-    or, with `finite`, if a value is NaN or infinite.
+    or, with `check`, if a value is NaN or infinite or if processes have different B.
     """
     named = dict(zip(("z_a", "z_v", "ly_a", "ly_v"), tensors))
     if missing := [name for name, x in named.items() if x is None]:
@@ -194,8 +197,16 @@ def check_inputs(tensors, eta, affinity_temperature, finite):
              "outputs to one width")):
         if len({x.shape for x in pair}) > 1:
             raise ValueError(f"{shapes}: {name} of sound and video differ in width: {advice}")
+    if check and distributed():
+        B = torch.tensor([len(tensors[0])], device=tensors[0].device)
+        clips = [torch.empty_like(B) for _ in range(dist.get_world_size())]
+        dist.all_gather(clips, B)
+        clips = torch.cat(clips).tolist()                               # of each process
+        if len(set(clips)) > 1:
+            raise ValueError(f"the processes have {clips} clips: give all the same number "
+                             "(drop_last=True of a DataLoader)")
     for name, x in named.items():
-        if finite and not x.isfinite().all():
+        if check and not x.isfinite().all():
             raise ValueError(f"{name} {tuple(x.shape)} holds NaN or infinity: look for the step "
                              "before it that diverged")
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -3,10 +3,13 @@
     model = SvaCLR()
     ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
 
-This file needs torch and torchvision alone. (Train in bfloat16 on a CPU through
-support.layers.trainable, which avoids a fault of oneDNN.) Symbols: f video encoder, g audio encoder
-(Eq. 3 writes g(a), f(v)); B clips, K views, C = 512 encoder width, D projection width, T frames, H,
-W pixels, M mel bands, F spectrogram frames.
+This file needs torch and torchvision alone. Several processes need the BatchNorm statistics of all
+(paper silent; GDT): nn.SyncBatchNorm.convert_sync_batchnorm(model) on GPUs. On CPUs
+support.layers.trainable does that, and avoids a fault of oneDNN, whose bfloat16 weight gradient of
+a clip of two frames can hold infinities.
+
+Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
+encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.
 """
 
 from torch import nn
@@ -70,6 +73,7 @@ class Mapping(nn.Sequential):
 class SvaCLR(nn.Module):
     """audio (B, K, 1, M, F), video (B, K, 3, T, H, W) -> ly_a, ly_v (B, K, C), z_a, z_v (B, K, D).
 
+    audio is the output of augment.LogMel, and video that of augment.normalize_frames.
     Each encoder runs once over all views, so its BatchNorm sees both speeds together. ly is l(y) of
     the encoder output y, which is y itself for the identity mapping. z is h(y); the loss brings it
     to unit length.

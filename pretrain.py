@@ -6,10 +6,10 @@
 
 With --data the defaults are the paper's; without it they are those of the built-in set. A help text
 names both, and the section, or GDT, the code base that decides where the paper is silent. The same
-command continues an interrupted run. Ctrl-C saves and ends it with status 130. SIGTERM and SIGUSR1
-save, leave the mark OUT/requeue, and end it with status 75. OUT gets checkpoint.pt, log.jsonl (the
-settings, then a line every 10 steps), manifest.csv, and at the end video_encoder.pt and
-audio_encoder.pt with torchvision's names.
+command continues an interrupted run. Ctrl-C saves and ends it with status 130 (torchrun adds a
+traceback and ends with 1). SIGTERM and SIGUSR1 save, leave the mark OUT/requeue, and end it with
+status 75. OUT gets checkpoint.pt, log.jsonl (the settings, then a line every 10 steps),
+manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.

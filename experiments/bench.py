@@ -345,7 +345,7 @@ def frames(args):
     with tempfile.TemporaryDirectory() as folder:
         for kind in films.FILMS:
             path = films.make(kind, Path(folder))
-            count, asked = films.ask(path, films.ours, *films.truth(path))
+            count, asked = films.ask(path, *films.truth(path))
             print(f"{kind.name}: {count} of {asked} frames wrong", flush=True)
             wrong.append(count)
     yield "frames", {"wrong": sum(wrong), "asked": asked * len(wrong),

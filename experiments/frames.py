@@ -182,13 +182,11 @@ def truth(path):
     return np.sort(times), np.array(numbers), begins
 
 
-def ask(path, reader, times, numbers, begins):
-    """Ask a reader for FRAMES frames, at a random frame rate, at each of PLACES random places.
+def ask(path, times, numbers, begins):
+    """Ask the reader for FRAMES frames, at a random frame rate, at each of PLACES random places.
 
-    reader: a function (path, asked, sound) -> (FRAMES, H, W, 3). `asked` are times in s from the
-    time at which the pictures begin or, with sound, both have begun. `sound` tells whether the
-    reader is to read sound too. times, numbers, begins: as `truth` returns them. Returns how many
-    frames were wrong, and how many were asked for.
+    Sound is read at every other place of a film that has it. times, numbers, begins: as `truth`
+    returns them. Returns how many frames were wrong, and how many were asked for.
     """
     rng, wrong = random.Random(path.name), 0
     for n in range(PLACES):
@@ -199,7 +197,7 @@ def ask(path, reader, times, numbers, begins):
         asked = t0 + np.arange(FRAMES) / fps
         distance = abs(clock - asked[:, None])          # (FRAMES, number of frames in the film)
         right = distance <= distance.min(1, keepdims=True) + TIE
-        shown = read_barcode(reader(path, asked.tolist(), sound))
+        shown = read_barcode(ours(path, asked.tolist(), sound))
         wrong += sum(number not in numbers[near] for number, near in zip(shown, right))
     return wrong, PLACES * FRAMES
 

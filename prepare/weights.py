@@ -6,7 +6,7 @@
 GDT and SeLaVi have the encoders of this project under other names: R(2+1)D-18 and a ResNet of nine
 layers. GDT's heads are our projectors, so retrieval.py and finetune.py take its checkpoint.
 SeLaVi's heads predict clusters and are dropped, so its checkpoint is for finetune.py and for
-retrieval.py --pair video-video. Code in the published file is not run.
+experiments.search --pair video-video. Code in the published file is not run.
 """
 
 import argparse

@@ -132,6 +132,17 @@ def test_frames_in_another_layout_get_a_sentence(frames):
         normalize_frames(frames)
 
 
+@pytest.mark.parametrize("call,sentence", [
+    (lambda: crop_at(torch.zeros(2, 60, 80, 3), 64), "a crop of 64 pixels does not fit into frames "
+     "of 60 x 80"),
+    (lambda: LogMel()(torch.zeros(24000, dtype=torch.int16)), "the wave is int16: give floats in "
+     "[-1, 1], for 16-bit integers wave / 32768")])
+def test_wrong_input_gets_a_sentence(call, sentence):
+    with pytest.raises(ValueError) as error:
+        call()
+    assert str(error.value) == sentence
+
+
 def test_log_mel():
     log_mel = LogMel()
     waves = torch.stack([tone(300), tone(1200), torch.zeros(24000)])

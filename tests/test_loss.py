@@ -220,11 +220,6 @@ def test_nan_passes_if_it_is_not_asked_for():
     assert soft_info_nce(y_a, y_v, with_nan(z_a), z_v, check=False).isnan()
 
 
-def test_all_gather_alone_is_the_identity():
-    x = torch.rand(3, 2)
-    assert all_gather(x) is x
-
-
 WORKER = '''
 import sys
 import torch, torch.distributed as dist
@@ -244,6 +239,13 @@ class Net(nn.Module):
 world = int(sys.argv[3])
 if world > 1:
     dist.init_process_group("gloo")
+    z = torch.randn(4 + dist.get_rank(), 2, 4)
+    try:
+        soft_info_nce(None, None, z, z, affinity="none")
+    except ValueError as error:
+        assert str(error).startswith("the processes have [4, 5] clips: give all the same number")
+    else:
+        raise AssertionError("4 and 5 clips were taken")
 rank = dist.get_rank() if world > 1 else 0
 torch.manual_seed(0)
 net, v, a = Net(), torch.randn(8, 2, 7), torch.randn(8, 2, 7)

@@ -52,7 +52,7 @@ def with_copy(path, short_side=SHORT_SIDE, sound=True):
 
 def all_right(path, times, numbers, begins):
     """Assert that the reader gives the right frames of a film at random places."""
-    found = frames.ask(path, frames.ours, times, numbers, begins)
+    found = frames.ask(path, times, numbers, begins)
     assert found == (0, frames.PLACES * frames.FRAMES)
 
 
