@@ -206,12 +206,12 @@ def test_bad_data_of_two_processes(tmp_path):
 def test_files_that_fail_later(tree, tmp_path):
     """Files are damaged after the scan: they are replaced and counted; too many stop the run."""
     rows = scan.scan(tree / "train")
-    one, _ = with_damaged(list(rows), tmp_path, [0])
+    two, _ = with_damaged(list(rows), tmp_path, [0, 1])
     settings = [*SMALL, "--data"]
-    done = run(*settings, one, "--out", tmp_path / "some", "--max-failures", "0.5")
+    done = run(*settings, two, "--out", tmp_path / "some", "--max-failures", "0.5")
     assert log_of(tmp_path / "some")[-1]["replaced"] > 0
     assert "replaced: " in done.stderr and "bad0.mp4: Invalid data" in done.stderr
-    done = run(*settings, one, "--out", tmp_path / "many", "--max-failures", "0.01", check=False)
+    done = run(*settings, two, "--out", tmp_path / "many", "--max-failures", "0.01", check=False)
     assert done.returncode == 1 and (tmp_path / "many" / "checkpoint.pt").exists()
     assert ("drawn since the start could not be read, clearly more than --max-failures 0.01 of"
             in error_of(done.stderr))
