@@ -48,13 +48,14 @@ def speed_up_audio(wave, tau):
     the Nyquist limit are removed first by a windowed sinc, so they are not folded back. tau is an
     integer >= 1.
     """
-    return wave if tau == 1 else windowed_sinc(tau).to(wave)(wave)
+    return wave if tau == 1 else windowed_sinc(tau, wave.dtype, wave.device)(wave)
 
 
 @functools.cache
-def windowed_sinc(tau):
+@torch.inference_mode(False)
+def windowed_sinc(tau, dtype, device):
     """The low-pass and decimation by tau. Its weights are computed once."""
-    return torchaudio.transforms.Resample(tau, 1)
+    return torchaudio.transforms.Resample(tau, 1).to(device, dtype)
 
 
 # A window is the part of a picture to read: a function (W, H) -> (left, top, width, height). It is
@@ -128,8 +129,8 @@ def flip_jitter(frames, seed):
     """
     view = v2.Compose([v2.RandomHorizontalFlip(),
                        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8)])
-    with torch.random.fork_rng(devices=[]):      # these transforms draw from the global generator
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):      # these transforms draw from the CPU's generator
+        torch.default_generator.manual_seed(seed)
         return view(frames.movedim(-1, -3)).movedim(-3, -1)
 
 

@@ -54,7 +54,8 @@ def launch(job, args):
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         if isinstance(error, torch.OutOfMemoryError):
             cause = str(error).split(".")[0]
-            sentence = f"{cause}: give fewer clips per process or a smaller --size"
+            sentence = (f"{cause}: give fewer clips per process or a smaller --size, or --chunk in "
+                        "pre-training")
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         end(1)
     leave()

@@ -143,6 +143,18 @@ def test_wrong_input_gets_a_sentence(call, sentence):
     assert str(error.value) == sentence
 
 
+def test_speed_up_audio_keeps_no_state():
+    """A call in half precision, or without gradients, leaves later calls as they are."""
+    wave = tone(440).requires_grad_()
+    expected = speed_up_audio(wave, 2)
+    speed_up_audio(wave.half(), 2)
+    with torch.inference_mode():
+        speed_up_audio(wave, 5)
+    assert speed_up_audio(wave, 2).equal(expected)
+    speed_up_audio(wave, 5).sum().backward()
+    assert wave.grad.isfinite().all()
+
+
 def test_log_mel():
     log_mel = LogMel()
     waves = torch.stack([tone(300), tone(1200), torch.zeros(24000)])

@@ -95,7 +95,8 @@ def test_precision_of_a_cpu(bf16, auto, monkeypatch):
 
 @pytest.mark.parametrize("error,sentence", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
-     "CUDA out of memory: give fewer clips per process or a smaller --size"),
+     "CUDA out of memory: give fewer clips per process or a smaller --size, "
+     "or --chunk in pre-training"),
     (OSError("cannot write out/checkpoint.pt (No space left on device): make room"),
      "cannot write out/checkpoint.pt (No space left on device): make room"),
     (ValueError("out/checkpoint.pt cannot be loaded"), "out/checkpoint.pt cannot be loaded"),
