@@ -67,6 +67,7 @@ def test_name_of_a_set(end):
     assert ablation.name_of(f"a/grid{end}") == "grid"
 
 
+@pytest.mark.slow
 def test_retrieval_is_that_of_the_script(brief):
     """Table 3 by retrieval.py with 2 clips of a file, and the means of both ways."""
     assert run_here(retrieval, "--checkpoint", brief, "--clips", "2") == 0
@@ -84,6 +85,7 @@ def test_retrieval_is_that_of_the_script(brief):
     assert all(0 <= found[name] <= 100 for name in ablation.PROBES)
 
 
+@pytest.mark.slow
 def test_features_at_a_speed(brief, monkeypatch):
     """At speed 1 they are those of retrieval.py, and at speed 2 those of twice the time."""
     model, settings, clips, _ = retrieval.load(
@@ -100,6 +102,7 @@ def test_features_at_a_speed(brief, monkeypatch):
         assert t0 + clips.seconds == pytest.approx(row.duration / 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", ["speed", "clip"])
 def test_a_pool_of_mixed_speeds(brief, monkeypatch, known):
     """z that hold the speed alone find clips of their speed, and z of the clip find the clip."""
@@ -129,6 +132,7 @@ def test_the_log_gives_the_loss_of_the_last_epoch(tmp_path):
     assert ablation.from_log(tmp_path / "checkpoint.pt") == (1.5, 5.5)
 
 
+@pytest.mark.slow
 def test_a_film_that_fails_ends_the_measurement(tree, brief, tmp_path):
     """Rows of the table that were measured on different films could not be compared."""
     rows = scan.scan(tree)

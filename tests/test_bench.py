@@ -30,6 +30,7 @@ def test_step(tmp_path):
     assert all(f"    {line['quantity']}: {line['value']}\n" in text for line in lines)
 
 
+@pytest.mark.slow
 def test_the_step_is_that_of_pretraining(monkeypatch):
     """The loop of pretrain.train gets the made-up batches, and each step changes the weights."""
     losses = []
@@ -45,6 +46,7 @@ def test_the_step_is_that_of_pretraining(monkeypatch):
     assert not fresh.h_v[0].weight.equal(steps.model.h_v[0].weight)
 
 
+@pytest.mark.slow
 def test_a_batch_in_chunks():
     """Beside the batch in chunks stand a batch of one chunk, and the batch as a whole."""
     args = Namespace(arch="r2plus1d_10", frames=4, size=16, batch_size=[8], chunk=2, rounds=2,

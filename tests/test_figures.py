@@ -54,6 +54,7 @@ def test_pictures(what, flags, kilobytes, brief, tmp_path):
         assert len(means) == 4 and abs(sum(means) - 1) < 1e-3 and max(means) < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what,line", [("affinity", "left out: "), ("neighbours", "failed: ")])
 def test_a_film_that_is_gone_is_named(what, line, tree, brief, tmp_path, capsys):
     """The first one of the test part."""
@@ -97,6 +98,7 @@ def test_roles_are_those_of_eq_1():
                     assert role(i, q, j, r) == {1: "negative", -1: "positive", 0: "left out"}[sign]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_ratios_show_the_lambda_of_training(brief, tmp_path):
     """Each pair of speeds as in training: two views of each modality, the first at speed 1."""
@@ -117,6 +119,7 @@ def test_ratios_show_the_lambda_of_training(brief, tmp_path):
     assert values(tmp_path / "r.csv", "lambda") == pytest.approx(whole.flatten().tolist(), rel=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_shifts_move_the_sound(brief, tmp_path):
     model, settings, clips = clips_of(brief, SOME)

@@ -99,6 +99,7 @@ def test_bad_names():
             make(name)
 
 
+@pytest.mark.slow
 def test_the_export_of_the_docs(brief, tmp_path, monkeypatch):
     """f and g of a checkpoint give the same outputs after the export, for any number of clips."""
     text = (ROOT / "docs" / "running.md").read_text().partition("## Export")[2]

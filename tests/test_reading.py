@@ -56,6 +56,7 @@ def all_right(path, times, numbers, begins):
     assert found == (0, frames.PLACES * frames.FRAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("film", frames.FILMS, ids=lambda film: film.name)
 def test_matrix(film, tmp_path):
     """The film and its transcoded copy pass --verify. All 240 frames and all beeps are right."""
@@ -440,6 +441,7 @@ def test_a_file_that_was_cut_is_refused_past_its_end(tmp_path, suffix):
             read_clip(path, 4, (1,), tau_a, 12, 25, SHORT_SIDE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix,codec,sound", [
     ("ts", "libx264", "aac"), ("ts", "mpeg2video", "mp2"), ("mpg", "mpeg2video", "mp2"),
     ("flv", "libx264", "aac"), ("avi", "mpeg4", "libmp3lame"), ("avi", "libvpx", "pcm_s16le"),

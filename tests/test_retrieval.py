@@ -170,6 +170,7 @@ def test_bad_input(tree, brief, tmp_path, capsys):
         assert status == 1 and len(errors) == 1 and sentence in errors[0], errors
 
 
+@pytest.mark.slow
 def test_without_classes_the_table_is_at_instance_level(tree, brief, tmp_path, capsys):
     """The numbers are those with labels, and no line compares by class."""
     rows = rows_of(tree, "test")
@@ -188,6 +189,7 @@ def test_without_classes_the_table_is_at_instance_level(tree, brief, tmp_path, c
                          if name != "data" and "class," not in name}
 
 
+@pytest.mark.slow
 def test_all_parts_are_searched_where_that_is_asked_for(tree, brief, tmp_path, capsys):
     """With and without parts. The table and the file say that clips of the training are among
     them, and say nothing of the kind by default."""

@@ -144,6 +144,7 @@ def with_settings(checkpoint, path, **settings):
     return path
 
 
+@pytest.mark.slow
 def test_scripts_take_gdt_with_its_sound_input(converted, tree, tmp_path, monkeypatch):
     """At 0.5 s GDT's input has 49 spectrogram frames, and the log-mel has 51."""
     shapes, load = set(), retrieval.load_svaclr
@@ -174,6 +175,7 @@ def test_scripts_take_gdt_with_its_sound_input(converted, tree, tmp_path, monkey
     assert "video top-1" in (tmp_path / "results.json").read_text()
 
 
+@pytest.mark.slow
 def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, capsys):
     """Its ten heads predict clusters, so they are dropped, and retrieval refuses the result."""
     tensors = {name: x for name, x in gdt.state_dict().items() if not name.startswith("mlp")}
