@@ -29,6 +29,7 @@ from augment import LogMel, normalize_frames
 from data import AudioVisualClips, find_rows, make_loader
 from loss import all_gather, double_sum, soft_info_nce
 from models import SvaCLR
+from support.checkpoints import load_audio_encoder, load_encoder
 from support.layers import trainable
 from support.processes import (at_least, autocast, choose_precision, launch, positive, rank, say,
                                say_left_out, world_size)
@@ -82,6 +83,9 @@ def add_objective_flags(p):
                        choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
                        help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10, for "
                        "CPUs)")
+    model.add_argument("--init", help="checkpoint.pt, video_encoder.pt, torchvision's file or "
+                       "torchvision: first weights of f, and of g if the file has them (random; "
+                       "our choice)")
     model.add_argument("--affinity", default="clip", choices=["none", "clip", "view", "batch"],
                        help="scope of the softmax in Eq. 2 (clip: §2.2); none: InfoNCE; batch: the "
                        "double sum of Eq. 3 read literally")
@@ -169,7 +173,12 @@ def clips_per_process(args):
 def build(args, device, dtype):
     """The model, with the same weights on all processes, its optimiser and its gradient scaler."""
     torch.manual_seed(args.seed)
-    model = SvaCLR(args.arch, args.mapping).to(device)
+    model = SvaCLR(args.arch, args.mapping)
+    if args.init:
+        load_encoder(args.init, model.f, args.arch)
+        heard = load_audio_encoder(args.init, model.g)
+        say(f"first weights of {'f and g' if heard else 'f'} from {args.init}")
+    model.to(device)
     model.f.to(memory_format=torch.channels_last_3d)
     model.g.to(memory_format=torch.channels_last)
     model = trainable(model, device)

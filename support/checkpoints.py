@@ -100,6 +100,22 @@ def load_encoder(source, net, arch):
     return net
 
 
+def load_audio_encoder(source, net):
+    """Load g of a checkpoint.pt into net, if the file holds one. Returns whether it does.
+
+    Raises ValueError if the file cannot be read, or if its g has other tensors.
+    """
+    model = {} if source == "torchvision" else read_state(source).get("model", {})
+    state = {name[2:]: x for name, x in model.items() if name.startswith("g.")}
+    try:
+        if state:
+            net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{source} holds another audio encoder than the ResNet of nine layers: "
+                         "give a checkpoint of pretrain.py or prepare.weights") from error
+    return bool(state)
+
+
 def serialise(state):
     """The bytes that torch.save writes for a state."""
     buffer = io.BytesIO()

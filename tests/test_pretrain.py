@@ -202,6 +202,28 @@ def test_bad_data_of_two_processes(tmp_path):
     assert done.returncode != 0 and done.stderr.count("error: --data") == 1
 
 
+@pytest.mark.parametrize("part", ["f and g", "f"])
+def test_first_weights_come_from_a_checkpoint(part, brief, tmp_path, capsys):
+    state = torch.load(brief, weights_only=True)["model"]
+    path = brief
+    if part == "f":
+        path = tmp_path / "video_encoder.pt"
+        torch.save({name[2:]: x for name, x in state.items() if name.startswith("f.")}, path)
+    model, *_ = pretrain.build(parse(["--init", str(path)]), torch.device("cpu"), torch.float32)
+    assert f"first weights of {part} from {path}\n" in capsys.readouterr().out
+    found = model.state_dict()
+    for modules, same in (("f.", True), ("g.", part == "f and g"), ("h_v.0.", False)):
+        assert same == all(x.equal(found[name]) for name, x in state.items()
+                           if name.startswith(modules) and x.is_floating_point())
+
+
+def test_first_weights_of_another_architecture_are_refused(brief):
+    with pytest.raises(ValueError, match="does not fit --arch r2plus1d_18: it .*; it was trained "
+                                         "with --arch r2plus1d_10"):
+        pretrain.build(parse(["--init", str(brief), "--arch", "r2plus1d_18"]),
+                       torch.device("cpu"), torch.float32)
+
+
 @pytest.mark.slow
 def test_files_that_fail_later(tree, tmp_path):
     """Files are damaged after the scan: they are replaced and counted; too many stop the run."""
