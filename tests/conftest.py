@@ -116,6 +116,8 @@ def work(words, environment, cwd, outputs, method, core):
     multiprocessing.resource_tracker._resource_tracker.__init__()       # one of its own, as there
     for number, name in enumerate(outputs, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    for stream in (sys.stdout, sys.stderr):     # the lines of several processes stay whole
+        stream.reconfigure(line_buffering=True, write_through=False)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
