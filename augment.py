@@ -3,7 +3,8 @@
     tau_v, tau_a = sample_speeds(4)           # ([1, 3], [1, 2]): view 0 at speed 1, view 1 sped up
     times = frame_times(30, 30, tau_v[1])     # (T,) s: three frame intervals apart
     fast_video = frames[::tau_v[1]][:30]      # the same of a film that is in memory, (T, H, W, 3)
-    fast = speed_up_audio(wave, tau_a[1])     # (tau L,) -> (L,): the pitch is tau times as high
+    source = wave[:tau_a[1] * L]              # (tau L,): L samples of a view, tau times the source
+    fast = speed_up_audio(source, tau_a[1])   # (tau L,) -> (L,): the pitch is tau times as high
     x = LogMel()(fast)                        # (L,) -> (1, M, F)
 
 This file needs torch, torchvision and torchaudio alone. Speed is a sampling rate ("implemented by

@@ -198,7 +198,7 @@ def linear_probe(encoder, clips, args, dtype):
 
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
-    lock_folder(args.out)
+    lock_folder(args.out, None if args.linear else args)
     if args.global_batch % world_size() and not args.linear:
         raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
                          f"processes: give a multiple of {world_size()}")

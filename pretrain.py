@@ -8,8 +8,9 @@ With --data the defaults are the paper's; without it they are those of the built
 names both, and the section, or GDT, the code base that decides where the paper is silent. The same
 command continues an interrupted run. Ctrl-C saves and ends it with status 130 (torchrun adds a
 traceback and ends with 1). SIGTERM and SIGUSR1 save, leave the mark OUT/requeue, and end it with
-status 75. OUT gets checkpoint.pt, log.jsonl (the settings, then a line every 10 steps),
-manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with torchvision's names.
+status 75 (torchrun needs a flag to pass SIGUSR1 on: docs/running.md). OUT gets checkpoint.pt,
+log.jsonl (the settings, then a line every 10 steps), manifest.csv, and at the end video_encoder.pt
+and audio_encoder.pt with torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.
@@ -257,7 +258,7 @@ def train(args, device):
     """§3.1: read the data, build the model, train it with Eq. 3, save it."""
     B = clips_per_process(args)
     N = B * world_size()
-    lock_folder(args.out)
+    lock_folder(args.out, args)
     loader, left_out = find_clips(args, B)
     dtype, reason = choose_precision(args.precision, device)
     say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "

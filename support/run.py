@@ -65,12 +65,15 @@ def add_run_flags(parser):
 locks = {}                                      # path of a lock: its open file
 
 
-def lock_folder(out):
+def lock_folder(out, args=None):
     """Make the folder of a run, keep other runs out of it, and remove the mark of the last run.
+
+    args: the settings of this run. If the folder's checkpoint has others, nothing is touched: a
+    scan of other data would write over the manifest of that run.
 
     Process 0 locks OUT/lock, which names its host and its number. The lock goes with the process,
     so what a killed run has left does no harm. Raises ValueError on all processes if another run
-    has the lock, or if the folder cannot be written.
+    has the lock, if the folder cannot be written, or if the settings are others.
     """
     def lock():
         path = Path(out).resolve() / "lock"
@@ -95,9 +98,22 @@ def lock_folder(out):
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         locks[path] = file                      # open for as long as the process lives
+        checkpoint = path.with_name("checkpoint.pt")
+        if args and checkpoint.exists():
+            refuse_others(Path(out, "checkpoint.pt"), read_state(checkpoint, STATE), vars(args))
         path.with_name(MARK).unlink(missing_ok=True)
 
     run_once(lock)
+
+
+def refuse_others(path, state, now):
+    """Raise ValueError if the settings `now` are others than those of the checkpoint at `path`."""
+    then = state["settings"] | {"data set": state["fingerprint"]}
+    different = sorted(f"{name} was {then.get(name)} and is {value}" for name, value in now.items()
+                       if name not in CHANGEABLE and value != then.get(name))
+    if different:
+        raise ValueError(f"{path} was made with other settings ({'; '.join(different)}): "
+                         "give the former ones or another --out")
 
 
 class Run:
@@ -322,14 +338,8 @@ class Run:
         Raises ValueError if it cannot be loaded, or belongs to other settings or other data.
         """
         state = read_state(self.path, STATE)
-        now = vars(self.args) | {"data set": self.fingerprint}
-        then = state["settings"] | {"data set": state["fingerprint"]}
-        different = sorted(f"{name} was {then.get(name)} and is {now.get(name)}"
-                           for name in now.keys() | then.keys()
-                           if name not in CHANGEABLE and now.get(name) != then.get(name))
-        if different:
-            raise ValueError(f"{self.path} was made with other settings ({'; '.join(different)}): "
-                             "give the former ones or another --out")
+        refuse_others(self.path, state, dict.fromkeys(state["settings"]) | vars(self.args)
+                      | {"data set": self.fingerprint})
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:                     # empty if the run has not been in float16

@@ -168,6 +168,12 @@ def test_same_command_again_has_nothing_to_do(trained, tree, capsys):
 def test_other_settings_or_data_are_refused(trained, tree, tmp_path, capsys):
     out, _ = trained
     before = (out / "checkpoint.pt").read_bytes()
+    listed = (out / "manifest.csv").read_bytes()
+    (tmp_path / "others/train/a").mkdir(parents=True)
+    make_video(tmp_path / "others/train/a/b.mp4", 2)
+    assert run_here(pretrain, "--data", tmp_path / "others", "--out", out, *SMALL) == 1
+    assert "made with other settings (data was" in error_of(capsys.readouterr().err)
+    assert (out / "manifest.csv").read_bytes() == listed
     assert run_here(pretrain, "--data", tree, "--out", out, *SMALL, "--eta", "0.1") == 1
     assert ("made with other settings (epochs was 10 and is 4; eta was 0.07 and is 0.1): give the "
             "former ones or another --out" in error_of(capsys.readouterr().err))
