@@ -68,8 +68,8 @@ locks = {}                                      # path of a lock: its open file
 def lock_folder(out, args=None):
     """Make the folder of a run, keep other runs out of it, and remove the mark of the last run.
 
-    args: the settings of this run. If the folder's checkpoint has others, nothing is touched: a
-    scan of other data would write over the manifest of that run.
+    args: the settings of this run. They are compared with those of the folder's checkpoint here,
+    before a scan of other data writes over the manifest of that run.
 
     Process 0 locks OUT/lock, which names its host and its number. The lock goes with the process,
     so what a killed run has left does no harm. Raises ValueError on all processes if another run
@@ -98,10 +98,10 @@ def lock_folder(out, args=None):
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         locks[path] = file                      # open for as long as the process lives
+        path.with_name(MARK).unlink(missing_ok=True)
         checkpoint = path.with_name("checkpoint.pt")
         if args and checkpoint.exists():
             refuse_others(Path(out, "checkpoint.pt"), read_state(checkpoint, STATE), vars(args))
-        path.with_name(MARK).unlink(missing_ok=True)
 
     run_once(lock)
 
