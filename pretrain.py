@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.functional import normalize
@@ -175,7 +176,7 @@ def build(args, device, dtype):
     """The model, with the same weights on all processes, its optimiser and its gradient scaler."""
     torch.manual_seed(args.seed)
     model = SvaCLR(args.arch, args.mapping)
-    if args.init:
+    if args.init and not Path(args.out, "checkpoint.pt").exists():      # a run that begins
         load_encoder(args.init, model.f, args.arch)
         heard = load_audio_encoder(args.init, model.g)
         say(f"first weights of {'f and g' if heard else 'f'} from {args.init}")

@@ -3,8 +3,8 @@
 #
 # A tone begins at 0.5 s beside pictures that begin at 0. AAC and MP3 encoders put some samples of
 # their own before the sound. mp4, mkv and ts store that, and the decoded tone begins at 0.5 s to
-# within 1 ms. AVI has no place for it, so the tone begins late, by one AAC frame or 1,105 samples of
-# MP3, and no property of the stream tells it.
+# within 1 ms. AVI has no place for it, so the tone begins late, by one AAC frame or 1,105 samples
+# of MP3, and no property of the stream tells it.
 # Seen on 2026-11-30 (av 18.1.0, numpy 2.4.6, Python 3.11, x86_64):
 #     aac: mp4 0 ms, mkv 0 ms, ts 0 ms, avi 21 ms
 #     libmp3lame: mp4 0 ms, mkv 0 ms, ts 0 ms, avi 23 ms

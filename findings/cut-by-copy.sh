@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# An mp4 that `ffmpeg -ss T -c copy` has cut shows its pictures early beside its sound in PyAV 18.1.0.
+# An mp4 that `ffmpeg -ss T -c copy` has cut shows its pictures early beside its sound (PyAV 18.1.0).
 #
-# The film (25 pictures per s, one keyframe each second) turns white at 1.0 s, where its sound begins
+# The film (25 pictures per s, one keyframe a second) turns white at 1.0 s, where its sound begins
 # too. Cut at T, white and sound should both come at 1 - T. FFmpeg applies the edit list of the cut
 # file by moving the first picture that is not hidden to time 0, so all pictures come up to one
 # picture (0.04 s) early. With the option advanced_editlist=0 they keep their time; hidden ones then

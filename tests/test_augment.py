@@ -49,9 +49,14 @@ def test_speed_up_audio():
     assert speed_up_audio(tone(4100, 2), 2)[500:-500].abs().max() > 0.9
 
 
-def test_colours_and_mirror_of_fine_tuning():
+def test_colours_and_mirror_of_fine_tuning(monkeypatch):
     """Half of the clips are mirrored, and 80 % change their colours. All frames of a clip change
-    alike, and the seed decides how."""
+    alike, and the seed decides how. The caller's generators stay, those of GPUs too."""
+    def reseeded(seed):
+        raise AssertionError("the generators of GPUs were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded)
+    state = torch.get_rng_state()
     H, W, many = 6, 80, 300
     x = torch.linspace(0, 240, W).round().to(torch.uint8).expand(H, W)
     frames = torch.stack([x, torch.full_like(x, 120), torch.full_like(x, 120)], -1)     # (H, W, 3)
@@ -63,6 +68,7 @@ def test_colours_and_mirror_of_fine_tuning():
         mirrored += bool(view[0, 0, 0, 0] > view[0, 0, -1, 0])
         changed += not view.equal(frames) and not view.equal(frames.flip(-2))
     assert abs(changed / many - 0.8) < 0.1 and abs(mirrored / many - 0.5) < 0.1
+    assert torch.get_rng_state().equal(state)
 
 
 def within(box, W, H):

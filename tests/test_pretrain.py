@@ -215,7 +215,8 @@ def test_first_weights_come_from_a_checkpoint(part, brief, tmp_path, capsys):
     if part == "f":
         path = tmp_path / "video_encoder.pt"
         torch.save({name[2:]: x for name, x in state.items() if name.startswith("f.")}, path)
-    model, *_ = pretrain.build(parse(["--init", str(path)]), torch.device("cpu"), torch.float32)
+    flags = ["--init", str(path), "--out", str(tmp_path)]
+    model, *_ = pretrain.build(parse(flags), torch.device("cpu"), torch.float32)
     assert f"first weights of {part} from {path}\n" in capsys.readouterr().out
     found = model.state_dict()
     for modules, same in (("f.", True), ("g.", part == "f and g"), ("h_v.0.", False)):
@@ -223,11 +224,13 @@ def test_first_weights_come_from_a_checkpoint(part, brief, tmp_path, capsys):
                            if name.startswith(modules) and x.is_floating_point())
 
 
-def test_first_weights_of_another_architecture_are_refused(brief):
+def test_first_weights_of_another_architecture_are_refused(brief, tmp_path):
+    flags = ["--init", str(brief), "--arch", "r2plus1d_18", "--out", str(tmp_path)]
     with pytest.raises(ValueError, match="does not fit --arch r2plus1d_18: it .*; it was trained "
                                          "with --arch r2plus1d_10"):
-        pretrain.build(parse(["--init", str(brief), "--arch", "r2plus1d_18"]),
-                       torch.device("cpu"), torch.float32)
+        pretrain.build(parse(flags), torch.device("cpu"), torch.float32)
+    (tmp_path / "checkpoint.pt").touch()        # a run that continues does not need the file
+    pretrain.build(parse(flags), torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.slow
