@@ -243,7 +243,7 @@ def choose_precision(choice, device):
         reason = f"{torch.cuda.get_device_name(device)}, SM {major}.{minor}"
         return torch.bfloat16 if major >= 8 else torch.float16, reason
     bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    reason = f"CPU {'with' if bf16 else 'without'} bf16 arithmetic"
+    reason = f"no GPU is visible; CPU {'with' if bf16 else 'without'} bf16 arithmetic"
     return torch.bfloat16 if bf16 else torch.float32, reason
 
 

@@ -151,7 +151,7 @@ class Run:
         self.sampler.epoch, self.sampler.used = self.epoch, self.used
         self.last_step = self.step + len(loader)
         if self.step == self.last_step:
-            say(f"{self.path} has been trained to its last step: nothing to do")
+            say(f"{self.path} has been trained to its last step (another --out starts a new run)")
         elif self.step:
             say(f"continuing {self.path} at step {self.step} of {self.last_step}" + (
                 f"; it ran on {resumed_from} process(es) and now runs on {world_size()}, in global "

@@ -44,12 +44,13 @@ def test_first_line_on_the_built_in_set(tmp_path):
     assert len(re.findall(way, table)) == 4
 
 
-def test_snippet_of_the_loss(capsys):
-    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(code.strip().splitlines()) <= 10
-    exec(code, {})
-    loss, gradient, one_view = map(float, capsys.readouterr().out.split())
-    assert loss > 0 and gradient > 0 and one_view > 0
+def test_snippets_of_the_loss(capsys):
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):    # each continues the last
+        exec(code, names)
+    loss, gradient, one_view, from_frames = map(float, capsys.readouterr().out.split())
+    assert loss > 0 and gradient > 0 and one_view > 0 and from_frames > 0
+    assert names["ly_v"].shape == (8, 2, 512) and names["video"].shape[:3] == (8, 2, 8)
 
 
 @pytest.mark.slow
