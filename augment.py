@@ -7,6 +7,10 @@
     fast = speed_up_audio(source, tau_a[1])   # (tau L,) -> (L,): the pitch is tau times as high
     x = LogMel()(fast)                        # (L,) -> (1, M, F)
 
+    window, mirrored = random_crop()          # of one clip, for all its frames (T, H, W, 3)
+    left, top, width, height = map(round, window(W, H))
+    frames = frames[:, top:top + height, left:left + width]     # then resize, and flip(-2)
+
 This file needs torch, torchvision and torchaudio alone. Speed is a sampling rate ("implemented by
 applying different sampling rates", §2.1): a view at speed tau covers tau times the source in the
 same number of frames and samples. Symbols: T frames of a view, H, W pixels, L samples of a view, M
@@ -46,9 +50,12 @@ def speed_up_audio(wave, tau):
     """Squeeze tau times the source into the same length: (..., tau L) -> (..., L).
 
     The sampling rate stays, so a tone of f Hz comes out at tau f Hz. Frequencies that would pass
-    the Nyquist limit are removed first by a windowed sinc, so they are not folded back. tau is an
-    integer >= 1.
+    the Nyquist limit are removed first by a windowed sinc, so they are not folded back. Raises
+    ValueError if the wave holds integers, or if tau is not an integer >= 1.
     """
+    if not wave.is_floating_point() or tau < 1 or tau != int(tau):
+        raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau}: give floats, and a "
+                         "whole speed of 1 or more")
     return wave if tau == 1 else windowed_sinc(tau, wave.dtype, wave.device)(wave)
 
 
@@ -153,8 +160,8 @@ class LogMel(torch.nn.Module):
 
     (..., L) -> (..., 1, M, F), F = 1 + L // hop. The sound is mono at 24 kHz; 40 bands, window
     20 ms, hop 10 ms, n_fft 1024 (paper silent; GDT). We measured mean and std on 14 real clips (8
-    of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers. Raises ValueError for
-    integers.
+    of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers. Another rate or number
+    of bands needs others. Raises ValueError for integers.
     """
 
     def __init__(self, rate=24000, bands=40, mean=-0.9, std=4.3):

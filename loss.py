@@ -174,7 +174,7 @@ def check_inputs(tensors, eta, affinity_temperature, check):
     """Check z_a, z_v and, where they are needed, ly_a, ly_v; return them in one precision.
 
     z gets unit length. Raises ValueError if one is None, if a shape or a temperature does not fit
-    or, with `check`, if a value is NaN or infinite or if processes have different B.
+    or, with `check` and on all processes, if a value is NaN or infinite or if B differs.
     """
     named = dict(zip(("z_a", "z_v", "ly_a", "ly_v"), tensors))
     if missing := [name for name, x in named.items() if x is None]:
@@ -197,18 +197,17 @@ def check_inputs(tensors, eta, affinity_temperature, check):
              "outputs to one width")):
         if len({x.shape for x in pair}) > 1:
             raise ValueError(f"{shapes}: {name} of sound and video differ in width: {advice}")
-    if check and distributed():
-        B = torch.tensor([len(tensors[0])], device=tensors[0].device)
-        clips = [torch.empty_like(B) for _ in range(dist.get_world_size())]
-        dist.all_gather(clips, B)
-        clips = torch.cat(clips).tolist()                               # of each process
-        if len(set(clips)) > 1:
-            raise ValueError(f"the processes have {clips} clips: give all the same number "
+    if check:
+        diverged = [name for name, x in named.items() if not x.isfinite().all()]
+        state = torch.tensor([[len(tensors[0]), len(diverged)]], device=tensors[0].device)
+        B, faults = all_gather(state).T.tolist()    # of each process: all raise, so none waits
+        if len(set(B)) > 1:
+            raise ValueError(f"the processes have {B} clips: give all the same number "
                              "(drop_last=True of a DataLoader)")
-    for name, x in named.items():
-        if check and not x.isfinite().all():
-            raise ValueError(f"{name} {tuple(x.shape)} holds NaN or infinity: look for the step "
-                             "before it that diverged")
+        if any(faults):
+            where = ", ".join(diverged) or f"a tensor of process {faults.index(max(faults))}"
+            raise ValueError(f"{where} holds NaN or infinity ({shapes}): look for the step before "
+                             "it that diverged")
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     tensors = [x.to(dtype) for x in tensors]
     return *(normalize(z, dim=-1) for z in tensors[:2]), *tensors[2:]

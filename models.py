@@ -3,10 +3,10 @@
     model = SvaCLR()
     ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
 
-This file needs torch and torchvision alone. To train in several processes, give BatchNorm the
-statistics of all (paper silent; GDT): nn.SyncBatchNorm.convert_sync_batchnorm(model) on GPUs. On
-CPUs support/layers.py does that; it needs support/processes.py. It also avoids a fault of oneDNN,
-with one process too: the bfloat16 weight gradient of a clip of two frames can hold infinities.
+This file needs torch and torchvision alone. For other encoders replace model.f or model.g, which
+have to give C numbers for a view. To train in several processes on GPUs, give BatchNorm the
+statistics of all (paper silent; GDT): nn.SyncBatchNorm.convert_sync_batchnorm(model). For CPUs see
+support/layers.py.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
 encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.

@@ -50,7 +50,7 @@ def flags():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
     data.add_argument("--data", help="folder ROOT/[train|val|test/]class/*.mp4, or manifest.csv "
-                      "(default: the built-in set)")
+                      "(default: the built-in set, made in the folder demo beside --out)")
     data.add_argument("--split", default="train", help="part to train on (train; our choice)")
     data.add_argument("--out", default="runs/svaclr", help="folder of the results (runs/svaclr)")
     add_clip_flags(p)
@@ -260,12 +260,12 @@ def train(args, device):
     B = clips_per_process(args)
     N = B * world_size()
     lock_folder(args.out, args)
-    loader, left_out = find_clips(args, B)
     dtype, reason = choose_precision(args.precision, device)
+    model, optimizer, scaler = build(args, device, dtype)       # refuses a bad --init before a scan
+    loader, left_out = find_clips(args, B)
     say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "
         f"{torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
     say_settings(args, B, loader, left_out)
-    model, optimizer, scaler = build(args, device, dtype)
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world_size() > 1 else net
     log_mel = LogMel().to(device)
