@@ -1,6 +1,7 @@
 """support/run.py: runs that are killed, pre-empted, out of disk space, or diverge."""
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -15,7 +16,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, Job, free_port, log_of, run_here
@@ -219,25 +219,16 @@ def test_too_many_failures_save_first(tmp_path, monkeypatch, capsys):
         assert state["step"] == step and state["replaced"] == 2 * step
 
 
-@pytest.mark.parametrize("share,stopped", [(0.03, 0), (0.1, 300)])
-def test_runs_stop_if_clearly_more_clips_fail_than_allowed(share, stopped):
-    """Of 300 runs none stops at 3 % with a limit of 5 %, and at 10 % all stop within 1,000 clips.
-
-    As in a run, 80 clips are read between two looks, and each that fails is replaced.
-    """
-    rng, found = np.random.default_rng(0), 0
-    for _ in range(300):
-        failed = drawn = 0
-        while drawn < (1000 if stopped else 20_000) - 80:
-            new = rng.negative_binomial(80, 1 - share)
-            failed, drawn = failed + new, drawn + 80 + new
-            if clearly_more(failed, drawn, 0.05):
-                found += 1
-                break
-    assert found == stopped
-    for failed, drawn, limit, answer in ((1, 1000, 0.0, True), (0, 1000, 0.0, False),
-                                         (40, 40, 0.05, True), (1, 8, 0.05, False)):
-        assert clearly_more(failed, drawn, limit) == answer
+@pytest.mark.parametrize("limit,drawn,last", [(0.05, 8, 2), (0.05, 80, 10), (0.05, 1000, 70),
+                                              (0.3, 25, 14), (0.0, 1000, 0)])
+def test_a_run_stops_if_clearly_more_clips_fail_than_allowed(limit, drawn, last):
+    """`last` is the most that may fail of those drawn. More has a probability of less than 1 % by
+    the binomial distribution, if clips fail as often as allowed."""
+    assert [clearly_more(failed, drawn, limit) for failed in range(drawn + 1)] == [
+        failed > last for failed in range(drawn + 1)]
+    likely = sum(math.comb(drawn, n) * limit ** n * (1 - limit) ** (drawn - n)
+                 for n in range(last + 1))
+    assert 1 - likely < 0.01
 
 
 def test_fingerprint_tells_data_sets_apart():
