@@ -11,7 +11,7 @@ from conftest import make_video
 from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
 from experiments import figures
-from experiments.figures import SHIFTS, lambda_by_speeds, role, similarity_by_shift, spread
+from experiments.figures import SHIFTS, lambda_by_speeds, role, similarity_by_shift
 from loss import cross_affinity, info_nce
 from prepare import scan
 from retrieval import load
@@ -40,44 +40,59 @@ def clips_of(checkpoint, part=slice(None)):
     return model.eval(), settings, clips
 
 
+def without_films(tree, folder, *chosen):
+    """A manifest of the tree's test part, from which these films have gone since the scan."""
+    rows = [row for row in scan.scan(tree) if row["split"] == "test"]
+    for n in chosen:
+        rows[n]["path"] = str(folder / "gone.mp4")
+    scan.write(rows, folder / "m.csv")
+    return folder / "m.csv"
+
+
 SOME = slice(10, 13)                                    # three clips of two classes
 
 
-@pytest.mark.parametrize("what,flags,kilobytes", [("method", [], 250), ("affinity", [], 300),
-                                                  ("neighbours", ["--clips", 2], 300)])
-def test_pictures(what, flags, kilobytes, brief, tmp_path):
-    draw(what, "--checkpoint", brief, "--show", 3, "--out", tmp_path / "a.png", *flags)
+@pytest.mark.slow
+@pytest.mark.parametrize("what,kilobytes,gone", [("method", 250, None),
+                                                 ("affinity", 300, "left out: "),
+                                                 ("neighbours", 300, "failed: ")])
+def test_pictures(what, kilobytes, gone, tree, brief, tmp_path, capsys):
+    """A film that has gone is named, and left out."""
+    data = without_films(tree, tmp_path, *[0] if gone else [])
+    draw(what, "--checkpoint", brief, "--data", data, "--show", 3, "--out", tmp_path / "a.png",
+         *["--clips", 2] if what == "neighbours" else [])
     assert pixels(tmp_path / "a.png").std() > 20
     assert (tmp_path / "a.png").stat().st_size < 1000 * kilobytes
+    if gone:
+        sentence = f"{gone}{tmp_path / 'gone.mp4'}: No such file"
+        assert capsys.readouterr().err.count(sentence) == 1
     if what == "affinity":
         means = values(tmp_path / "a.csv", "lambda")
         assert len(means) == 4 and abs(sum(means) - 1) < 1e-3 and max(means) < 0.9
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("what,line", [("affinity", "left out: "), ("neighbours", "failed: ")])
-def test_a_film_that_is_gone_is_named(what, line, tree, brief, tmp_path, capsys):
-    """The first one of the test part."""
-    rows = [row for row in scan.scan(tree) if row["split"] == "test"]
-    rows[0]["path"] = str(tmp_path / "gone.mp4")
-    scan.write(rows, tmp_path / "m.csv")
-    draw(what, "--checkpoint", brief, "--data", tmp_path / "m.csv", "--show", 3, "--clips", 2,
-         "--out", tmp_path / "a.png")
-    assert capsys.readouterr().err.count(f"{line}{tmp_path / 'gone.mp4'}: No such file") == 1
-    assert pixels(tmp_path / "a.png").std() > 20
-
-
 def test_curves(brief, tmp_path):
     draw("curves", brief.parent, "--out", tmp_path / "c.png")
     assert pixels(tmp_path / "c.png").shape == (216, 792, 3)
-    with pytest.raises(SystemExit, match="error: no .*log.jsonl: give the --out folder"):
-        draw("curves", tmp_path / "gone", "--out", tmp_path / "g.png")
 
 
-def test_clips_too_short_for_speed_4(brief, tmp_path):
-    make_video(tmp_path / "d" / "test" / "c" / "a.mp4", 1.2, 10)
-    with pytest.raises(SystemExit, match="no clip of the 'test' part lasts 2.0 s, as this picture"):
-        draw("affinity", "--checkpoint", brief, "--data", tmp_path / "d", "--out", tmp_path / "x")
+@pytest.mark.parametrize("what,data,sentence", [
+    ("curves", "gone", "no .*log.jsonl: give the --out folder of a run of pretrain.py"),
+    ("affinity", "short", "no clip of the 'test' part lasts 2.0 s, as this picture needs"),
+    ("method", "short", "the 'test' part has no 2 classes with clips of 2.0 s"),
+    ("ratios", "m.csv", "none of the clips can be read: see the causes above"),
+    ("affinity", "first", "none of the clips to be shown can be read: see the causes above")])
+def test_bad_input(what, data, sentence, tree, brief, tmp_path):
+    if data == "short":
+        make_video(tmp_path / "short" / "test" / "c" / "a.mp4", 1.2, 10)
+    elif data == "first":
+        data = without_films(tree, tmp_path, 0)
+    else:
+        without_films(tree, tmp_path, *range(24))
+    words = [tmp_path / data] if what == "curves" else ["--checkpoint", brief, "--data",
+                                                        tmp_path / data]
+    with pytest.raises(SystemExit, match=f"error: {sentence}"):
+        draw(what, *words, *["--show", 1] if what == "affinity" else [], "--out", tmp_path / "x")
 
 
 def test_roles_are_those_of_eq_1():
@@ -144,17 +159,3 @@ def test_shifts_move_the_sound(brief, tmp_path):
     for name, s in zip(("sound of the same file", "sounds of other files"),
                        similarity_by_shift(model, LogMel(), clips, "test")):
         assert values(tmp_path / "s.csv", name) == pytest.approx(s.mean(0).tolist(), abs=1e-3)
-
-
-def test_lambda_of_four_sounds_with_one_video():
-    g = torch.Generator().manual_seed(0)
-    y_a, y_v = torch.randn(1, 4, 8, generator=g), torch.randn(1, 1, 8, generator=g)
-    lam = cross_affinity(y_a, y_v)
-    assert lam.shape == (1, 4, 1)
-    cos = torch.cosine_similarity(y_a[0], y_v[0])
-    torch.testing.assert_close(lam[0, :, 0], cos.exp() / cos.exp().sum())
-
-
-@pytest.mark.parametrize("n,of,expected", [(3, 7, [0, 3, 6]), (6, 2, [0, 1]), (1, 5, [0])])
-def test_spread(n, of, expected):
-    assert spread(n, of) == expected

@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import run, write_script
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from loss import all_gather, cross_affinity, double_sum, info_nce, soft_info_nce
+from support.processes import rank, start
 
 # The objectives by the name of --affinity.
 OBJECTIVES = {name: partial(soft_info_nce, affinity=name) for name in ("none", "clip", "view")}
@@ -59,12 +62,11 @@ def eq3(tensors, eta, affinity, temperature, normalize):
     return total
 
 
-@pytest.mark.parametrize("K", [1, 2, 3])
-def test_info_nce_is_eq_1(K):
-    _, _, z_a, z_v = batch(K=K)
+def test_info_nce_is_eq_1():
+    _, _, z_a, z_v = batch(K=3)
     own = torch.tensor([3, 1])        # positions of this process's clips in the global batch
     L = info_nce(z_a[own], z_v, own, 0.07)
-    for b, p, q in product(range(2), range(K), range(K)):
+    for b, p, q in product(range(2), range(3), range(3)):
         i = int(own[b])
         assert abs(L[b, p, q] - eq1(z_a.numpy(), z_v.numpy(), i, p, i, q, 0.07)) < 1e-10
 
@@ -77,60 +79,28 @@ def test_a_large_loss_is_exact():
     assert abs(L.item() - np.log1p(np.exp(21))) < 1e-10
 
 
-@pytest.mark.parametrize("scope", ["clip", "view"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_cross_affinity_is_eq_2(scope, normalize):
-    y_a, y_v, _, _ = batch()
-    lam = cross_affinity(y_a, y_v, scope, 0.3, not normalize)
-    a, v = y_a.numpy(), y_v.numpy()
-    if normalize:
-        a, v = (y / np.linalg.norm(y, axis=2, keepdims=True) for y in (a, v))
-    for i in range(len(lam)):
-        e = np.exp(a[i] @ v[i].T / 0.3)
-        expected = e / (e.sum() if scope == "clip" else e.sum(1, keepdims=True))
-        assert np.abs(lam[i].numpy() - expected).max() < 1e-10
-
-
 @pytest.mark.parametrize("affinity", OBJECTIVES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("K", [1, 2])
 def test_soft_info_nce_is_eq_3(affinity, normalize, K):
+    """z may have any length, and plain InfoNCE needs no encoder outputs."""
     y_a, y_v, z_a, z_v = batch(K=K)
     n = [x.numpy() for x in (y_a, y_v, z_a, z_v)]
     a_to_v = eq3(n, 0.07, affinity, 0.5, normalize)
     v_to_a = eq3((n[1], n[0], n[3], n[2]), 0.07, affinity, 0.5, normalize)
     loss = partial(OBJECTIVES[affinity], affinity_temperature=0.5, raw_affinity=not normalize)
-    assert abs(loss(y_a, y_v, z_a, z_v, one_way=True) - a_to_v) < 1e-10
+    long = torch.rand(5, K, 1, dtype=torch.float64) * 40 + 0.1
+    assert abs(loss(y_a, y_v, long * z_a, 7 * z_v, one_way=True) - a_to_v) < 1e-10
     assert abs(loss(y_a, y_v, z_a, z_v) - (a_to_v + v_to_a) / 2) < 1e-10
-
-
-@pytest.mark.parametrize("affinity", OBJECTIVES)
-def test_z_may_have_any_length(affinity):
-    y_a, y_v, z_a, z_v = batch()
-    stretch = torch.rand(5, 2, 1, dtype=torch.float64) * 40 + 0.1
-    expected = OBJECTIVES[affinity](y_a, y_v, z_a, z_v)
-    assert abs(OBJECTIVES[affinity](y_a, y_v, stretch * z_a, 7 * z_v) - expected) < 1e-10
-
-
-def test_one_view_is_cross_entropy():
-    """Table 1, row 1: without co-augmentation Eq. 3 is the usual InfoNCE for every affinity."""
-    y_a, y_v, z_a, z_v = batch(K=1)
-    expected = F.cross_entropy(z_a[:, 0] @ z_v[:, 0].T / 0.07, torch.arange(5))
-    for affinity in ("none", "clip", "view"):
-        loss = soft_info_nce(y_a, y_v, z_a, z_v, affinity=affinity, one_way=True)
-        assert abs(loss - expected) < 1e-12
-
-
-def test_uniform_affinity_is_co_augmented_info_nce():
-    x = batch()
-    plain = soft_info_nce(*x, affinity="none")
-    for affinity in ("clip", "view"):
-        assert abs(soft_info_nce(*x, affinity=affinity, affinity_temperature=1e12) - plain) < 1e-10
-        assert abs(soft_info_nce(*x, affinity=affinity, affinity_temperature=0.1) - plain) > 1e-3
+    if affinity == "none":
+        assert abs(loss(None, None, z_a, z_v, one_way=True) - a_to_v) < 1e-10
 
 
 def test_precision():
-    assert soft_info_nce(*batch()).dtype == torch.float64
+    """The highest of the inputs counts, and half precision becomes float32."""
+    y_a, y_v, z_a, z_v = batch()
+    exact, mixed = (soft_info_nce(y, y_v, z_a, z_v) for y in (y_a, y_a.float()))
+    assert exact.dtype == mixed.dtype == torch.float64 and abs(exact - mixed) < 1e-5
     for dtype in (torch.float16, torch.bfloat16):
         x = batch(dtype=dtype)
         assert soft_info_nce(*x).dtype == torch.float32
@@ -158,14 +128,15 @@ def test_detach_stops_the_gradient_through_lam(loss):
         assert z_a.grad.abs().max() > 1e-6
 
 
-def test_bad_arguments():
-    y_a, y_v, z_a, z_v = batch(N=1)
-    with pytest.raises(ValueError, match="the global batch has 1: give it 2 or more"):
-        soft_info_nce(y_a, y_v, z_a, z_v)
-    with pytest.raises(ValueError, match="'pairs'"):
-        soft_info_nce(*batch(), affinity="pairs")
-    with pytest.raises(ValueError, match="'batch'"):
-        cross_affinity(y_a, y_v, scope="batch")
+@pytest.mark.parametrize("loss,clips,flags,sentence", [
+    (soft_info_nce, 1, {}, "the global batch has 1: give it 2 or more"),
+    (soft_info_nce, 5, {"affinity": "pairs"}, "affinity='pairs': choose 'none', 'clip' or 'view'"),
+    (lambda y_a, y_v, *z: cross_affinity(y_a, y_v, "batch"), 5, {}, "scope='batch': choose 'clip'"),
+    *((loss, 5, flags, "temperatures must be above 0") for loss in (soft_info_nce, double_sum)
+      for flags in ({"eta": 0}, {"affinity_temperature": -1}))])
+def test_bad_arguments(loss, clips, flags, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        loss(*batch(clips), **flags)
 
 
 def without_view(x):
@@ -200,111 +171,63 @@ def test_bad_tensors_get_a_sentence(loss, changes, sentence):
     tensors = [change(x) if change else x for change, x in zip(changes, batch())]
     with pytest.raises(ValueError, match=re.escape(sentence)):
         loss(*tensors)
+    if "NaN or infinity" in sentence:
+        assert not loss(*tensors, check=False).isfinite()
 
-
-@pytest.mark.parametrize("flags", [{"eta": 0}, {"affinity_temperature": -1}])
-@pytest.mark.parametrize("loss", [soft_info_nce, double_sum])
-def test_temperatures_are_above_0(loss, flags):
-    with pytest.raises(ValueError, match="temperatures must be above 0"):
-        loss(*batch(), **flags)
-
-
-def test_mixed_precisions_become_the_highest():
-    y_a, y_v, z_a, z_v = batch()
-    loss = soft_info_nce(y_a.float(), y_v, z_a, z_v.float())
-    assert loss.dtype == torch.float64 and abs(loss - soft_info_nce(y_a, y_v, z_a, z_v)) < 1e-5
-
-
-def test_nan_passes_if_it_is_not_asked_for():
-    y_a, y_v, z_a, z_v = batch()
-    assert soft_info_nce(y_a, y_v, with_nan(z_a), z_v, check=False).isnan()
-
-
-WORKER = '''
-import sys
-import torch, torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, sys.argv[2])
-from loss import double_sum, soft_info_nce
 
 class Net(nn.Module):
+    """A model of the form of SvaCLR for clips that are vectors."""
+
     def __init__(self):
         super().__init__()
         self.f, self.g, self.h = nn.Linear(7, 6), nn.Linear(7, 6), nn.Linear(6, 4)
+
     def forward(self, v, a):
         y_v, y_a = self.f(v).relu(), self.g(a).relu()
         return y_a, y_v, self.h(y_a), self.h(y_v)
 
-world = int(sys.argv[3])
-if world > 1:
-    dist.init_process_group("gloo")
-    z = torch.randn(4 + dist.get_rank(), 2, 4)
-    try:
+
+def gradients(rank, world):
+    """The gradient of each objective for eight clips, of which each process has its share."""
+    torch.manual_seed(0)
+    net = Net().double()
+    v, a = (torch.randn(8, 2, 7, dtype=torch.float64)[rank::world] for _ in range(2))
+    net = DistributedDataParallel(net) if world > 1 else net
+    for objective in OBJECTIVES.values():
+        net.zero_grad()
+        objective(*net(v, a)).backward()
+        yield torch.cat([x.grad.flatten() for x in net.parameters()])
+
+
+def compare_two_processes_with_one():
+    """In each of two processes."""
+    start()
+    z = torch.randn(4 + rank(), 2, 4)
+    with pytest.raises(ValueError, match="processes have .4, 5. clips: give all the same number"):
         soft_info_nce(None, None, z, z, affinity="none")
-    except ValueError as error:
-        assert str(error).startswith("the processes have [4, 5] clips: give all the same number")
-    else:
-        raise AssertionError("4 and 5 clips were taken")
-rank = dist.get_rank() if world > 1 else 0
-torch.manual_seed(0)
-net, v, a = Net(), torch.randn(8, 2, 7), torch.randn(8, 2, 7)
-B = 8 // world
-net = DistributedDataParallel(net) if world > 1 else net
-grads = {}
-for affinity in ("none", "clip", "view", "batch"):
-    net.zero_grad()
-    outputs = net(v[rank * B:][:B], a[rank * B:][:B])
-    loss = (double_sum(*outputs) if affinity == "batch" else
-            soft_info_nce(*outputs, affinity=affinity))
-    loss.backward()
-    grads[affinity] = torch.cat([p.grad.flatten() for p in net.parameters()])
-if rank == 0:
-    torch.save(grads, sys.argv[1])
-if world > 1:
+    found = list(gradients(rank(), 2))
     dist.barrier()                    # a process that leaves early can abort the other one
     dist.destroy_process_group()
-'''
+    for two, one in zip(found, gradients(0, 1), strict=True):
+        assert (two - one).norm() / one.norm() < 1e-10
+    print("equal")
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    for world in (1, 2):
-        run(tmp_path / f"{world}.pt", ROOT, world, script=script, processes=world, fresh=True)
-    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
-    for affinity in OBJECTIVES:
-        error = (two[affinity] - one[affinity]).norm() / one[affinity].norm()
-        print(f"{affinity}: relative error of the gradient {error:.1e}")
-        assert error <= 1e-6
+    script = write_script(tmp_path / "two.py", """
+        import test_loss
+        test_loss.compare_two_processes_with_one()
+        """)
+    assert run(script=script, processes=2).stdout.split() == ["equal", "equal"]
 
 
-def test_plain_info_nce_needs_no_encoder_outputs():
-    results = []
-    for given in (True, False):
-        y_a, y_v, z_a, z_v = (x.requires_grad_() for x in batch())
-        loss = soft_info_nce(*(y_a, y_v) if given else (None, None), z_a, z_v, affinity="none")
-        loss.backward()
-        results.append((loss.detach(), z_a.grad, z_v.grad))
-    assert all(one.equal(other) for one, other in zip(*results))
-
-
-def test_a_group_of_one_process_changes_nothing():
-    """conftest.py has made such a group. Without it loss, gradients and rows are the same."""
-    assert dist.is_initialized() and dist.get_world_size() == 1
-    results = []
-    for grouped in (True, False):
-        if not grouped:
-            dist.destroy_process_group()
-        assert dist.is_initialized() == grouped
-        for affinity, objective in OBJECTIVES.items():
-            x = [tensor.requires_grad_() for tensor in batch()]
-            assert all_gather(x[0]) is x[0]
-            loss = objective(*x)
-            loss.backward()
-            grads = [tensor.grad for tensor in x if tensor.grad is not None]
-            assert len(grads) == (2 if affinity == "none" else 4)
-            results.append([loss.detach(), *grads])
-    for one, other in zip(results[:4], results[4:]):
-        assert all(x.equal(y) for x, y in zip(one, other, strict=True))
+def test_no_process_group_is_needed():
+    """conftest.py has made one of a single process, which changes nothing."""
+    x = batch()
+    assert dist.get_world_size() == 1 and all_gather(x[0]) is x[0]
+    grouped = [objective(*x) for objective in OBJECTIVES.values()], list(gradients(0, 1))
+    dist.destroy_process_group()
+    alone = [objective(*x) for objective in OBJECTIVES.values()], list(gradients(0, 1))
+    for one, other in zip([*grouped[0], *grouped[1]], [*alone[0], *alone[1]], strict=True):
+        assert one.equal(other)

@@ -14,51 +14,35 @@ from prepare import scan
 from retrieval import chance, ranks, recall_at_k
 
 
-def brute_force(query, gallery, labels, k):
-    """One query after the other; of equal neighbours the wrong ones come first."""
-    hits = np.zeros((2, len(query)))
+def brute_force(query, gallery, labels):
+    """One query after the other: how many come before its own clip, and before its class. Of equal
+    neighbours the wrong ones come first."""
+    before = np.zeros((2, len(query)), int)
     for i, q in enumerate(query):
         s = gallery @ q
         for level, right in enumerate((np.arange(len(s)) == i, labels == labels[i])):
             order = sorted(range(len(s)), key=lambda j: (-s[j], right[j]))
-            hits[level, i] = any(right[j] for j in order[:k])
-    return tuple(hits.mean(1))
+            before[level, i] = [right[j] for j in order].index(True)
+    return before
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_recall_is_the_brute_force_one(ties):
+def test_ranks_and_recall_are_the_brute_force_ones(ties):
+    """However the queries are cut."""
     g = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 5, (60,), generator=g)
     size = (60, 3 if ties else 40)
     query, gallery = (torch.randint(-2, 3, size, generator=g).float() for _ in range(2))
-    found = recall_at_k(query, gallery, labels, (1, 5, 10, 20))
-    for k in found:
-        expected = brute_force(query.numpy(), gallery.numpy(), labels.numpy(), k)
-        assert found[k] == pytest.approx(expected, abs=1e-12)
+    expected = brute_force(query.numpy(), gallery.numpy(), labels.numpy())
+    for chunk in (256, 60, 7, 1):
+        assert np.array_equal(torch.stack(ranks(query, gallery, labels, chunk)), expected)
+    for k, found in recall_at_k(query, gallery, labels).items():
+        assert found == pytest.approx((expected < k).mean(1), abs=1e-12)
 
 
-def test_recall_of_known_features():
-    q, labels = torch.eye(4), torch.tensor([0, 0, 1, 1])
-    assert recall_at_k(q, q, labels, (1,)) == {1: (1.0, 1.0)}
-    swapped = q[[1, 0, 3, 2]]           # each query finds the other clip of its class
-    assert recall_at_k(q, swapped, labels, (1, 2)) == {1: (0.0, 1.0), 2: (0.0, 1.0)}
-    alike = torch.ones(4, 1)                              # all ties: counted against the model
-    found = recall_at_k(alike, alike, labels, (1, 3, 4))
-    assert found == {1: (0.0, 0.0), 3: (0.0, 1.0), 4: (1.0, 1.0)}
-
-
-def test_ranks_do_not_depend_on_how_queries_are_cut():
-    g = torch.Generator().manual_seed(1)
-    q, v = (torch.randn(70, 8, generator=g).double() for _ in range(2))
-    labels = torch.arange(70) % 6
-    whole = torch.stack(ranks(q, v, labels))
-    for chunk in (1, 7, 70):
-        assert torch.stack(ranks(q, v, labels, chunk=chunk)).equal(whole)
-
-
-@pytest.mark.parametrize("labels", [torch.arange(200) % 8, (torch.arange(200) ** 0.5).long() % 7])
-def test_random_features_land_on_chance(labels):
-    g = torch.Generator().manual_seed(0)
+def test_random_features_land_on_chance():
+    """Classes of unlike sizes."""
+    g, labels = torch.Generator().manual_seed(0), (torch.arange(200) ** 0.5).long() % 7
     ks, trials = (1, 5, 10, 20), 30
     expected = chance(labels, ks)
     draw = lambda: torch.randn(200, 64, generator=g)
@@ -104,16 +88,19 @@ def test_command_prints_and_keeps_the_table(brief, capsys):
         value, error = kept["class, video -> audio"]["R@5"]
         assert f"{100 * value:.1f} +- {100 * error:.1f}" in text and f"feature {feature}" in text
         assert kept["instance, chance"]["R@5"] == pytest.approx(5 / 24)
+    assert "training clips" not in text and "includes_training_clips" not in kept
 
 
 @pytest.mark.slow
-def test_a_file_that_fails_leaves_the_pool(tree, brief, tmp_path):
-    """One of 24, on the last process: the numbers are those without it, and the table says so."""
+def test_files_that_fail_leave_the_pool(tree, brief, tmp_path):
+    """One of 24, on the last process: the numbers are those without it, and the table says so. One
+    of each process's twelve: each alone is within the share of 24, both are not."""
+    (tmp_path / "two").mkdir()
     with_it, without = with_damaged(rows_of(tree, "test"), tmp_path, (13,))
-    found = []
+    two, _ = with_damaged(rows_of(tree, "test"), tmp_path / "two", (4, 13))
+    found, flags = [], ["--checkpoint", brief, "--clips", "2", "--data"]
     for data, processes in ((without, 1), (with_it, 1), (with_it, 2)):
-        done = run("--checkpoint", brief, "--data", data, "--clips", "2", script="retrieval.py",
-                   processes=processes)
+        done = run(*flags, data, script="retrieval.py", processes=processes)
         kept, many = written(brief), int(data == with_it)
         assert (kept.pop("failed"), kept.pop("videos"), kept["pool"]) == (many, 23 + many, 23)
         assert done.stdout.count("of 2 classes (0 left out; 1 of 24 videos failed)") == many
@@ -121,17 +108,10 @@ def test_a_file_that_fails_leaves_the_pool(tree, brief, tmp_path):
         kept.pop("data")
         found.append(kept)
     assert found[0] == found[1] == found[2]
-
-
-@pytest.mark.slow
-def test_two_processes_count_their_failures_together(tree, brief, tmp_path):
-    """One of each process's twelve: each alone is within the share of 24, both are not."""
-    data, _ = with_damaged(rows_of(tree, "test"), tmp_path, (4, 13))
-    done = run("--checkpoint", brief, "--data", data, "--clips", "2", script="retrieval.py",
-               processes=2, check=False)
+    done = run(*flags, two, script="retrieval.py", processes=2, check=False)
     assert done.returncode != 0 and "R@20" not in done.stdout
     assert re.search("error(?: on rank 1)?: 2 of 24 videos failed, more than a share of 0.05, the "
-                     f"last: {tmp_path}/bad13.mp4: Invalid", done.stderr)
+                     f"last: {tmp_path}/two/bad13.mp4: Invalid", done.stderr)
 
 
 def test_bad_input(tree, brief, tmp_path, capsys):
@@ -171,35 +151,24 @@ def test_bad_input(tree, brief, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_without_classes_the_table_is_at_instance_level(tree, brief, tmp_path, capsys):
-    """The numbers are those with labels, and no line compares by class."""
+def test_the_table_of_data_without_classes_or_parts(tree, brief, tmp_path, capsys):
+    """Without classes the numbers are those with them, at instance level alone. Where all parts are
+    searched, the table and the file say that clips of the training are among them."""
+    def table(rows, *more):
+        assert run_here(retrieval, "--checkpoint", brief, "--clips", 1, *more, "--data",
+                        manifest(rows, tmp_path / "some.csv")) == 0
+        return written(brief), capsys.readouterr().out
+
     rows = rows_of(tree, "test")
-    flags = "--checkpoint", brief, "--clips", 1, "--data"
-    assert run_here(retrieval, *flags, manifest(rows, tmp_path / "with.csv")) == 0
-    expected, text = written(brief), capsys.readouterr().out
+    expected, text = table(rows)
     assert expected.pop("classes") == 2 and text.count("\nclass ") == 3
     for label, many in (("", 24), ("", 1), ("one", 24)):
-        changed = [row | {"label": label} for row in rows[:many]] + rows[many:]
-        assert run_here(retrieval, *flags, manifest(changed, tmp_path / "no.csv")) == 0
-        found, text = written(brief), capsys.readouterr().out
+        found, text = table([row | {"label": label} for row in rows[:many]] + rows[many:])
         assert "\nclass " not in text and "24 clips (0 left out)" in text
         assert text.endswith("needs two classes or more, and a label for every clip.\n")
-        assert found.pop("classes") == 0 and found.pop("data") != expected["data"]
-        assert found == {name: value for name, value in expected.items()
-                         if name != "data" and "class," not in name}
-
-
-@pytest.mark.slow
-def test_all_parts_are_searched_where_that_is_asked_for(tree, brief, tmp_path, capsys):
-    """With and without parts. The table and the file say that clips of the training are among
-    them, and say nothing of the kind by default."""
-    for split in (None, ""):
-        rows = rows_of(tree) if split is None else rows_of(tree, split=split)
-        assert run_here(retrieval, "--checkpoint", brief, "--clips", 1, "--split", "all", "--data",
-                        manifest(rows, tmp_path / "some.csv")) == 0
-        first, kept = capsys.readouterr().out.splitlines()[0], written(brief)
-        assert "34 clips of 2 classes, includes training clips (0 left out)" in first
-        assert kept["includes_training_clips"] is True and kept["pool"] == 34
-    assert run_here(retrieval, "--checkpoint", brief, "--clips", 1) == 0
-    assert "training clips" not in capsys.readouterr().out
-    assert "includes_training_clips" not in written(brief)
+        assert found.pop("classes") == 0
+        assert found == {name: value for name, value in expected.items() if "class," not in name}
+    for rows in (rows_of(tree), rows_of(tree, split="")):
+        found, text = table(rows, "--split", "all")
+        assert "34 clips of 2 classes, includes training clips (0 left out)" in text
+        assert found["includes_training_clips"] is True and found["pool"] == 34

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_video, run, run_here
+from conftest import ROOT, error_of, make_video, run, run_here
 from test_augment import tone
 from test_retrieval import manifest, rows_of, written
 from torch.nn.functional import normalize
@@ -47,14 +47,10 @@ def float32():
 
 @pytest.fixture(scope="module")
 def pool(brief, tmp_path_factory):
-    """The npz of the tree's test part, and one in which sounds and videos have changed places."""
+    """The npz of the tree's test part."""
     saved = tmp_path_factory.mktemp("pool") / "features.npz"
     assert run_here(search, "--checkpoint", brief, "--clips", 3, "--save", saved) == 0
-    arrays = dict(np.load(saved))
-    exchanged = {name: arrays[name.replace("audio", "x").replace("video", "audio")
-                              .replace("x", "video")] for name in arrays}
-    np.savez(saved.with_name("exchanged.npz"), **exchanged)
-    return saved, saved.with_name("exchanged.npz")
+    return saved
 
 
 def ask(brief, *flags):
@@ -88,8 +84,9 @@ def plain_features(model, row, sound):
     return {name: normalize(x, dim=0).numpy() for name, x in means.items()}
 
 
-def test_pool_has_the_features_of_each_file(tree, brief, pool):
-    arrays, rows = np.load(pool[0]), rows_of(tree, "test")
+def test_pool_has_the_features_of_each_file(tree, brief, pool, monkeypatch, capsys):
+    """The lines for NumPy of the docs find in it what is nearest."""
+    arrays, rows = np.load(pool), rows_of(tree, "test")
     assert arrays["paths"].tolist() == [row["path"] for row in rows]
     assert arrays["labels"].tolist() == [row["label"] for row in rows]
     model = load_svaclr(brief, SvaCLR)[0].eval()
@@ -100,14 +97,19 @@ def test_pool_has_the_features_of_each_file(tree, brief, pool):
             assert arrays[name][n] @ x > 0.999, name
     about = json.loads(str(arrays["settings"]))
     assert about["clips_per_file"] == 3 and about["split"] == "test" and len(about["weights"]) == 8
+    text = (ROOT / "docs/running.md").read_text().partition("## Your own files")[2]
+    monkeypatch.chdir(pool.parent)
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    nearest = (arrays["z_video"] @ arrays["z_audio"][0]).argmax()
+    assert arrays["paths"][nearest] in capsys.readouterr().out.split("'")[1]
 
 
 def test_a_saved_pool_answers_as_the_videos_do(tree, brief, pool):
     """The same lines, to the digit. They are the cosines of the npz, in descending order."""
-    film, arrays = rows_of(tree, "test")[5]["path"], np.load(pool[0])
+    film, arrays = rows_of(tree, "test")[5]["path"], np.load(pool)
     for feature in ("y", "z"):
         flags = "--query", film, "--top", 24, "--feature", feature
-        saved, _ = ask(brief, *flags, "--pool", pool[0])
+        saved, _ = ask(brief, *flags, "--pool", pool)
         for (way, hits), (query, found, words) in zip(saved.items(), (
                 ("audio", "video", "sound finds these videos"),
                 ("video", "audio", "pictures find these sounds")), strict=True):
@@ -123,13 +125,18 @@ def test_a_saved_pool_answers_as_the_videos_do(tree, brief, pool):
 
 
 def test_files_with_one_modality_ask_in_one_direction(brief, pool, tmp_path):
-    """A wav and an mp3 find the sounds of their pitch, a silent film the pictures of its gray."""
+    """A wav and an mp3 find the sounds of their pitch, a silent film the pictures of its gray: here
+    sounds and videos of the pool have changed places."""
+    arrays = dict(np.load(pool))
+    np.savez(tmp_path / "exchanged.npz", **arrays | {
+        f"{kind}_{new}": arrays[f"{kind}_{old}"] for kind in "yz"
+        for new, old in (("audio", "video"), ("video", "audio"))})
     write_wave(tmp_path / "high.wav", tone(1010, 3))
     write_wave(tmp_path / "low.mp3", tone(410, 3, 44100), 44100, "mp3")
     make_video(tmp_path / "silent.mp4", 3.0, 10, tone=None, gray=lambda t: 205)
     make_video(tmp_path / "short.mp4", 0.3, 10, tone=410, gray=lambda t: 75)
     files = [tmp_path / name for name in ("high.wav", "low.mp3", "silent.mp4", "short.mp4")]
-    found, text = ask(brief, "--query", *files, "--pool", pool[1])
+    found, text = ask(brief, "--query", *files, "--pool", tmp_path / "exchanged.npz")
     for (way, hits), (expected, label) in zip(found.items(), (
             ("high.wav: its sound finds these videos", "high"),
             ("low.mp3: its sound finds these videos", "low"),
@@ -144,8 +151,8 @@ def test_files_with_one_modality_ask_in_one_direction(brief, pool, tmp_path):
 
 
 def test_clips_of_a_query(tmp_path):
-    """They are spaced as those of the pool; a short file ends in its last frame and in silence."""
-    settings = Namespace(frames=4, fps=8, size=32)
+    """They are spaced as those of the pool. A short file ends in its last frame and in silence, and
+    damage that lies between the clips does no harm."""
     wave = torch.arange(3 * RATE) / (3 * RATE)
     ramp = write_wave(tmp_path / "ramp.wav", wave)
     assert torch.allclose(sound_clips(ramp, "", 6, 0.5).flatten(), wave, atol=1e-6)
@@ -154,16 +161,11 @@ def test_clips_of_a_query(tmp_path):
     short = write_wave(tmp_path / "short.wav", wave[-RATE // 4:])
     for clip in sound_clips(short, "", 2, 0.5):
         assert torch.allclose(clip[:RATE // 4], wave[-RATE // 4:]) and not clip[RATE // 4:].any()
-    film = make_video(tmp_path / "film.mp4", 4.0, 8, tone=500)
-    frames, waves, missing = read_clips(film, settings, 3)
-    assert missing == {} and frames.shape == (1, 3, 4, 32, 32, 3) and waves.shape == (1, 3, 12000)
-    short = make_video(tmp_path / "short.mp4", 0.25, 8, tone=500)
-    frames, waves, missing = read_clips(short, settings, 2)
-    assert missing == {} and (frames[0, :, 1:] == frames[0, :, 1:2]).all()
+    film = make_video(tmp_path / "short.mp4", 0.25, 8, tone=500)
+    frames, waves, missing = read_clips(film, Namespace(frames=4, fps=8, size=32), 2)
+    assert missing == {} and frames.shape == (1, 2, 4, 32, 32, 3) and waves.shape == (1, 2, 12000)
+    assert (frames[0, :, 1:] == frames[0, :, 1:2]).all()
     assert waves[0, :, :5000].std() > 0.1 and not waves[0, :, 9000:].any()
-
-
-def test_damage_between_the_clips_of_a_query_does_no_harm(tmp_path):
     path = write_wave(tmp_path / "a.mp3", tone(500, 8), codec="libmp3lame")
     content = bytearray(path.read_bytes())
     content[len(content) // 2:len(content) // 2 + 300] = bytes(300)
@@ -178,12 +180,12 @@ def test_damage_between_the_clips_of_a_query_does_no_harm(tmp_path):
 
 def test_figure_of_queries(tree, brief, pool, tmp_path):
     """A line for each query. Films that have gone leave empty places."""
-    arrays = dict(np.load(pool[0]))
+    arrays = dict(np.load(pool))
     arrays["paths"][:] = "/gone/a$^$_$film.mp4"            # is no formula
     np.savez(tmp_path / "gone.npz", **arrays)
     write_wave(tmp_path / "a.wav", tone(700, 1))
     film, out = rows_of(tree, "test")[0]["path"], tmp_path / "out.png"
-    for queries, saved, height in (([film], pool[0], 480),
+    for queries, saved, height in (([film], pool, 480),
                                    ([film, tmp_path / "a.wav"], tmp_path / "gone.npz", 720)):
         _, text = ask(brief, "--query", *queries, "--pool", saved, "--top", 6, "--figure", out)
         assert f"{out}: the queries and what they find" in text
@@ -191,11 +193,11 @@ def test_figure_of_queries(tree, brief, pool, tmp_path):
             image = next(container.decode(video=0)).to_ndarray(format="rgb24")
         drawn = (image[:, 250:] < 240).mean()                           # right of the queries
         assert image.shape == (height, 1330, 3)
-        assert drawn > 0.4 if saved == pool[0] else drawn < 0.1
+        assert drawn > 0.4 if saved == pool else drawn < 0.1
 
 
-def test_bad_queries(tree, brief, pool, tmp_path, capsys):
-    film = rows_of(tree, "test")[0]["path"]
+def test_bad_input(tree, brief, pool, tmp_path, capsys):
+    """Each gets its sentence before the work."""
     for name in ("text.mp4", "text.npz"):
         (tmp_path / name).write_text("no film")
     state = torch.load(brief, weights_only=True)
@@ -203,14 +205,19 @@ def test_bad_queries(tree, brief, pool, tmp_path, capsys):
     torch.save(state, tmp_path / "other.pt")
     np.savez(tmp_path / "array.npz", x=np.zeros(3))
     np.save(tmp_path / "array.npy", np.zeros(3))
-    (tmp_path / "cut.npz").write_bytes(pool[0].read_bytes()[:20000])
+    (tmp_path / "cut.npz").write_bytes(pool.read_bytes()[:20000])
     no_parts = manifest(rows_of(tree, split=""), tmp_path / "no.csv")
     silent = manifest(rows_of(tree, has_audio=0), tmp_path / "silent.csv")
-    saved = ["--query", film, "--pool"]
+    all_rows = rows_of(tree)
+    all_rows[0]["label"] = ""
+    unlabelled = manifest(all_rows, tmp_path / "unlabelled.csv")
+    encoder = Path(shutil.copy(brief.with_name("video_encoder.pt"), tmp_path))
+    film = rows_of(tree, "test")[0]["path"]
+    saved, videos = ["--query", film, "--pool"], ["--pair", "video-video"]
     for flags, sentence in (
-            (["--query", tmp_path / "gone.wav", "--pool", pool[0]],
+            (["--query", tmp_path / "gone.wav", "--pool", pool],
              f"--query {tmp_path}/gone.wav has no pictures (cannot be read: No such file"),
-            (["--query", tmp_path / "text.mp4", "--pool", pool[0]],
+            (["--query", tmp_path / "text.mp4", "--pool", pool],
              "and no sound (Invalid data found when processing input): give a sound or video file"),
             (["--query", film, tmp_path / "gone.wav"], "gone.wav has no pictures"),
             (["--query", film, "--data", no_parts], "no.csv has no parts"),
@@ -219,12 +226,19 @@ def test_bad_queries(tree, brief, pool, tmp_path, capsys):
             ([*saved, tmp_path / "gone.npz"], "gone.npz: No such file or directory"),
             *(([*saved, tmp_path / name], f"--pool {tmp_path / name} is no pool")
               for name in ("array.npz", "array.npy", "cut.npz", "text.npz", "other.pt")),
-            ([*saved, pool[0], "--checkpoint", tmp_path / "other.pt"],
-             f"{pool[0]} has features of another model, {brief} with the weights ")):
+            ([*saved, pool, "--checkpoint", tmp_path / "other.pt"],
+             f"{pool} has features of another model, {brief} with the weights "),
+            ([*videos, "--checkpoint", encoder, *CLIP],                 # no built-in set is made
+             "does not say what data it is to be measured on: give --data"),
+            ([*videos, "--checkpoint", encoder, "--data", silent],
+             "does not fit --arch r2plus1d_18"),
+            ([*videos, "--checkpoint", tmp_path / "gone.pt", "--data", silent], "no checkpoint"),
+            ([*videos, "--data", silent], "10 usable clips in the 'train' part, but R@20 needs 20"),
+            ([*videos, "--data", silent, "--split", "val"], "has no 'val' part"),
+            ([*COMPARE, "--data", unlabelled], "it needs a label for every video")):
         assert run_here(search, "--checkpoint", brief, *flags) == 1
-        error = capsys.readouterr().err
-        assert error.count("error: ") == 1 and sentence in error, error
-        assert "evaluating" not in error                                # before the work
+        errors = capsys.readouterr().err
+        assert sentence in error_of(errors) and "evaluating" not in errors, errors
 
 
 @pytest.mark.parametrize("flags,sentence", [
@@ -250,18 +264,11 @@ def test_bad_flags(flags, sentence, capsys):
     assert stop.value.code == 2 and f"error: {sentence}" in capsys.readouterr().err
 
 
-def test_lines_for_numpy_run_as_written(pool, monkeypatch, capsys):
-    text = (ROOT / "docs/running.md").read_text().partition("## Your own files")[2]
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    assert len(code.strip().splitlines()) <= 5
-    monkeypatch.chdir(pool[0].parent)
-    exec(code, {})
-    arrays = np.load(pool[0])
-    nearest = (arrays["z_video"] @ arrays["z_audio"][0]).argmax()
-    assert arrays["paths"][nearest] in capsys.readouterr().out.split("'")[1]
-
-
 # ---- video to video
+
+COMPARE = "--pair", "video-video", "--clips", 3, "--split", "train", "--gallery", "test"
+CLIP = "--frames", 4, "--fps", 8, "--size", 16, "--arch", "r2plus1d_10"
+
 
 def plain_video_ranks(query, gallery, labels, gallery_labels):
     """One query after the other: how many come before its class, and is it the majority's?"""
@@ -295,9 +302,6 @@ def test_video_ranks_are_the_plain_ones(ties):
     assert missing.any() and (found[0][missing] == 50).all() and not found[1][missing].any()
 
 
-COMPARE = "--pair", "video-video", "--clips", 3, "--split", "train", "--gallery", "test"
-
-
 @pytest.fixture
 def silent(tree, tmp_path):
     """Rows and manifest of the tree. Half of the files have no sound, one query's class is unique,
@@ -310,9 +314,11 @@ def silent(tree, tmp_path):
     return rows, manifest(rows, tmp_path / "silent.csv")
 
 
+@pytest.mark.slow
 def test_videos_find_videos(brief, silent, capsys, tmp_path, monkeypatch):
     """The features in a plain loop, y_v of each clip through f, and their ranks in plain loops.
-    video_encoder.pt gives the same numbers, where flags replace the settings of checkpoint.pt."""
+    video_encoder.pt gives the same numbers, where flags replace the settings of checkpoint.pt, and
+    so do two processes."""
     def watched(query, *more):
         features.append(query)                          # y_v of the queries
         return video_ranks(query, *more)
@@ -337,53 +343,28 @@ def test_videos_find_videos(brief, silent, capsys, tmp_path, monkeypatch):
     assert re.search(r"R@20 +20-NN\nclass +video -> video(?: +[\d.]+ \+- [\d.]+){5}\n"
                      r"class +chance(?: +[\d.]+){4} *\n", text)
     assert kept["class, chance"]["R@1"] == pytest.approx(0.45)
+    run(*COMPARE, "--checkpoint", brief, "--data", data, script="experiments.search", processes=2)
+    assert written(brief) == kept
 
-    clip = "--frames", 4, "--fps", 8, "--size", 16, "--arch", "r2plus1d_10"
     encoder = brief.with_name("video_encoder.pt")
-    assert run_here(search, *COMPARE, "--checkpoint", encoder, "--data", data, *clip) == 0
+    assert run_here(search, *COMPARE, "--checkpoint", encoder, "--data", data, *CLIP) == 0
     again = json.loads(brief.with_name("retrieval-video_encoder.json").read_text())
     assert again == kept | {"checkpoint": str(encoder)}
     monkeypatch.chdir(tmp_path)
     for _ in range(2):                          # random weights are the same each time
-        assert run_here(search, *COMPARE, "--checkpoint", "none", "--data", data, *clip,
+        assert run_here(search, *COMPARE, "--checkpoint", "none", "--data", data, *CLIP,
                         "--clips", 1) == 0
     assert json.loads(Path("runs/retrieval-none.json").read_text())["checkpoint"] == "none"
     assert torch.allclose(*features[-2:], atol=1e-6)
 
 
-def test_videos_that_cannot_be_compared(brief, silent, tmp_path, capsys):
-    rows, data = silent
-    unlabelled = manifest([row | {"label": row["label"] * (n > 0)} for n, row in enumerate(rows)],
-                          tmp_path / "no.csv")
-    encoder = Path(shutil.copy(brief.with_name("video_encoder.pt"), tmp_path))
-    clip = "--frames", 4, "--fps", 8, "--size", 16, "--arch", "r2plus1d_10"
-    for flags, sentence in (
-            (["--checkpoint", encoder, *clip],                          # no built-in set is made
-             "does not say what data it is to be measured on: give --data"),
-            (["--checkpoint", encoder, "--data", data], "does not fit --arch r2plus1d_18"),
-            (["--checkpoint", tmp_path / "gone.pt", "--data", data], "no checkpoint"),
-            (["--checkpoint", brief, "--data", data],
-             "10 usable clips in the 'train' part, but R@20 needs 20"),
-            (["--checkpoint", brief, "--data", data, "--split", "val"], "has no 'val' part"),
-            (["--checkpoint", brief, "--data", unlabelled, "--split", "train", "--gallery", "test"],
-             "it needs a label for every video")):
-        assert run_here(search, "--pair", "video-video", *flags) == 1
-        error = capsys.readouterr().err
-        assert sentence in error and "evaluating" not in error          # before the work
-
-
 @pytest.mark.slow
-def test_two_processes_save_and_compare_as_one(tree, brief, silent, tmp_path):
-    results, film = [], rows_of(tree, "test")[5]["path"]
-    for n in (1, 2):
-        run(*COMPARE, "--checkpoint", brief, "--data", silent[1], script="experiments.search",
-            processes=n)
-        results.append(written(brief))
-        done = run("--checkpoint", brief, "--clips", 2, "--query", film, "--save",
-                   tmp_path / f"{n}.npz", script="experiments.search", processes=n)
-        assert done.stdout.count("finds these videos") == 1
-    assert results[0] == results[1]
-    saved, again = (np.load(tmp_path / f"{n}.npz") for n in (1, 2))
+def test_two_processes_save_and_answer_as_one(tree, brief, pool, tmp_path):
+    film = rows_of(tree, "test")[5]["path"]
+    done = run("--checkpoint", brief, "--clips", 3, "--query", film, "--save", tmp_path / "2.npz",
+               script="experiments.search", processes=2)
+    assert done.stdout.count("finds these videos") == 1
+    saved, again = np.load(pool), np.load(tmp_path / "2.npz")
     assert saved.keys() == again.keys()
     for name in saved:
         if saved[name].dtype == np.float32:
