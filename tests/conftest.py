@@ -218,14 +218,19 @@ def read_barcode(video):
 FILM = dict(
     codec="libx264", audio_codec="aac", rate=44100, layout="mono",
     gop=12,                 # pictures from one keyframe to the next
+    options={},             # of the video codec
+    settings={},            # attributes of the video encoder and of `image`
     start=0.0,              # the first time stamp, s
-    turned=0,               # degrees by which a player turns the picture, counter-clockwise
-    ticks=None,             # time stamps of the pictures, in 1/fps s
+    time_base=None,         # unit of the time stamps of the pictures, s (1/fps)
+    ticks=None,             # time stamps of the pictures, in this unit
+    turned=None,            # (degrees counter-clockwise, horizontal flip, vertical flip)
     gray=None,              # gray(t): one gray value at time t (s) in place of the barcode
+    image=None,             # a frame that all pictures show in place of the barcode
     wave=None,              # wave(t): samples (L,) or (channels, L) in place of the tone
+    pieces=None,            # [(beginning in s, samples)] in place of the tone
     sound_seconds=None,     # length of the sound, if the pictures have another
     bit_rate=None,          # of the sound, bits per s
-    muxer=None)             # options of the container
+    muxer={})               # options of the container
 
 
 def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, **film):
@@ -236,46 +241,80 @@ def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, **film):
     assert film.keys() <= FILM.keys()
     film = Namespace(**FILM | film)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options=film.muxer or {}) as out:
-        options = {"g": str(film.gop), "crf": "5"} if film.codec == "libx264" else {}
-        rate = Fraction(fps).limit_denominator(1001)
-        video = out.add_stream(film.codec, rate=rate, width=size[0], height=size[1],
-                               pix_fmt="yuv420p", options=options)
-        video.bit_rate = 2_000_000
+    rate = Fraction(fps).limit_denominator(1001)
+    unit = film.time_base or 1 / rate
+    width, height = (film.image.width, film.image.height) if film.image else size
+    pixels = film.image.format.name if film.image else "yuv420p"
+    options = {"libx264": {"g": str(film.gop), "crf": "5"},
+               "libvpx": {"deadline": "realtime", "cpu-used": "8"}}.get(film.codec, {})
+    with av.open(str(path), "w", options=film.muxer) as out:
+        video = out.add_stream(film.codec, rate=rate, width=width, height=height, pix_fmt=pixels,
+                               options=options | film.options, bit_rate=2_000_000, time_base=unit)
         if film.turned:
-            video.set_display_rotation(film.turned)
+            video.set_display_rotation(*film.turned)
         audio = None
         if tone is not None:
             audio = out.add_stream(film.audio_codec, rate=film.rate, layout=film.layout)
             if film.bit_rate:
                 audio.bit_rate = film.bit_rate
-        for n in range(round(seconds * fps)):
+        for name, value in film.settings.items():
+            for owner in (video.codec_context, film.image):
+                if hasattr(owner, name):
+                    setattr(owner, name, value)
+        for n, tick in enumerate(film.ticks or range(round(seconds * fps))):
             image = barcode(n, size)
             if film.gray:
                 image = np.full((size[1], size[0], 3), film.gray(n / fps), np.uint8)
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = (film.ticks[n] if film.ticks else n) + round(film.start * fps)
-            frame.time_base = 1 / rate
+            frame = film.image or av.VideoFrame.from_ndarray(image, "rgb24")
+            frame.pts, frame.time_base = tick + round(film.start / unit), unit
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
         if audio is not None:
             t = np.arange(round((film.sound_seconds or seconds) * film.rate)) / film.rate
             sound = film.wave(t) if film.wave else 0.5 * np.sin(2 * np.pi * tone * t)
-            write_sound(out, audio, sound, film)
+            write_sound(out, audio, film.pieces or [(film.start, sound)], film)
     return path
 
 
-def write_sound(out, audio, sound, film):
-    """Encode a waveform (L,) for all channels, or (channels, L), into a stream of a container."""
+def write_sound(out, audio, pieces, film):
+    """Encode pieces of sound, (L,) for all channels or (channels, L), into a stream."""
     channels = av.AudioLayout(film.layout).nb_channels
-    waves = np.broadcast_to(sound.astype(np.float32), (channels, sound.shape[-1]))
-    frame = av.AudioFrame.from_ndarray(waves.T.reshape(1, -1), format="flt", layout=film.layout)
-    frame.sample_rate, frame.time_base = film.rate, Fraction(1, film.rate)
-    frame.pts = round(film.start * film.rate)
     # The resampler gives the sample format that the encoder takes.
-    for piece in av.AudioResampler(audio.format.name, film.layout, film.rate).resample(frame):
-        out.mux(audio.encode(piece))
+    resampler = av.AudioResampler(audio.format.name, film.layout, film.rate)
+    for start, sound in pieces:
+        waves = np.broadcast_to(sound.astype(np.float32), (channels, sound.shape[-1]))
+        frame = av.AudioFrame.from_ndarray(waves.T.reshape(1, -1), "flt", film.layout)
+        frame.sample_rate, frame.time_base = film.rate, Fraction(1, film.rate)
+        frame.pts = round(start * film.rate)
+        for piece in resampler.resample(frame):
+            out.mux(audio.encode(piece))
     out.mux(audio.encode(None))
+
+
+def remux(source, target, tracks=("video", "audio"), change=None, title="", has_cover=False):
+    """Copy the best stream of each of these kinds into another container, and return its path.
+
+    change(data): other bytes for each packet. has_cover: whether it gets a picture as its cover.
+    """
+    with av.open(str(target), "w") as out:
+        out.metadata["title"] = title
+        streams = [av.open(str(source)).streams.best(kind) for kind in tracks]
+        copies = [out.add_stream_from_template(stream) for stream in streams]
+        if has_cover:
+            cover = out.add_stream("mjpeg", rate=1, width=32, height=32, pix_fmt="yuvj420p")
+            cover.disposition = av.stream.Disposition.attached_pic
+            out.mux(cover.encode(av.VideoFrame(32, 32, "yuvj420p")) + cover.encode(None))
+        for stream, copy in zip(streams, copies):
+            for packet in stream.container.demux(stream):
+                if packet.dts is None:
+                    continue
+                if change:
+                    old, packet = packet, av.Packet(change(bytes(packet)))
+                    for name in ("time_base", "pts", "dts", "duration", "is_keyframe"):
+                        setattr(packet, name, getattr(old, name))
+                packet.stream = copy
+                out.mux(packet)
+    return target
 
 
 def with_damaged(rows, folder, chosen):
