@@ -212,23 +212,18 @@ def draw_pairs(canvas, x, name, values, form, colours):
             axis.text(q, n, f"{values[n, q]:{form}}", ha="center", va="center", fontsize=12)
 
 
-def long_enough(clips, seconds):
-    """The rows of the films that last so long, but for half a frame."""
-    return [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps]
-
-
 def views(clips, split, tau_v, tau_a, more=0):
-    """Yield (n, row, video (K, T, H, W, 3), waves (K, L)) from the middle of each long enough row.
+    """Yield (row, video (K, T, H, W, 3), waves (K, L)) from the middle of each long enough file.
 
     T and L have `more` s than a clip. A file that cannot be read is named on stderr and left out.
-    Raises ValueError if no row is long enough, or if none can be read.
+    Raises ValueError if no file is long enough, or if none can be read.
     """
     seconds, frames = max(tau_v + tau_a) * clips.seconds + more, clips.frames + more * clips.fps
-    rows, read = long_enough(clips, seconds), 0
+    rows, read = [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps], 0
     if not rows:
         raise ValueError(f"no clip of the {split!r} part lasts {seconds:.1f} s, as this picture "
                          "needs")
-    for n, row in enumerate(tqdm(rows, desc="clips", unit="clip", file=sys.stderr)):
+    for row in tqdm(rows, desc="clips", unit="clip", file=sys.stderr):
         t0 = max(0, row.duration - seconds) / 2
         try:
             video, waves = read_clip(row.path, t0, tau_v, tau_a, frames, clips.fps, clips.size,
@@ -237,7 +232,7 @@ def views(clips, split, tau_v, tau_a, more=0):
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
         read += 1
-        yield n, row, video, waves
+        yield row, video, waves
     if not read:
         raise ValueError("none of the clips can be read: see the causes above")
 
@@ -270,7 +265,7 @@ def lambda_by_speeds(model, settings, clips, split):
     """
     log_mel, lams = LogMel(), []
     pairs = torch.tensor([[(0, p), (0, q)] for p in range(4) for q in range(4)])    # (16, 2, 2)
-    for _, _, video, waves in views(clips, split, SPEEDS, SPEEDS):
+    for _, video, waves in views(clips, split, SPEEDS, SPEEDS):
         ly_a = model.l(model.g(log_mel(waves)))                                     # (4, C)
         ly_v = model.l(model.f(normalize_frames(video)))                            # (4, C)
         lam = cross_affinity(ly_a[pairs[:, 0]], ly_v[pairs[:, 1]], "clip",
@@ -306,7 +301,7 @@ def similarity_by_shift(model, log_mel, clips, split):
     """
     T, fps, L = clips.frames, clips.fps, round(RATE * clips.seconds)
     z_a, z_v = [], []
-    for _, _, video, waves in views(clips, split, (1,), (1,), more=2):
+    for _, video, waves in views(clips, split, (1,), (1,), more=2):
         starts = [round(RATE * (1 + shift)) for shift in SHIFTS]
         shifted = torch.stack([waves[0, start:start + L] for start in starts])          # (S, L)
         z_a.append(F.normalize(model.h_a(model.g(log_mel(shifted))), dim=1))            # (S, D)
@@ -324,39 +319,34 @@ def affinity(args):
     runs over the sounds at speeds 1 to 4, so an even share is 1/4.
     """
     model, settings, clips = load_with_lambda(args)
-    log_mel, shown, lams = LogMel(), {}, []
-    total = len(long_enough(clips, max(SPEEDS) * clips.seconds))
-    chosen = spread(args.show, total)
-    for n, row, video, waves in views(clips, args.split, (1,), SPEEDS):
+    log_mel, read = LogMel(), []                    # (label, frame, spectrograms, lambda) of a clip
+    for row, video, waves in views(clips, args.split, (1,), SPEEDS):
         audio = log_mel(waves)                                          # (4, 1, M, F)
         ly_a = model.l(model.g(audio))                                  # (4, C)
         ly_v = model.l(model.f(normalize_frames(video)))                # (1, C)
         lam = cross_affinity(ly_a[None], ly_v[None], "clip", settings.affinity_temperature,
                              settings.raw_affinity)                     # (1, 4, 1)
-        lams.append(lam[0, :, 0])
-        if n in chosen:
-            shown[n] = row.label, video[0, settings.frames // 2], audio[:, 0], lams[-1]
-    if not shown:
-        raise ValueError("none of the clips to be shown can be read: see the causes above")
+        read.append((row.label, video[0, settings.frames // 2], audio[:, 0], lam[0, :, 0]))
+    shown = [read[n] for n in spread(args.show, len(read))]
 
     figure = plt.figure(figsize=(11, 1.7 * len(shown) + 0.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
     axes = left.subplots(len(shown), 4, squeeze=False)
-    for line, (label, frame, audio, lam) in zip(axes, shown.values()):
+    for line, (label, frame, audio, lam) in zip(axes, shown):
         line[0].imshow(frame)
         line[0].set_ylabel(label, fontsize=8)
         for axis, k in zip(line[1:], (0, 1, 3)):
             axis.imshow(audio[k], origin="lower", aspect="auto", vmin=-3, vmax=3)
             axis.set_xlabel(f"speed {SPEEDS[k]}: $\\lambda$ = {lam[k]:.3f}", fontsize=8)
     plt.setp(axes.flat, xticks=[], yticks=[])
-    lams = torch.stack(lams)                                            # (n, 4)
-    mean, deviation, failed = lams.mean(0), lams.std(0), total - len(lams)
+    lams = torch.stack([lam for *_, lam in read])                       # (n, 4)
+    mean, deviation = lams.mean(0), lams.std(0)
     axis = right.subplots()
     axis.errorbar(SPEEDS, mean, deviation, marker="o", capsize=4)
     axis.axhline(1 / len(SPEEDS), color="grey", linestyle=":", label="uniform")
     axis.set(xticks=SPEEDS, xlabel="speed of the sound",
-             ylabel="$\\lambda$ with the video at speed 1", title="mean +- deviation, "
-             f"{len(lams)} clips" + (f", {failed} failed" if failed else ""))
+             ylabel="$\\lambda$ with the video at speed 1",
+             title=f"mean +- deviation, {len(lams)} clips")
     axis.legend()
     save(figure, args.out, lines=[{"speed of the sound": speed, "lambda": m, "deviation": d}
                                   for speed, m, d in zip(SPEEDS, mean, deviation)])

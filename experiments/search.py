@@ -142,14 +142,13 @@ def make_pool(args, model, settings, clips, dtype):
     """The pool of the clips of --data, on every process."""
     audio, video, rows = extract(model, clips, dtype, "yz", settings.sound,
                                  max_failures=args.max_failures)        # (n, C + D) x 2
-    pool = {"paths": [row.path for row in rows], "labels": [row.label for row in rows],
-            "settings": {"checkpoint": str(args.checkpoint), "weights": checksum(model),
-                         "data": args.data, "split": args.split, "clips_per_file": args.clips,
-                         "seconds": settings.frames / settings.fps}}
-    for modality, x in (("audio", audio), ("video", video)):
-        pool[f"y_{modality}"] = x[:, :C].contiguous()
-        pool[f"z_{modality}"] = x[:, C:].contiguous()
-    return pool
+    (y_audio, z_audio), (y_video, z_video) = audio.split([C, audio.shape[1] - C], 1), video.split([C, audio.shape[1] - C], 1)
+    about = {"checkpoint": str(args.checkpoint), "weights": checksum(model), "data": args.data,
+             "split": args.split, "clips_per_file": args.clips,
+             "seconds": settings.frames / settings.fps}
+    return {"paths": [row.path for row in rows], "labels": [row.label for row in rows],
+            "settings": about, "y_audio": y_audio, "z_audio": z_audio, "y_video": y_video,
+            "z_video": z_video}
 
 
 def checksum(model):
@@ -287,16 +286,15 @@ def draw(queries, pool, found, out):
     """
     from matplotlib.figure import Figure
 
-    columns = 1 + max(map(len, found))
+    columns, seconds = 1 + max(map(len, found)), pool["settings"]["seconds"]
     figure = Figure(figsize=(1.9 * columns, 2.4 * len(queries)), layout="constrained")
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for (first, *others), query, hits in zip(axes, queries, found):
-        if query.modality == "audio":
-            first.imshow(query.picture, origin="lower", cmap="magma", aspect="auto")
-        else:
-            first.imshow(query.picture)
+        of_sound = query.modality == "audio"
+        first.imshow(query.picture, cmap="magma", aspect="auto" if of_sound else "equal",
+                     origin="lower" if of_sound else "upper")
         first.set_title(f"{ASKS[query.modality][0]} of", fontsize=8)
         first.set_xlabel(Path(query.path).name[-28:], fontsize=7, parse_math=False)
         for place, (axis, (similarity, n)) in enumerate(zip(others, hits), 1):
@@ -304,7 +302,7 @@ def draw(queries, pool, found, out):
             axis.set_title(f"{place}: {similarity:.3f}", fontsize=8)
             axis.set_xlabel(f"{pool['labels'][n]}\n{path[-30:]}", fontsize=7, parse_math=False)
             try:
-                axis.imshow(read(path, [pool["settings"]["seconds"] / 2], 0, 96)[0][0])
+                axis.imshow(read(path, [seconds / 2], 0, 96)[0][0])
             except (av.error.FFmpegError, OSError, ValueError):
                 axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8)
     figure.savefig(out, dpi=100)
@@ -383,20 +381,19 @@ def report(args, clip, results, labels, gallery_labels, parts):
     results: from video_ranks. parts: those before files failed, [(rows, left_out)].
     """
     (before, right), n, m = results, len(labels), len(gallery_labels)
-    left_out = sum(len(reasons) for _, reasons in parts)
     videos = sum(len(rows) for rows, _ in parts)
     classes = len(gallery_labels.unique())
     without = int((~torch.isin(labels, gallery_labels)).sum())
     head = {"checkpoint": str(args.checkpoint), "pair": args.pair, "data": args.data,
             "split": args.split, "gallery": args.gallery, "clips_per_file": args.clips,
             "feature": "y_v", **clip, "queries": n, "pool": m, "classes": classes,
-            "left_out": left_out, "videos": videos, "failed": videos - n - m,
-            "queries_without_class": without}
+            "left_out": sum(len(reasons) for _, reasons in parts), "videos": videos,
+            "failed": videos - n - m, "queries_without_class": without}
     recall = {f"R@{k}": (before < k).double().mean().item() for k in RANKS}
     recall[f"{NEIGHBOURS}-NN"] = right.double().mean().item()
-    base = chance(labels, gallery_labels=gallery_labels)
-    lines = [("class", "video -> video", recall),
-             ("class", "chance", {f"R@{k}": by_class for k, (_, by_class) in base.items()})]
+    by_chance = {f"R@{k}": by_class for k, (_, by_class)
+                 in chance(labels, gallery_labels=gallery_labels).items()}
+    lines = [("class", "video -> video", recall), ("class", "chance", by_chance)]
     searched = f"{n} videos of {args.split!r} query {m} of {args.gallery!r} of {classes} classes"
     write_table(head, searched, f"R@k and {NEIGHBOURS}-NN accuracy", lines, n)
     if without:

@@ -3,9 +3,9 @@
     python -m experiments.transfer              # three seeds
     python -m experiments.transfer --seeds 3 4
 
-It runs pretrain.py and retrieval.py with each seed, and then finetune.py by four protocols, each
-from the pre-trained encoder and from random weights. experiments/results/transfer.csv gets a line
-per result, and transfer.md the means over seeds. Runs whose results are in the csv are left out, so
+With each seed it runs pretrain.py, retrieval.py and finetune.py by four protocols, each from the
+pre-trained encoder and from random weights. experiments/results/transfer.csv gets a line per
+result, and transfer.md the means over seeds. Seeds whose results are in the csv are left out, so
 the same command continues after an interruption. After a change of the scripts' own settings,
 delete the csv. Pre-training warms up for one epoch, as it did when the kept results were measured.
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 from experiments.ablation import (RESULTS, read_csv, run_all, run_script, spread, table,
@@ -59,17 +60,18 @@ def found(script, flags, name):
     return {}
 
 
-def run_commands(seed, runs, log):
-    """Run some of a seed's commands: the lines of the csv. Raises ValueError if one of them fails.
+def run_seed(seed, folder, done):
+    """Run the commands of a seed: the lines of the csv but for the results that are `done`.
 
-    log: the file to which their output is added.
+    Raises ValueError if a command fails.
     """
     lines = []
-    for script, flags, name in runs:
-        run_script(script, flags, log)
+    for script, flags, name in commands(seed, folder):
+        run_script(script, flags, folder / f"s{seed}.txt")
         lines += [{"result": result, "encoder": encoder, "seed": str(seed),
                    "command": " ".join(["python", script, *flags]), "value": f"{value:.2f}"}
-                  for (result, encoder), value in found(script, flags, name).items()]
+                  for (result, encoder), value in found(script, flags, name).items()
+                  if (result, encoder) not in done]
     return lines
 
 
@@ -117,23 +119,12 @@ def main(argv=None):
     folder, path = Path(args.out), RESULTS / "transfer.csv"
     folder.mkdir(parents=True, exist_ok=True)
     demo.build(folder / "demo")
-    lines = read_results(path)
-    done = {(line["seed"], line["encoder"], line["result"]) for line in lines}
-
-    def add(more):
-        lines.extend(more)
-        write_results(lines, path)
-
-    retrieve, fine_tune = {}, {}
+    lines, jobs = read_results(path), {}
     for seed in args.seeds:
-        runs, log = commands(seed, folder), folder / f"s{seed}.txt"
-        if (str(seed), "pre-trained", "class R@1, audio -> video") not in done:
-            retrieve[f"seed {seed}, retrieval"] = run_commands, seed, runs[:2], log
-        for run in runs[2:]:
-            result, encoder = run[2]
-            if (str(seed), encoder, result) not in done:
-                fine_tune[f"seed {seed}, {result}, {encoder}"] = run_commands, seed, [run], log
-    failures = run_all(retrieve, add) or run_all(fine_tune, add)
+        done = {(line["result"], line["encoder"]) for line in lines if line["seed"] == str(seed)}
+        if len(done) < len(RECALLS) + len(PROTOCOLS) * len(ENCODERS):
+            jobs[f"seed {seed}"] = run_seed, seed, folder, done
+    failures = run_all(jobs, lines, partial(write_results, path=path))
     if lines:
         print(markdown(lines))
     sys.exit(failures > 0)
