@@ -78,8 +78,9 @@ def run_all(jobs, lines, write):
     """Run the jobs {name: (function, *arguments)}, each on one core, and one on every core.
 
     GPUs are not used. A function returns lines of the csv, which are added to `lines`, and then
-    write(lines) is called. A ValueError that it raises is printed. Any other error is raised here,
-    when the jobs that have begun have ended. Returns how many jobs failed.
+    write(lines) is called, which returns the tables. A ValueError that it raises is printed. Any
+    other error is raised here, when the jobs that have begun have ended. At the end the tables are
+    printed, and the program ends, with status 1 if a job failed.
     """
     cores, failures = os.sched_getaffinity(0), 0
     context = multiprocessing.get_context("spawn")
@@ -98,7 +99,9 @@ def run_all(jobs, lines, write):
                     print(f"error: {futures[future]}: {error}", file=sys.stderr, flush=True)
         finally:
             pool.shutdown(cancel_futures=True)
-    return failures
+    if lines:
+        print(write(lines))
+    sys.exit(failures > 0)
 
 
 def write_csv(lines, columns, path):
@@ -335,11 +338,13 @@ def read_results(path, study):
 
 
 def write_results(lines, path, study):
-    """Write the csv, sorted by row and seed, and the tables beside it."""
+    """Write the csv, sorted by row and seed, and the tables beside it, which are returned."""
     order = list(rows_of(study))
     lines.sort(key=lambda line: (order.index(line["row"]), int(line["seed"])))
     write_csv(lines, columns(study), path)
-    path.with_suffix(".md").write_text(markdown(lines, study))
+    tables = markdown(lines, study)
+    path.with_suffix(".md").write_text(tables)
+    return tables
 
 
 def chances(study, clips):
@@ -445,12 +450,7 @@ def main(argv=None):
             flags = [*common, "--seed", str(seed), *rows[name].split(), *shorter]
             out = folder / f"{list(rows).index(name):02d}-{seed}"
             runs[f"{name}, seed {seed}"] = run_row, study, name, seed, flags, out
-    write = partial(write_results, path=results, study=study)
-    failures = run_all(runs, lines, write)
-    if lines:
-        write(lines)
-        print(results.with_suffix(".md").read_text())
-    sys.exit(failures > 0)
+    run_all(runs, lines, partial(write_results, path=results, study=study))
 
 
 if __name__ == "__main__":

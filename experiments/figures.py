@@ -12,8 +12,10 @@ and what sounds retrieve.
 """
 
 import argparse
+import csv
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +29,6 @@ from tqdm import tqdm
 
 from augment import LogMel, centre_crop, crop_at, frame_times, normalize_frames
 from data import read_clip
-from experiments.ablation import write_csv
 from loss import cross_affinity, info_nce, similarities
 from prepare.weights import sound_input
 from retrieval import extract, load
@@ -253,9 +254,9 @@ def ratios(args):
     axis.set_xticks([1 / 4, 1 / 2, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     axis.minorticks_off()
     axis.legend()
-    save(figure, args.out, 100, [
-        {"tau_a": tau_a, "tau_v": tau_v, "lambda": mean[p, q], "deviation": deviation[p, q]}
-        for p, tau_a in enumerate(SPEEDS) for q, tau_v in enumerate(SPEEDS)])
+    tau_a, tau_v = zip(*product(SPEEDS, SPEEDS))
+    save(figure, args.out, 100, {"tau_a": tau_a, "tau_v": tau_v, "lambda": mean.flatten(),
+                                 "deviation": deviation.flatten()})
 
 
 def lambda_by_speeds(model, settings, clips, split):
@@ -282,16 +283,15 @@ def shifts(args):
     model, settings, clips, _ = load(args)
     own, others = similarity_by_shift(model.eval(), sound_input(settings.sound), clips, args.split)
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    lines = [{"shift, s": shift} for shift in SHIFTS]
+    columns = {"shift, s": SHIFTS}
     for name, s in (("sound of the same file", own), ("sounds of other files", others)):
         mean, error = s.mean(0), s.std(0) / len(s) ** 0.5
         axis.errorbar(SHIFTS, mean, error, marker="o", capsize=3, label=name)
-        for line, value, of in zip(lines, mean, error):
-            line |= {name: value, f"{name}, standard error": of}
+        columns |= {name: mean, f"{name}, standard error": error}
     axis.set(xlabel="the sound begins later than the pictures by, s", ylabel="$z_a \\cdot z_v$",
              title=f"clips at speed 1, mean +- standard error, {len(own)} clips")
     axis.legend()
-    save(figure, args.out, 100, lines)
+    save(figure, args.out, 100, columns)
 
 
 def similarity_by_shift(model, log_mel, clips, split):
@@ -348,8 +348,8 @@ def affinity(args):
              ylabel="$\\lambda$ with the video at speed 1",
              title=f"mean +- deviation, {len(lams)} clips")
     axis.legend()
-    save(figure, args.out, lines=[{"speed of the sound": speed, "lambda": m, "deviation": d}
-                                  for speed, m, d in zip(SPEEDS, mean, deviation)])
+    save(figure, args.out, columns={"speed of the sound": SPEEDS, "lambda": mean,
+                                    "deviation": deviation})
 
 
 def curves(args):
@@ -397,16 +397,18 @@ def neighbours(args):
     save(figure, args.out)
 
 
-def save(figure, out, dpi=72, lines=None):
-    """Write the picture, print its size, and write the lines [{column: number}] to a csv beside."""
+def save(figure, out, dpi=72, columns=None):
+    """Write the picture, print its size, and write the columns {name: numbers} to a csv beside."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=dpi)
     plt.close(figure)
     print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
-    if lines:
-        lines = [{name: f"{value:.4g}" for name, value in line.items()} for line in lines]
-        write_csv(lines, list(lines[0]), out.with_suffix(".csv"))
+    if columns:
+        with open(out.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([f"{x:.4g}" for x in line] for line in zip(*columns.values()))
 
 
 @torch.no_grad()

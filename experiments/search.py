@@ -119,15 +119,15 @@ def search(args, device):
     if args.pool:
         model, settings = load_svaclr(args.checkpoint, SvaCLR)
         pool = read_pool(args, model, device)
+        args.clips = pool["settings"]["clips_per_file"]
     else:
         model, settings, clips, left_out = load(args)
         check_size(len(clips), args.split, left_out, 1)
     model = model.to(device).eval()
     dtype, _ = choose_precision("auto", device)
-    clips_per_file = pool["settings"]["clips_per_file"] if args.pool else args.clips
     queries = []
     for path in args.query or ():                                       # complain before the work
-        queries += read_queries(path, model, settings, dtype, args.feature, clips_per_file)
+        queries += read_queries(path, model, settings, dtype, args.feature, args.clips)
     if not args.pool:
         pool = make_pool(args, model, settings, clips, dtype)
     if args.save and rank() == 0:
@@ -256,10 +256,9 @@ def sound_clips(path, no_video, n, seconds):
 
 
 def answer(args, queries, pool):
-    """Print what each query finds in the pool, and draw it if asked.
+    """Print what each query finds in the pool, by the cosine of features, and draw it if asked.
 
-    The sound of a query finds videos, and its pictures find sounds, by the cosine of their
-    features. Of equally near ones the first in the pool comes first.
+    Of equally near ones the first in the pool comes first.
     """
     about, paths = pool["settings"], pool["paths"]
     note = ", includes training clips" if about["split"] in ("all", "train") else ""

@@ -8,9 +8,7 @@ a random clip, a decoder must begin at the last keyframe, often 8 s earlier, and
 pictures up to the clip: the copy saves both. The x264 tuning "fastdecode" (no CABAC, no deblocking)
 makes the rest about 1.4 times as fast for 6 % more bytes.
 
-Run the same command again after an interruption: finished files stay. Start only one run at a time
-for a COPY. The copy never enlarges pictures, but training enlarges them if it draws a short side
-above that of the copy.
+An interrupted run continues by the same command. docs/data.md says more.
 """
 
 import argparse
@@ -34,7 +32,7 @@ from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
 from prepare.scan import COLUMNS, READER, probe, read_table, write
-from support.processes import at_least
+from support.processes import at_least, bounded
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
                              open_file, open_streams, place_sound, rows, upright)
 
@@ -343,12 +341,10 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
             f"{before:.1f} MB -> {after:.1f} MB")
 
 
-def part_of_picture(text):
-    """An argparse type: "width:height:x:y" -> four whole numbers."""
-    numbers = text.split(":")
-    if len(numbers) != 4 or not all(map(str.isdecimal, numbers)) or "0" in numbers[:2]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not width:height:x:y in pixels")
-    return tuple(map(int, numbers))
+# An argparse type: "width:height:x:y" -> four whole numbers.
+part_of_picture = bounded(lambda text: tuple(map(int, text.split(":"))),
+                          lambda part: len(part) == 4 and min(part) >= 0 < min(part[:2]),
+                          "width:height:x:y in pixels")
 
 
 def main():
