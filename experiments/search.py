@@ -25,17 +25,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from augment import normalize_frames
-from data import ActionClips, Row, evenly_spaced, make_loader
+from data import ActionClips, Row, evenly_spaced
+from finetune import features
 from models import C, SvaCLR, video_encoder
 from prepare import scan
 from prepare.weights import sound_input
 from retrieval import (RANKS, average, chance, embed, extract, find_part, gather_features, load,
                        parser)
-from support.batches import evaluation_batches
 from support.checkpoints import load_encoder, load_svaclr, read_state, write_atomic
 from support.classification import say_torchvision
-from support.processes import at_least, autocast, choose_precision, launch, rank, say
+from support.processes import at_least, choose_precision, launch, rank, say
 from support.reading import RATE, read, read_sound
 from support.tables import check_size, write_table
 
@@ -198,14 +197,14 @@ def read_queries(path, model, settings, dtype, feature, n):
     frames, waves, missing = read_clips(path, settings, n)
     device = next(model.parameters()).device
     log_mel = sound_input(settings.sound).to(device)
-    features = embed(model, log_mel, dtype, feature, frames, waves)     # (2, 1, D)
+    x = embed(model, log_mel, dtype, feature, frames, waves)[:, 0]      # (2, D)
     pictures = {"audio": log_mel(waves.to(device))[0, n // 2, 0].cpu().numpy(),
                 "video": frames[0, n // 2, settings.frames // 2].numpy()}
     for modality, cause in missing.items():
         say(f"{path}: its {ASKS[modality][0]} cannot be used ({cause}), so only the rest of it is "
             "a query")
-    return [Query(path, modality, x, pictures[modality])
-            for modality, x in zip(ASKS, features[:, 0]) if modality not in missing]
+    return [Query(path, modality, x[n], pictures[modality])
+            for n, modality in enumerate(ASKS) if modality not in missing]
 
 
 def read_clips(path, settings, n):
@@ -337,18 +336,14 @@ def compare_videos(args, device):
     report(args, clip, results, labels, gallery_labels, parts)
 
 
-@torch.no_grad()
 def encode(args, f, rows, clip):
     """y_v (n, C) of the videos of rows that can be read, on every process, and their n labels."""
     device = next(f.parameters()).device
     dtype, _ = choose_precision("auto", device)
     clips = ActionClips(rows, sorted({row.label for row in rows}), **clip, views=(args.clips, 1))
     results = torch.zeros(1, len(rows), C + 1, device=device)           # last: was it read?
-    for frames, _, index in evaluation_batches(make_loader(clips, 8), args.max_failures):
-        with autocast(device, dtype):
-            y_v = f(normalize_frames(frames.to(device)).flatten(0, 1))  # (B clips, C)
-        y_v = average(y_v.unflatten(0, frames.shape[:2]))               # (B, C)
-        results[0, index] = F.pad(y_v, (0, 1), value=1)
+    for index, _, y in features(f, clips, dtype, None, args.max_failures):      # y: (clips, C)
+        results[0, index] = F.pad(average(y), (0, 1), value=1)
     (y_v,), found = gather_features(results)
     return y_v, [rows[n].label for n in found]
 
