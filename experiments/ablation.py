@@ -93,10 +93,11 @@ def run_all(jobs, lines, write):
             for future in as_completed(futures):
                 try:
                     lines += future.result()
-                    write(lines)
                 except ValueError as error:
                     failures += 1
                     print(f"error: {futures[future]}: {error}", file=sys.stderr, flush=True)
+                else:
+                    write(lines)
         finally:
             pool.shutdown(cancel_futures=True)
     if lines:
@@ -259,12 +260,21 @@ def from_log(checkpoint):
 
 # ---- the rows {name: flags of pretrain.py}
 
+def for_epochs(number, rows, suffix=""):
+    """The rows with this number of epochs, and with a suffix to their names."""
+    return {name + suffix: f"{flags} --epochs {number}" for name, flags in rows.items()}
+
+
 PLAIN = "--max-speed {} --affinity none"
 SOFT = "--max-speed 4 --affinity clip --affinity-temperature 1"
 COOL = SOFT.removesuffix("1") + "0.1"
+SHARED = " --same-speed"
 BASE = "s = [1, 4], SoftInfoNCE"
-EQ_1 = {"no speed, InfoNCE": PLAIN.format(1), "s = [1, 2], InfoNCE": PLAIN.format(2),
-        "s = [1, 4], InfoNCE": PLAIN.format(4), "s = [1, 6], InfoNCE": PLAIN.format(6), BASE: SOFT}
+EQ_1 = {"no speed, InfoNCE": PLAIN.format(1),
+        "s = [1, 2], InfoNCE": PLAIN.format(2),
+        "s = [1, 4], InfoNCE": PLAIN.format(4),
+        "s = [1, 6], InfoNCE": PLAIN.format(6),
+        BASE: SOFT}
 EQ_2 = {"temperature 0.1": COOL,
         "raw y": SOFT + " --raw-affinity",
         "detached": SOFT + " --detach-affinity",
@@ -272,20 +282,17 @@ EQ_2 = {"temperature 0.1": COOL,
         "scope batch": SOFT.replace("clip", "batch"),
         "mapping linear": SOFT + " --mapping linear",
         "mapping mlp": SOFT + " --mapping mlp"}
-SHARED = " --same-speed"
-PAPER = {name: flags + " --epochs 30" for name, flags in EQ_1.items()}
-READINGS = {name: flags + " --epochs 30"
-            for name, flags in {**EQ_2, "shared speed": SOFT + SHARED}.items()}
-SHORT = {f"{name}, 15 epochs": flags + " --epochs 15" for name, flags in {**EQ_1, **EQ_2}.items()}
-TIMING = {"no speed, InfoNCE": PLAIN.format(1) + " --epochs 32"} | {
-    name: flags + " --epochs 16" for name, flags in (
-        ("no speed, InfoNCE, 16 epochs", PLAIN.format(1)),
-        ("s = [1, 2], InfoNCE", PLAIN.format(2)),
-        ("s = [1, 4], InfoNCE", PLAIN.format(4)),
-        ("s = [1, 4], InfoNCE, shared speed", PLAIN.format(4) + SHARED),
-        ("s = [1, 4], SoftInfoNCE, shared speed", SOFT + SHARED),
-        (BASE, SOFT),
-        ("s = [1, 4], SoftInfoNCE, temperature 0.1", COOL))}
+PAPER = for_epochs(30, EQ_1)
+READINGS = for_epochs(30, EQ_2 | {"shared speed": SOFT + SHARED})
+SHORT = for_epochs(15, EQ_1 | EQ_2, ", 15 epochs")
+TIMING = for_epochs(32, {"no speed, InfoNCE": PLAIN.format(1)}) | for_epochs(16, {
+    "no speed, InfoNCE, 16 epochs": PLAIN.format(1),
+    "s = [1, 2], InfoNCE": PLAIN.format(2),
+    "s = [1, 4], InfoNCE": PLAIN.format(4),
+    "s = [1, 4], InfoNCE, shared speed": PLAIN.format(4) + SHARED,
+    "s = [1, 4], SoftInfoNCE, shared speed": SOFT + SHARED,
+    BASE: SOFT,
+    "s = [1, 4], SoftInfoNCE, temperature 0.1": COOL})
 
 # seeds: of a run without --seeds, none if it runs with --rows alone. base: the row with which the
 # others are compared.
