@@ -5,24 +5,15 @@
     python -m experiments.ablation --seeds 5 6 --rows "s = [1, 4], SoftInfoNCE" "raw y"
     python -m experiments.ablation --quick              # 2 epochs, one seed: does it run?
 
-A run is pretrain.py with one row's flags. Runs with a line in the csv are left out, so the same
-command continues after an interruption. To repeat a run, delete its line and its folder in --out.
+A run is pretrain.py with one row's flags. experiments/results/ablation.csv, or ablation-grid.csv,
+gets a line per run, and the .md beside it the tables. Runs with a line in the csv are left out, so
+the same command continues after an interruption. To repeat a run, delete its line and its folder.
 
 Without --data the set is the built-in one, at 6 frames per second, so that a clip lasts 0.67 s and
-speed 6 fits into the 4.5 s of a film. All measures are of the test part, on the mean of 2 clips per
-film. Retrieval compares the projections z. Probes are linear classifiers on the encoder outputs y
-of video or of sound, fitted on all labels of the train part (72 per class) or on two labels per
-class (mean of 5 draws), because the probe of sound reaches 100 % with all.
-
---data is for a set in which timing alone links sight and sound: GRID of docs/data.md, whose clips
-of 0.67 s fit speed 4 into 3 s. Retrieval is at instance level, on the middle clip of each test
-file. "No speed" has as many epochs as the other rows, or twice as many, so that it encodes the same
-number of clips. A second pool has each clip's sound and video at one of the speeds 1 to 4, a
-quarter of the clips at each: there a model that hears and sees the speed alone finds clips of the
-query's speed.
-
-experiments/results/ablation.csv, or ablation-grid.csv, gets a line per run, and the .md beside it
-the tables. docs/results.md discusses them.
+speed 6 fits into the 4.5 s of a film: see classes_and_clips. --data is for a set in which timing
+alone links sight and sound, GRID of docs/data.md, whose clips of 0.67 s fit speed 4 into 3 s: see
+timing. There "no speed" has as many epochs as the other rows, or twice as many, so that it encodes
+the same number of clips.
 
 Symbols: n test clips, C and D the widths of y and z.
 """
@@ -41,6 +32,7 @@ import sys
 from argparse import Namespace
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,37 +69,40 @@ def run_script(name, flags, log):
 
 def take_core(free):
     """Keep this process and those that it starts to one core, off GPUs, and hide progress bars."""
-    os.sched_setaffinity(0, free.get())
+    os.sched_setaffinity(0, {free.get()})
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.stderr = open(os.devnull, "w")
 
 
-def run_all(jobs, take):
+def run_all(jobs, lines, write):
     """Run the jobs {name: (function, *arguments)}, each on one core, and one on every core.
 
-    GPUs are not used. As each ends, `take` gets what the function returned. A ValueError that it
-    raised is printed. Any other error is raised here, when the jobs that have begun have ended.
-    Returns how many jobs failed.
+    GPUs are not used. A function returns lines of the csv, which are added to `lines`, and then
+    write(lines) is called, which returns the tables. A ValueError that it raises is printed. Any
+    other error is raised here, when the jobs that have begun have ended. At the end the tables are
+    printed, and the program ends, with status 1 if a job failed.
     """
-    cores, failures = sorted(os.sched_getaffinity(0)), 0
+    cores, failures = os.sched_getaffinity(0), 0
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for core in cores:
-        free.put({core})
+        free.put(core)
     with ProcessPoolExecutor(len(cores), context, take_core, (free,)) as pool:
         futures = {pool.submit(*job): name for name, job in jobs.items()}
         try:
             for future in as_completed(futures):
                 try:
-                    result = future.result()
+                    lines += future.result()
                 except ValueError as error:
                     failures += 1
                     print(f"error: {futures[future]}: {error}", file=sys.stderr, flush=True)
                 else:
-                    take(result)
+                    write(lines)
         finally:
             pool.shutdown(cancel_futures=True)
-    return failures
+    if lines:
+        print(write(lines))
+    sys.exit(failures > 0)
 
 
 def write_csv(lines, columns, path):
@@ -164,18 +159,21 @@ def recall_names(level):
 def recalls(audio, video, labels):
     """Table 3 of features (n, D) in %, and the means of both directions: {metric: %}."""
     found = {}
-    for way, pair in zip(WAYS, ((video, audio), (audio, video))):
-        for k, shares in recall_at_k(*pair, labels).items():
-            found |= {f"{level}, {way}, R@{k}": 100 * share for level, share in zip(LEVELS, shares)}
-    return found | {f"{level} R@{k}": statistics.mean(found[f"{level}, {way}, R@{k}"]
-                                                      for way in WAYS)
-                    for level in LEVELS for k in RANKS}
+    by_video, by_audio = recall_at_k(video, audio, labels), recall_at_k(audio, video, labels)
+    for k in RANKS:
+        for level, *shares in zip(LEVELS, by_video[k], by_audio[k]):
+            percent = [100 * share for share in shares]
+            found |= {f"{level}, {way}, R@{k}": x for way, x in zip(WAYS, percent)}
+            found[f"{level} R@{k}"] = statistics.mean(percent)
+    return found
 
 
 def classes_and_clips(checkpoint):
-    """{metric: %}: retrieval and linear classifiers, on the mean of 2 clips per film.
+    """{metric: %}: retrieval by z and linear classifiers of y, on the mean of 2 clips per film.
 
-    "clips/s" is the rate of training, and "clips" is n. Raises ValueError if a film cannot be read.
+    A probe is a classifier of the video or of the sound, fitted on all labels of the train part or
+    on two per class (mean of 5 draws), because that of sound reaches 100 % with all. "clips/s" is
+    the rate of training, and "clips" is n. Raises ValueError if a film cannot be read.
     """
     device = start()
     dtype, _ = choose_precision("auto", device)
@@ -190,19 +188,18 @@ def classes_and_clips(checkpoint):
         y[split] = extract(model, clips, dtype, "y", max_failures=0)[:2]        # (n, C) x 2
     audio, video, _ = extract(model, clips, dtype, max_failures=0)              # (n, D) x 2
     result = recalls(audio, video, labels["test"])
-    draws = [[rows["train"].index(row) for row in subset(rows["train"], 2 / demo.TRAIN, draw)]
-             for draw in range(5)]
 
-    def probe(n, labelled):
+    def probe(n, chosen):
+        labelled = [rows["train"].index(row) for row in chosen]
         classifier = fit_linear(y["train"][n][labelled], labels["train"][labelled])
         answers = classifier(y["test"][n]).argmax(1)                            # (n,)
         return 100 * (answers == labels["test"]).double().mean().item()
 
+    draws = [subset(rows["train"], 2 / demo.TRAIN, draw) for draw in range(5)]
     for n, name in enumerate(("audio probe", "video probe")):
-        result[name] = probe(n, list(range(len(rows["train"]))))
-        result[f"{name}, 2 labels"] = statistics.mean(probe(n, labelled) for labelled in draws)
-    _, rate = from_log(checkpoint)
-    return result | {"clips/s": rate, "clips": len(rows["test"])}
+        result[name] = probe(n, rows["train"])
+        result[f"{name}, 2 labels"] = statistics.mean(probe(n, draw) for draw in draws)
+    return result | {"clips/s": from_log(checkpoint)[1], "clips": len(rows["test"])}
 
 
 @torch.no_grad()
@@ -210,10 +207,10 @@ def timing(checkpoint):
     """{metric: %}: retrieval of the middle clip of each file, at speed 1 and at four speeds.
 
     "mixed" are those of a pool in which clip i has sound and video at speed 1 + i mod 4. "same
-    speed" is the share of its 5 nearest that have the query's speed. "loss" is that of about the
-    last epoch of training, in % of the loss of a model that cannot tell clips apart,
-    log(1 + K (N - 1)). "clips/s" is the rate of training, and "clips" is n. Raises ValueError if a
-    film cannot be read.
+    speed" is the share of its 5 nearest that have the query's speed, which a model finds that hears
+    and sees the speed alone. "loss" is that of about the last epoch of training, in % of the loss
+    of a model that cannot tell clips apart, log(1 + K (N - 1)). "clips/s" is the rate of training,
+    and "clips" is n. Raises ValueError if a film cannot be read.
     """
     device = start()
     dtype, _ = choose_precision("auto", device)
@@ -263,32 +260,39 @@ def from_log(checkpoint):
 
 # ---- the rows {name: flags of pretrain.py}
 
+def for_epochs(number, rows, suffix=""):
+    """The rows with this number of epochs, and with a suffix to their names."""
+    return {name + suffix: f"{flags} --epochs {number}" for name, flags in rows.items()}
+
+
 PLAIN = "--max-speed {} --affinity none"
 SOFT = "--max-speed 4 --affinity clip --affinity-temperature 1"
-PAPER = {"no speed, InfoNCE": PLAIN.format(1), "s = [1, 2], InfoNCE": PLAIN.format(2),
-         "s = [1, 4], InfoNCE": PLAIN.format(4), "s = [1, 6], InfoNCE": PLAIN.format(6),
-         "s = [1, 4], SoftInfoNCE": SOFT}
-READINGS = {"temperature 0.1": SOFT.removesuffix("1") + "0.1",
-            "raw y": SOFT + " --raw-affinity",
-            "detached": SOFT + " --detach-affinity",
-            "scope view": SOFT.replace("clip", "view"),
-            "scope batch": SOFT.replace("clip", "batch"),
-            "mapping linear": SOFT + " --mapping linear",
-            "mapping mlp": SOFT + " --mapping mlp",
-            "shared speed": SOFT + " --same-speed"}
-SHORT = {f"{name}, 15 epochs": flags + " --epochs 15"
-         for name, flags in (PAPER | READINGS).items() if name != "shared speed"}
-TIMING = {"no speed, InfoNCE": PLAIN.format(1) + " --epochs 32"} | {
-    name: flags + " --epochs 16" for name, flags in (
-        ("no speed, InfoNCE, 16 epochs", PLAIN.format(1)),
-        ("s = [1, 2], InfoNCE", PLAIN.format(2)),
-        ("s = [1, 4], InfoNCE", PLAIN.format(4)),
-        ("s = [1, 4], InfoNCE, shared speed", PLAIN.format(4) + " --same-speed"),
-        ("s = [1, 4], SoftInfoNCE, shared speed", READINGS["shared speed"]),
-        ("s = [1, 4], SoftInfoNCE", SOFT),
-        ("s = [1, 4], SoftInfoNCE, temperature 0.1", READINGS["temperature 0.1"]))}
-PAPER, READINGS = ({name: flags + " --epochs 30" for name, flags in rows.items()}
-                   for rows in (PAPER, READINGS))
+COOL = SOFT.removesuffix("1") + "0.1"
+SHARED = " --same-speed"
+BASE = "s = [1, 4], SoftInfoNCE"
+EQ_1 = {"no speed, InfoNCE": PLAIN.format(1),
+        "s = [1, 2], InfoNCE": PLAIN.format(2),
+        "s = [1, 4], InfoNCE": PLAIN.format(4),
+        "s = [1, 6], InfoNCE": PLAIN.format(6),
+        BASE: SOFT}
+EQ_2 = {"temperature 0.1": COOL,
+        "raw y": SOFT + " --raw-affinity",
+        "detached": SOFT + " --detach-affinity",
+        "scope view": SOFT.replace("clip", "view"),
+        "scope batch": SOFT.replace("clip", "batch"),
+        "mapping linear": SOFT + " --mapping linear",
+        "mapping mlp": SOFT + " --mapping mlp"}
+PAPER = for_epochs(30, EQ_1)
+READINGS = for_epochs(30, EQ_2 | {"shared speed": SOFT + SHARED})
+SHORT = for_epochs(15, EQ_1 | EQ_2, ", 15 epochs")
+TIMING = for_epochs(32, {"no speed, InfoNCE": PLAIN.format(1)}) | for_epochs(16, {
+    "no speed, InfoNCE, 16 epochs": PLAIN.format(1),
+    "s = [1, 2], InfoNCE": PLAIN.format(2),
+    "s = [1, 4], InfoNCE": PLAIN.format(4),
+    "s = [1, 4], InfoNCE, shared speed": PLAIN.format(4) + SHARED,
+    "s = [1, 4], SoftInfoNCE, shared speed": SOFT + SHARED,
+    BASE: SOFT,
+    "s = [1, 4], SoftInfoNCE, temperature 0.1": COOL})
 
 # seeds: of a run without --seeds, none if it runs with --rows alone. base: the row with which the
 # others are compared.
@@ -298,9 +302,9 @@ Table = namedtuple("Table", "title rows seeds base")
 # to {metric: value}.
 Study = namedtuple("Study", "flags tables metrics compared levels measure")
 BUILT_IN = Study("--fps 6 --warmup 1",
-                 [Table("The paper's rows", PAPER, range(5), "s = [1, 4], SoftInfoNCE"),
-                  Table("Open readings", READINGS, range(3), "s = [1, 4], SoftInfoNCE"),
-                  Table("15 epochs", SHORT, (), "s = [1, 4], SoftInfoNCE, 15 epochs")],
+                 [Table("The paper's rows", PAPER, range(5), BASE),
+                  Table("Open readings", READINGS, range(3), BASE),
+                  Table("15 epochs", SHORT, (), f"{BASE}, 15 epochs")],
                  ["class R@1", "class R@5", "instance R@1", "instance R@5", *PROBES],
                  "class R@1", LEVELS, classes_and_clips)
 LIPS = Study("--arch r2plus1d_10 --frames 8 --fps 12 --size 32 --batch-per-process 32",
@@ -321,15 +325,17 @@ def columns(study):
 
 
 def run_row(study, name, seed, flags, out):
-    """Start or continue one run of pretrain.py, and measure it: the line of the csv.
+    """Start or continue one run of pretrain.py, measure it, and return [the line of the csv].
 
     Raises ValueError if pretrain.py fails, or if a file of the test part cannot be read.
     """
     run_script("pretrain.py", [*flags, "--out", str(out)], out.with_suffix(".txt"))
     values = study.measure(out / "checkpoint.pt")
+    print(f"{name}, seed {seed}: "
+          + ", ".join(f"{metric} {values[metric]:.2f}" for metric in study.metrics), flush=True)
     line = {"row": name, "seed": str(seed), "flags": rows_of(study)[name],
             "clips": str(values["clips"])}
-    return {column: line.get(column) or f"{values[column]:.2f}" for column in columns(study)}
+    return [{column: line.get(column) or f"{values[column]:.2f}" for column in columns(study)}]
 
 
 def read_results(path, study):
@@ -339,11 +345,13 @@ def read_results(path, study):
 
 
 def write_results(lines, path, study):
-    """Write the csv, sorted by row and seed, and the tables beside it."""
+    """Write the csv, sorted by row and seed, and the tables beside it, which are returned."""
     order = list(rows_of(study))
     lines.sort(key=lambda line: (order.index(line["row"]), int(line["seed"])))
     write_csv(lines, columns(study), path)
-    path.with_suffix(".md").write_text(markdown(lines, study))
+    tables = markdown(lines, study)
+    path.with_suffix(".md").write_text(tables)
+    return tables
 
 
 def chances(study, clips):
@@ -429,12 +437,12 @@ def name_of(data):
 def main(argv=None):
     """Run the command. The exit status is 1 if a run failed."""
     args, study, jobs = parse(argv)
-    folder, file, common, shorter = Path(args.out), "ablation.csv", study.flags.split(), []
+    folder, file, common = Path(args.out), "ablation.csv", study.flags.split()
     if args.data:
         name = name_of(args.data)
         folder, file = folder / name, f"ablation-{name}.csv"
         common += ["--data", args.data]
-    results = RESULTS / file
+    results, shorter = RESULTS / file, []
     if args.quick:
         folder, shorter = folder / "quick", ["--epochs", "2"]
         results = folder / file
@@ -442,26 +450,14 @@ def main(argv=None):
     folder.mkdir(parents=True, exist_ok=True)
     if not args.data:
         demo.build(folder / "demo")
-
-    lines, rows = read_results(results, study), rows_of(study)
+    lines, rows, runs = read_results(results, study), rows_of(study), {}
     done = {(line["row"], int(line["seed"])) for line in lines}
-
-    def add(line):
-        lines.append(line)
-        write_results(lines, results, study)
-        print(f"{line['row']}, seed {line['seed']}: "
-              + ", ".join(f"{metric} {line[metric]}" for metric in study.metrics), flush=True)
-
-    failures = run_all({
-        f"{name}, seed {seed}": (
-            run_row, study, name, seed,
-            [*common, "--seed", str(seed), *rows[name].split(), *shorter],
-            folder / f"{list(rows).index(name):02d}-{seed}")
-        for name, seed in jobs if (name, seed) not in done}, add)
-    if lines:
-        write_results(lines, results, study)
-        print(results.with_suffix(".md").read_text())
-    sys.exit(failures > 0)
+    for name, seed in jobs:
+        if (name, seed) not in done:
+            flags = [*common, "--seed", str(seed), *rows[name].split(), *shorter]
+            out = folder / f"{list(rows).index(name):02d}-{seed}"
+            runs[f"{name}, seed {seed}"] = run_row, study, name, seed, flags, out
+    run_all(runs, lines, partial(write_results, path=results, study=study))
 
 
 if __name__ == "__main__":

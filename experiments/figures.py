@@ -12,8 +12,10 @@ and what sounds retrieve.
 """
 
 import argparse
+import csv
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +29,6 @@ from tqdm import tqdm
 
 from augment import LogMel, centre_crop, crop_at, frame_times, normalize_frames
 from data import read_clip
-from experiments.ablation import write_csv
 from loss import cross_affinity, info_nce, similarities
 from prepare.weights import sound_input
 from retrieval import extract, load
@@ -64,7 +65,6 @@ def load_with_lambda(args):
     return model.eval(), settings, clips
 
 
-@torch.no_grad()
 def method(args):
     """One clip, its views, the similarities of a small batch with the part that each of them plays
     in Eq. 1, and how L and lambda make the clip's loss, from sound to video."""
@@ -87,78 +87,76 @@ def method(args):
                          settings.raw_affinity)                                 # (N, K, K)
 
     frames, _ = read_clip(rows[0].path, 0, TAU_V, (), T, fps, 128)          # sharper, to look at
-    figure, shown = plt.figure(figsize=METHOD_SIZE), spread(4, T)
+    canvas = plt.figure(figsize=METHOD_SIZE).add_axes((0, 0, 1, 1))         # its unit is an inch
+    canvas.set(xlim=(0, METHOD_SIZE[0]), ylim=(0, METHOD_SIZE[1]))
+    canvas.axis("off")
+    shown = spread(4, T)
     times = torch.stack([frame_times(T, fps, tau)[shown] for tau in TAU_V])     # (K, n), s
-    draw_views(figure, crop_at(frames, 128)[:, shown], times, audio[0, :, 0], T / fps)
-    arrow(figure, 4.56, 0.42)
-    write(figure, 4.76, 2.86, "$f,\\ h_v$\n$g,\\ h_a$")
-    draw_similarities(figure, s)
-    arrow(figure, 8.64, 0.3)
-    draw_loss(figure, L[0], lam[0])
-    save(figure, args.out, 100)
+    draw_views(canvas, crop_at(frames, 128)[:, shown], times, audio[0, :, 0], T / fps)
+    arrow(canvas, 4.56, 0.42)
+    write(canvas, 4.76, 2.86, "$f,\\ h_v$\n$g,\\ h_a$")
+    draw_similarities(canvas, s)
+    arrow(canvas, 8.64, 0.3)
+    draw_loss(canvas, L[0], lam[0])
+    save(canvas.figure, args.out, 100)
 
 
-def place(figure, x, y, width, height):
-    """Axes without ticks at x, y from the lower left corner, in inches."""
-    W, H = METHOD_SIZE
-    axis = figure.add_axes((x / W, y / H, width / W, height / H))
-    bare([axis])
+def place(canvas, x, y, width, height):
+    """Axes without ticks whose lower left corner is at x, y."""
+    axis = canvas.inset_axes((x, y, width, height), transform=canvas.transData, zorder=0)
+    axis.set(xticks=[], yticks=[])
     return axis
 
 
-def write(figure, x, y, text, size=10.5, **style):
-    """Text around x, y from the lower left corner, in inches."""
-    W, H = METHOD_SIZE
-    style = {"ha": "center", "va": "center", "fontsize": size} | style
-    figure.text(x / W, y / H, text, **style)
+def write(canvas, x, y, text, size=10.5, **style):
+    """Text around x, y."""
+    canvas.text(x, y, text, **{"ha": "center", "va": "center", "fontsize": size} | style)
 
 
-def arrow(figure, x, length):
-    """An arrow from x to the right, in inches, from one part of the figure to the next."""
-    (W, H), y = METHOD_SIZE, 2.55
-    figure.add_artist(FancyArrowPatch((x / W, y / H), ((x + length) / W, y / H), color="0.35",
-                                      arrowstyle="-|>", mutation_scale=18, linewidth=2))
+def arrow(canvas, x, length):
+    """An arrow from x to the right, from one part of the figure to the next."""
+    canvas.add_patch(FancyArrowPatch((x, 2.55), (x + length, 2.55), color="0.35", linewidth=2,
+                                     arrowstyle="-|>", mutation_scale=18))
 
 
-def mark(figure, x, y, name):
+def mark(canvas, x, y, name):
     """The mark of a role in Eq. 1."""
     circle = dict(boxstyle="circle,pad=0.12", facecolor=COLOURS[name], edgecolor="white")
-    write(figure, x, y, MARKS[name], 12, color="white", fontweight="bold", bbox=circle)
+    write(canvas, x, y, MARKS[name], 12, color="white", fontweight="bold", bbox=circle)
 
 
-def draw_views(figure, frames, times, audio, seconds):
+def draw_views(canvas, frames, times, audio, seconds):
     """Frames (K, n, H, W, 3) at times (K, n) and spectrograms (K, M, F) of one clip.
 
     seconds: what a view at speed 1 covers.
     """
-    write(figure, 2.66, 4.66, "One clip and its four views", 14)
+    write(canvas, 2.66, 4.66, "One clip and its four views", 14)
     for k, (tau, y) in enumerate(zip(TAU_V, (3.38, 2.2))):
-        write(figure, 0.42, y + 0.45, f"video $v$\n$\\tau_v$ = {tau}", 11.5)
+        write(canvas, 0.42, y + 0.45, f"video $v$\n$\\tau_v$ = {tau}", 11.5)
         for n, frame in enumerate(frames[k]):
-            place(figure, 0.85 + 0.91 * n, y, 0.88, 0.88).imshow(frame)
-            write(figure, 1.29 + 0.91 * n, y - 0.11, f"{times[k, n]:.2f} s")
-    write(figure, 0.42, 1.2, "sound $a$", 11.5)
+            place(canvas, 0.85 + 0.91 * n, y, 0.88, 0.88).imshow(frame)
+            write(canvas, 1.29 + 0.91 * n, y - 0.11, f"{times[k, n]:.2f} s")
+    write(canvas, 0.42, 1.2, "sound $a$", 11.5)
     for k, tau in enumerate(TAU_A):
         x = 0.85 + 1.84 * k
-        place(figure, x, 0.72, 1.77, 1.15).imshow(audio[k], origin="lower", aspect="auto",
+        place(canvas, x, 0.72, 1.77, 1.15).imshow(audio[k], origin="lower", aspect="auto",
                                                   cmap="magma")
-        write(figure, x, 0.6, "0 s", ha="left")
-        write(figure, x + 0.88, 0.58, f"$\\tau_a$ = {tau}", 11.5)
-        write(figure, x + 1.77, 0.6, f"{tau * seconds:g} s", ha="right")
-    write(figure, 2.66, 0.22, "A view at speed $\\tau$ covers $\\tau$ times the source.", 11)
+        write(canvas, x, 0.6, "0 s", ha="left")
+        write(canvas, x + 0.88, 0.58, f"$\\tau_a$ = {tau}", 11.5)
+        write(canvas, x + 1.77, 0.6, f"{tau * seconds:g} s", ha="right")
+    write(canvas, 2.66, 0.22, "A view at speed $\\tau$ covers $\\tau$ times the source.", 11)
 
 
-def draw_similarities(figure, s):
+def draw_similarities(canvas, s):
     """The similarities s (N, K, N, K) as a square, and the roles of one row of it in Eq. 1."""
     N, K = s.shape[:2]
     left, top, side, cell = 5.75, 3.93, 2.8, 2.8 / N / K
-    write(figure, 7.05, 4.66, "Its batch:  $s[i,p,j,q]=z_a\\cdot z_v\\,/\\,\\eta$", 14)
-    write(figure, left + side / 2, top + 0.47, "video view $q$ of clip $j$")
-    write(figure, left - 0.5, top - side / 2, "sound view $p$ of clip $i$", rotation=90)
-    axis = place(figure, left, top - side, side, side)
+    write(canvas, 7.05, 4.66, "Its batch:  $s[i,p,j,q]=z_a\\cdot z_v\\,/\\,\\eta$", 14)
+    write(canvas, left + side / 2, top + 0.47, "video view $q$ of clip $j$")
+    write(canvas, left - 0.5, top - side / 2, "sound view $p$ of clip $i$", rotation=90)
+    axis = place(canvas, left, top - side, side, side)
     axis.imshow(s.reshape(N * K, N * K), cmap="Blues", vmax=1.15 * float(s.max()))
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.axis("off")
     for n in range(1, N * K):
         width = 0.7 if n % K else 3
         axis.axhline(n - 0.5, color="white", linewidth=width)
@@ -167,78 +165,66 @@ def draw_similarities(figure, s):
         axis.add_patch(Rectangle((K * j - 0.45, K * j - 0.45), K - 0.1, K - 0.1, fill=False,
                                  edgecolor=COLOURS["positive"], linewidth=2.2, zorder=3))
         middle = cell * K * (j + 0.5)
-        write(figure, left + middle, top + 0.27, f"clip {j}")
-        write(figure, left - 0.27, top - middle, f"clip {j}", rotation=90)
+        write(canvas, left + middle, top + 0.27, f"clip {j}")
+        write(canvas, left - 0.27, top - middle, f"clip {j}", rotation=90)
         for r in range(K):
             middle = cell * (K * j + r + 0.5)
-            write(figure, left + middle, top + 0.1, f"{r}", 9.5, color="0.3")
-            write(figure, left - 0.1, top - middle, f"{r}", 9.5, color="0.3")
-            mark(figure, left + middle, top - cell / 2, role(0, 0, j, r))
-    for n, (name, text) in enumerate((("positive", "positive of $L[0,0,0]$: the clip's video 0"),
-                                      ("negative", "negatives: other clips at both speeds"),
-                                      ("left out", "left out: the clip's own other view"))):
-        mark(figure, 5.4, 0.83 - 0.27 * n, name)
-        write(figure, 5.6, 0.83 - 0.27 * n, text, 11, ha="left")
+            write(canvas, left + middle, top + 0.1, f"{r}", 9.5, color="0.3")
+            write(canvas, left - 0.1, top - middle, f"{r}", 9.5, color="0.3")
+            mark(canvas, left + middle, top - cell / 2, role(0, 0, j, r))
+    for y, name, text in ((0.83, "positive", "positive of $L[0,0,0]$: the clip's video 0"),
+                          (0.56, "negative", "negatives: other clips at both speeds"),
+                          (0.29, "left out", "left out: the clip's own other view")):
+        mark(canvas, 5.4, y, name)
+        write(canvas, 5.6, y, text, 11, ha="left")
 
 
-def draw_loss(figure, L, lam):
+def draw_loss(canvas, L, lam):
     """L and lambda (K, K) of the first clip with their numbers, and how they make its loss."""
-    write(figure, 10.45, 4.66, "Loss of clip 0", 14)
-    draw_pairs(figure, 9.17, "$L[0,p,q]$", L, ".2f", "Greys")
-    draw_pairs(figure, 10.74, "$\\lambda[0,p,q]$", lam, ".3f", "Oranges")
+    write(canvas, 10.45, 4.66, "Loss of clip 0", 14)
+    draw_pairs(canvas, 9.17, "$L[0,p,q]$", L, ".2f", "Greys")
+    draw_pairs(canvas, 10.74, "$\\lambda[0,p,q]$", lam, ".3f", "Oranges")
+    total = float((lam * L).sum())
     for y, text in (
             (2.2, "Eq. 1:  $L=-\\log\\ \\dfrac{e^{s_+}}{e^{s_+}+\\ \\sum e^{s_-}}$"),
             (1.64, "Eq. 2:  $\\lambda$ = softmax of $l(y_a)\\,l(y_v)^T$"),
-            (1.15, "Eq. 3:  $\\sum_{p,q}\\ \\lambda[0,p,q]\\;L[0,p,q]$"
-                   f" = {float((lam * L).sum()):.2f}"),
+            (1.15, f"Eq. 3:  $\\sum_{{p,q}}\\ \\lambda[0,p,q]\\;L[0,p,q]$ = {total:.2f}"),
             (0.66, "mean over clips, both directions")):
-        write(figure, 9.05, y, text, 11.5, ha="left")
+        write(canvas, 9.05, y, text, 11.5, ha="left")
 
 
-def draw_pairs(figure, x, name, values, form, colours):
+def draw_pairs(canvas, x, name, values, form, colours):
     """The values (K, K) of the pairs of views of one clip."""
     y, side = 2.66, 1.2
     low, mean = float(values.min()), float(values.mean())
     span = max(float(values.max()) - low, 0.1 * mean)           # values that are level look level
-    axis = place(figure, x, y, side, side)
+    axis = place(canvas, x, y, side, side)
     axis.imshow(values, cmap=colours, vmin=low - 0.3 * span, vmax=low + 2 * span)
     axis.axhline(0.5, color="white")
     axis.axvline(0.5, color="white")
-    for spine in axis.spines.values():
-        spine.set(edgecolor=COLOURS["positive"], linewidth=2.2)
-    write(figure, x + side / 2, y + side + 0.4, name, 12.5)
+    plt.setp(axis.spines.values(), edgecolor=COLOURS["positive"], linewidth=2.2)
+    write(canvas, x + side / 2, y + side + 0.4, name, 12.5)
     for n in range(2):
         middle = side * (0.25 + 0.5 * n)
-        write(figure, x + middle, y + side + 0.13, f"$\\tau_v$ = {TAU_V[n]}", 10)
-        write(figure, x - 0.06, y + side - middle, f"$\\tau_a$ = {TAU_A[n]}", 10, rotation=90,
+        write(canvas, x + middle, y + side + 0.13, f"$\\tau_v$ = {TAU_V[n]}", 10)
+        write(canvas, x - 0.06, y + side - middle, f"$\\tau_a$ = {TAU_A[n]}", 10, rotation=90,
               ha="right")
         for q in range(2):
             axis.text(q, n, f"{values[n, q]:{form}}", ha="center", va="center", fontsize=12)
 
 
-def bare(axes):
-    """Remove the ticks of all axes."""
-    for axis in axes:
-        axis.set(xticks=[], yticks=[])
-
-
-def long_enough(clips, seconds):
-    """The rows of the films that last so long, but for half a frame."""
-    return [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps]
-
-
 def views(clips, split, tau_v, tau_a, more=0):
-    """Yield (n, row, video (K, T, H, W, 3), waves (K, L)) from the middle of each long enough row.
+    """Yield (row, video (K, T, H, W, 3), waves (K, L)) from the middle of each long enough file.
 
     T and L have `more` s than a clip. A file that cannot be read is named on stderr and left out.
-    Raises ValueError if no row is long enough, or if none can be read.
+    Raises ValueError if no file is long enough, or if none can be read.
     """
     seconds, frames = max(tau_v + tau_a) * clips.seconds + more, clips.frames + more * clips.fps
-    rows, read = long_enough(clips, seconds), 0
+    rows, read = [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps], 0
     if not rows:
         raise ValueError(f"no clip of the {split!r} part lasts {seconds:.1f} s, as this picture "
                          "needs")
-    for n, row in enumerate(tqdm(rows, desc="clips", unit="clip", file=sys.stderr)):
+    for row in tqdm(rows, desc="clips", unit="clip", file=sys.stderr):
         t0 = max(0, row.duration - seconds) / 2
         try:
             video, waves = read_clip(row.path, t0, tau_v, tau_a, frames, clips.fps, clips.size,
@@ -247,12 +233,11 @@ def views(clips, split, tau_v, tau_a, more=0):
             tqdm.write(f"left out: {error}", file=sys.stderr)
             continue
         read += 1
-        yield n, row, video, waves
+        yield row, video, waves
     if not read:
         raise ValueError("none of the clips can be read: see the causes above")
 
 
-@torch.no_grad()
 def ratios(args):
     """The lambda of training, the 2 x 2 softmax of Eq. 2, by the ratio of both speeds."""
     model, settings, clips = load_with_lambda(args)
@@ -269,9 +254,9 @@ def ratios(args):
     axis.set_xticks([1 / 4, 1 / 2, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     axis.minorticks_off()
     axis.legend()
-    save(figure, args.out, 100, [
-        {"tau_a": tau_a, "tau_v": tau_v, "lambda": mean[p, q], "deviation": deviation[p, q]}
-        for p, tau_a in enumerate(SPEEDS) for q, tau_v in enumerate(SPEEDS)])
+    tau_a, tau_v = zip(*product(SPEEDS, SPEEDS))
+    save(figure, args.out, 100, {"tau_a": tau_a, "tau_v": tau_v, "lambda": mean.flatten(),
+                                 "deviation": deviation.flatten()})
 
 
 def lambda_by_speeds(model, settings, clips, split):
@@ -281,7 +266,7 @@ def lambda_by_speeds(model, settings, clips, split):
     """
     log_mel, lams = LogMel(), []
     pairs = torch.tensor([[(0, p), (0, q)] for p in range(4) for q in range(4)])    # (16, 2, 2)
-    for _, _, video, waves in views(clips, split, SPEEDS, SPEEDS):
+    for _, video, waves in views(clips, split, SPEEDS, SPEEDS):
         ly_a = model.l(model.g(log_mel(waves)))                                     # (4, C)
         ly_v = model.l(model.f(normalize_frames(video)))                            # (4, C)
         lam = cross_affinity(ly_a[pairs[:, 0]], ly_v[pairs[:, 1]], "clip",
@@ -290,7 +275,6 @@ def lambda_by_speeds(model, settings, clips, split):
     return torch.stack(lams)
 
 
-@torch.no_grad()
 def shifts(args):
     """z_a . z_v against a shift of the sound, for a clip's own sound and for those of others.
 
@@ -299,16 +283,15 @@ def shifts(args):
     model, settings, clips, _ = load(args)
     own, others = similarity_by_shift(model.eval(), sound_input(settings.sound), clips, args.split)
     figure, axis = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    lines = [{"shift, s": shift} for shift in SHIFTS]
+    columns = {"shift, s": SHIFTS}
     for name, s in (("sound of the same file", own), ("sounds of other files", others)):
         mean, error = s.mean(0), s.std(0) / len(s) ** 0.5
         axis.errorbar(SHIFTS, mean, error, marker="o", capsize=3, label=name)
-        for line, value, of in zip(lines, mean, error):
-            line |= {name: value, f"{name}, standard error": of}
+        columns |= {name: mean, f"{name}, standard error": error}
     axis.set(xlabel="the sound begins later than the pictures by, s", ylabel="$z_a \\cdot z_v$",
              title=f"clips at speed 1, mean +- standard error, {len(own)} clips")
     axis.legend()
-    save(figure, args.out, 100, lines)
+    save(figure, args.out, 100, columns)
 
 
 def similarity_by_shift(model, log_mel, clips, split):
@@ -318,7 +301,7 @@ def similarity_by_shift(model, log_mel, clips, split):
     """
     T, fps, L = clips.frames, clips.fps, round(RATE * clips.seconds)
     z_a, z_v = [], []
-    for _, _, video, waves in views(clips, split, (1,), (1,), more=2):
+    for _, video, waves in views(clips, split, (1,), (1,), more=2):
         starts = [round(RATE * (1 + shift)) for shift in SHIFTS]
         shifted = torch.stack([waves[0, start:start + L] for start in starts])          # (S, L)
         z_a.append(F.normalize(model.h_a(model.g(log_mel(shifted))), dim=1))            # (S, D)
@@ -328,7 +311,6 @@ def similarity_by_shift(model, log_mel, clips, split):
     return own, (s.sum(1) - own) / (len(s) - 1)
 
 
-@torch.no_grad()
 def affinity(args):
     """Fig. 3: for some clips a frame, the spectrograms of the sound at speeds 1, 2 and 4, and under
     each lam(a, v) with the video at speed 1; beside it the mean over the test part.
@@ -337,42 +319,37 @@ def affinity(args):
     runs over the sounds at speeds 1 to 4, so an even share is 1/4.
     """
     model, settings, clips = load_with_lambda(args)
-    log_mel, shown, lams = LogMel(), {}, []
-    total = len(long_enough(clips, max(SPEEDS) * clips.seconds))
-    chosen = spread(args.show, total)
-    for n, row, video, waves in views(clips, args.split, (1,), SPEEDS):
+    log_mel, read = LogMel(), []                    # (label, frame, spectrograms, lambda) of a clip
+    for row, video, waves in views(clips, args.split, (1,), SPEEDS):
         audio = log_mel(waves)                                          # (4, 1, M, F)
         ly_a = model.l(model.g(audio))                                  # (4, C)
         ly_v = model.l(model.f(normalize_frames(video)))                # (1, C)
         lam = cross_affinity(ly_a[None], ly_v[None], "clip", settings.affinity_temperature,
                              settings.raw_affinity)                     # (1, 4, 1)
-        lams.append(lam[0, :, 0])
-        if n in chosen:
-            shown[n] = row.label, video[0, settings.frames // 2], audio[:, 0], lams[-1]
-    if not shown:
-        raise ValueError("none of the clips to be shown can be read: see the causes above")
+        read.append((row.label, video[0, settings.frames // 2], audio[:, 0], lam[0, :, 0]))
+    shown = [read[n] for n in spread(args.show, len(read))]
 
     figure = plt.figure(figsize=(11, 1.7 * len(shown) + 0.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
     axes = left.subplots(len(shown), 4, squeeze=False)
-    for line, (label, frame, audio, lam) in zip(axes, shown.values()):
+    for line, (label, frame, audio, lam) in zip(axes, shown):
         line[0].imshow(frame)
         line[0].set_ylabel(label, fontsize=8)
         for axis, k in zip(line[1:], (0, 1, 3)):
             axis.imshow(audio[k], origin="lower", aspect="auto", vmin=-3, vmax=3)
             axis.set_xlabel(f"speed {SPEEDS[k]}: $\\lambda$ = {lam[k]:.3f}", fontsize=8)
-    bare(axes.flat)
-    lams = torch.stack(lams)                                            # (n, 4)
-    mean, deviation, failed = lams.mean(0), lams.std(0), total - len(lams)
+    plt.setp(axes.flat, xticks=[], yticks=[])
+    lams = torch.stack([lam for *_, lam in read])                       # (n, 4)
+    mean, deviation = lams.mean(0), lams.std(0)
     axis = right.subplots()
     axis.errorbar(SPEEDS, mean, deviation, marker="o", capsize=4)
     axis.axhline(1 / len(SPEEDS), color="grey", linestyle=":", label="uniform")
     axis.set(xticks=SPEEDS, xlabel="speed of the sound",
-             ylabel="$\\lambda$ with the video at speed 1", title="mean +- deviation, "
-             f"{len(lams)} clips" + (f", {failed} failed" if failed else ""))
+             ylabel="$\\lambda$ with the video at speed 1",
+             title=f"mean +- deviation, {len(lams)} clips")
     axis.legend()
-    save(figure, args.out, lines=[{"speed of the sound": speed, "lambda": m, "deviation": d}
-                                  for speed, m, d in zip(SPEEDS, mean, deviation)])
+    save(figure, args.out, columns={"speed of the sound": SPEEDS, "lambda": mean,
+                                    "deviation": deviation})
 
 
 def curves(args):
@@ -416,22 +393,25 @@ def neighbours(args):
             title = f"{place}{': its own' if index == q else ''}" if place else "sound of"
             axis.set_title(title, fontsize=8)
             axis.set_xlabel(rows[index].label, fontsize=7, color="black" if right else "red")
-    bare(axes.flat)
+    plt.setp(axes.flat, xticks=[], yticks=[])
     save(figure, args.out)
 
 
-def save(figure, out, dpi=72, lines=None):
-    """Write the picture, print its size, and write the lines [{column: number}] to a csv beside."""
+def save(figure, out, dpi=72, columns=None):
+    """Write the picture, print its size, and write the columns {name: numbers} to a csv beside."""
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=dpi)
     plt.close(figure)
     print(f"{out}: {out.stat().st_size / 1000:.0f} kB")
-    if lines:
-        lines = [{name: f"{value:.4g}" for name, value in line.items()} for line in lines]
-        write_csv(lines, list(lines[0]), out.with_suffix(".csv"))
+    if columns:
+        with open(out.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(columns)
+            writer.writerows([f"{x:.4g}" for x in line] for line in zip(*columns.values()))
 
 
+@torch.no_grad()
 def main(argv=None):
     """The command. An error becomes one sentence and exit status 1."""
     draw = {"method": method, "affinity": affinity, "ratios": ratios, "shifts": shifts,

@@ -25,17 +25,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from augment import normalize_frames
-from data import ActionClips, Row, evenly_spaced, make_loader
+from data import ActionClips, Row, evenly_spaced
+from finetune import features
 from models import C, SvaCLR, video_encoder
 from prepare import scan
 from prepare.weights import sound_input
 from retrieval import (RANKS, average, chance, embed, extract, find_part, gather_features, load,
                        parser)
-from support.batches import evaluation_batches
 from support.checkpoints import load_encoder, load_svaclr, read_state, write_atomic
 from support.classification import say_torchvision
-from support.processes import at_least, autocast, choose_precision, launch, rank, say
+from support.processes import at_least, choose_precision, launch, rank, say
 from support.reading import RATE, read, read_sound
 from support.tables import check_size, write_table
 
@@ -119,15 +118,15 @@ def search(args, device):
     if args.pool:
         model, settings = load_svaclr(args.checkpoint, SvaCLR)
         pool = read_pool(args, model, device)
+        args.clips = pool["settings"]["clips_per_file"]
     else:
         model, settings, clips, left_out = load(args)
         check_size(len(clips), args.split, left_out, 1)
     model = model.to(device).eval()
     dtype, _ = choose_precision("auto", device)
-    clips_per_file = pool["settings"]["clips_per_file"] if args.pool else args.clips
     queries = []
     for path in args.query or ():                                       # complain before the work
-        queries += read_queries(path, model, settings, dtype, args.feature, clips_per_file)
+        queries += read_queries(path, model, settings, dtype, args.feature, args.clips)
     if not args.pool:
         pool = make_pool(args, model, settings, clips, dtype)
     if args.save and rank() == 0:
@@ -142,14 +141,13 @@ def make_pool(args, model, settings, clips, dtype):
     """The pool of the clips of --data, on every process."""
     audio, video, rows = extract(model, clips, dtype, "yz", settings.sound,
                                  max_failures=args.max_failures)        # (n, C + D) x 2
-    pool = {"paths": [row.path for row in rows], "labels": [row.label for row in rows],
-            "settings": {"checkpoint": str(args.checkpoint), "weights": checksum(model),
-                         "data": args.data, "split": args.split, "clips_per_file": args.clips,
-                         "seconds": settings.frames / settings.fps}}
-    for modality, x in (("audio", audio), ("video", video)):
-        pool[f"y_{modality}"] = x[:, :C].contiguous()
-        pool[f"z_{modality}"] = x[:, C:].contiguous()
-    return pool
+    (y_audio, z_audio), (y_video, z_video) = audio.split([C, audio.shape[1] - C], 1), video.split([C, audio.shape[1] - C], 1)
+    about = {"checkpoint": str(args.checkpoint), "weights": checksum(model), "data": args.data,
+             "split": args.split, "clips_per_file": args.clips,
+             "seconds": settings.frames / settings.fps}
+    return {"paths": [row.path for row in rows], "labels": [row.label for row in rows],
+            "settings": about, "y_audio": y_audio, "z_audio": z_audio, "y_video": y_video,
+            "z_video": z_video}
 
 
 def checksum(model):
@@ -199,14 +197,14 @@ def read_queries(path, model, settings, dtype, feature, n):
     frames, waves, missing = read_clips(path, settings, n)
     device = next(model.parameters()).device
     log_mel = sound_input(settings.sound).to(device)
-    features = embed(model, log_mel, dtype, feature, frames, waves)     # (2, 1, D)
+    x = embed(model, log_mel, dtype, feature, frames, waves)[:, 0]      # (2, D)
     pictures = {"audio": log_mel(waves.to(device))[0, n // 2, 0].cpu().numpy(),
                 "video": frames[0, n // 2, settings.frames // 2].numpy()}
     for modality, cause in missing.items():
         say(f"{path}: its {ASKS[modality][0]} cannot be used ({cause}), so only the rest of it is "
             "a query")
-    return [Query(path, modality, x, pictures[modality])
-            for modality, x in zip(ASKS, features[:, 0]) if modality not in missing]
+    return [Query(path, modality, x[n], pictures[modality])
+            for n, modality in enumerate(ASKS) if modality not in missing]
 
 
 def read_clips(path, settings, n):
@@ -257,10 +255,9 @@ def sound_clips(path, no_video, n, seconds):
 
 
 def answer(args, queries, pool):
-    """Print what each query finds in the pool, and draw it if asked.
+    """Print what each query finds in the pool, by the cosine of features, and draw it if asked.
 
-    The sound of a query finds videos, and its pictures find sounds, by the cosine of their
-    features. Of equally near ones the first in the pool comes first.
+    Of equally near ones the first in the pool comes first.
     """
     about, paths = pool["settings"], pool["paths"]
     note = ", includes training clips" if about["split"] in ("all", "train") else ""
@@ -287,16 +284,15 @@ def draw(queries, pool, found, out):
     """
     from matplotlib.figure import Figure
 
-    columns = 1 + max(map(len, found))
+    columns, seconds = 1 + max(map(len, found)), pool["settings"]["seconds"]
     figure = Figure(figsize=(1.9 * columns, 2.4 * len(queries)), layout="constrained")
     axes = figure.subplots(len(queries), columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     for (first, *others), query, hits in zip(axes, queries, found):
-        if query.modality == "audio":
-            first.imshow(query.picture, origin="lower", cmap="magma", aspect="auto")
-        else:
-            first.imshow(query.picture)
+        of_sound = query.modality == "audio"
+        first.imshow(query.picture, cmap="magma", aspect="auto" if of_sound else "equal",
+                     origin="lower" if of_sound else "upper")
         first.set_title(f"{ASKS[query.modality][0]} of", fontsize=8)
         first.set_xlabel(Path(query.path).name[-28:], fontsize=7, parse_math=False)
         for place, (axis, (similarity, n)) in enumerate(zip(others, hits), 1):
@@ -304,7 +300,7 @@ def draw(queries, pool, found, out):
             axis.set_title(f"{place}: {similarity:.3f}", fontsize=8)
             axis.set_xlabel(f"{pool['labels'][n]}\n{path[-30:]}", fontsize=7, parse_math=False)
             try:
-                axis.imshow(read(path, [pool["settings"]["seconds"] / 2], 0, 96)[0][0])
+                axis.imshow(read(path, [seconds / 2], 0, 96)[0][0])
             except (av.error.FFmpegError, OSError, ValueError):
                 axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8)
     figure.savefig(out, dpi=100)
@@ -340,18 +336,14 @@ def compare_videos(args, device):
     report(args, clip, results, labels, gallery_labels, parts)
 
 
-@torch.no_grad()
 def encode(args, f, rows, clip):
     """y_v (n, C) of the videos of rows that can be read, on every process, and their n labels."""
     device = next(f.parameters()).device
     dtype, _ = choose_precision("auto", device)
     clips = ActionClips(rows, sorted({row.label for row in rows}), **clip, views=(args.clips, 1))
     results = torch.zeros(1, len(rows), C + 1, device=device)           # last: was it read?
-    for frames, _, index in evaluation_batches(make_loader(clips, 8), args.max_failures):
-        with autocast(device, dtype):
-            y_v = f(normalize_frames(frames.to(device)).flatten(0, 1))  # (B clips, C)
-        y_v = average(y_v.unflatten(0, frames.shape[:2]))               # (B, C)
-        results[0, index] = F.pad(y_v, (0, 1), value=1)
+    for index, _, y in features(f, clips, dtype, None, args.max_failures):      # y: (clips, C)
+        results[0, index] = F.pad(average(y), (0, 1), value=1)
     (y_v,), found = gather_features(results)
     return y_v, [rows[n].label for n in found]
 
@@ -383,20 +375,19 @@ def report(args, clip, results, labels, gallery_labels, parts):
     results: from video_ranks. parts: those before files failed, [(rows, left_out)].
     """
     (before, right), n, m = results, len(labels), len(gallery_labels)
-    left_out = sum(len(reasons) for _, reasons in parts)
     videos = sum(len(rows) for rows, _ in parts)
     classes = len(gallery_labels.unique())
     without = int((~torch.isin(labels, gallery_labels)).sum())
     head = {"checkpoint": str(args.checkpoint), "pair": args.pair, "data": args.data,
             "split": args.split, "gallery": args.gallery, "clips_per_file": args.clips,
             "feature": "y_v", **clip, "queries": n, "pool": m, "classes": classes,
-            "left_out": left_out, "videos": videos, "failed": videos - n - m,
-            "queries_without_class": without}
+            "left_out": sum(len(reasons) for _, reasons in parts), "videos": videos,
+            "failed": videos - n - m, "queries_without_class": without}
     recall = {f"R@{k}": (before < k).double().mean().item() for k in RANKS}
     recall[f"{NEIGHBOURS}-NN"] = right.double().mean().item()
-    base = chance(labels, gallery_labels=gallery_labels)
-    lines = [("class", "video -> video", recall),
-             ("class", "chance", {f"R@{k}": by_class for k, (_, by_class) in base.items()})]
+    by_chance = {f"R@{k}": by_class for k, (_, by_class)
+                 in chance(labels, gallery_labels=gallery_labels).items()}
+    lines = [("class", "video -> video", recall), ("class", "chance", by_chance)]
     searched = f"{n} videos of {args.split!r} query {m} of {args.gallery!r} of {classes} classes"
     write_table(head, searched, f"R@k and {NEIGHBOURS}-NN accuracy", lines, n)
     if without:

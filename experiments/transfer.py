@@ -3,9 +3,9 @@
     python -m experiments.transfer              # three seeds
     python -m experiments.transfer --seeds 3 4
 
-It runs pretrain.py and retrieval.py with each seed, and then finetune.py by four protocols, each
-from the pre-trained encoder and from random weights. experiments/results/transfer.csv gets a line
-per result, and transfer.md the means over seeds. Runs whose results are in the csv are left out, so
+With each seed it runs pretrain.py, retrieval.py and finetune.py by four protocols, each from the
+pre-trained encoder and from random weights. experiments/results/transfer.csv gets a line per
+result, and transfer.md the means over seeds. Seeds whose results are in the csv are left out, so
 the same command continues after an interruption. After a change of the scripts' own settings,
 delete the csv. Pre-training warms up for one epoch, as it did when the kept results were measured.
 """
@@ -13,7 +13,7 @@ delete the csv. Pre-training warms up for one epoch, as it did when the kept res
 import argparse
 import json
 import statistics
-import sys
+from functools import partial
 from pathlib import Path
 
 from experiments.ablation import (RESULTS, read_csv, run_all, run_script, spread, table,
@@ -39,12 +39,14 @@ def commands(seed, folder):
     run = folder / f"s{seed}"
     sources = {"pre-trained": str(run / "checkpoint.pt"), "random": "none"}
     common = ["--seed", str(seed), "--out"]
-    return [("pretrain.py", ["--warmup", "1", *common, str(run)], None),
-            ("retrieval.py", ["--checkpoint", sources["pre-trained"]], None),
-            *(("finetune.py", [*flags.split(), "--checkpoint", source, *common,
-                               str(folder / f"s{seed}-{n}-{encoder}")], (name, encoder))
-              for n, (name, flags) in enumerate(PROTOCOLS.items())
-              for encoder, source in sources.items())]
+    runs = [("pretrain.py", ["--warmup", "1", *common, str(run)], None),
+            ("retrieval.py", ["--checkpoint", sources["pre-trained"]], None)]
+    for n, (name, flags) in enumerate(PROTOCOLS.items()):
+        for encoder, source in sources.items():
+            out = str(folder / f"s{seed}-{n}-{encoder}")
+            runs.append(("finetune.py", [*flags.split(), "--checkpoint", source, *common, out],
+                         (name, encoder)))
+    return runs
 
 
 def found(script, flags, name):
@@ -59,17 +61,18 @@ def found(script, flags, name):
     return {}
 
 
-def run_commands(seed, runs, log):
-    """Run some of a seed's commands: the lines of the csv. Raises ValueError if one of them fails.
+def run_seed(seed, folder, done):
+    """Run the commands of a seed: the lines of the csv but for the results that are `done`.
 
-    log: the file to which their output is added.
+    Raises ValueError if a command fails.
     """
     lines = []
-    for script, flags, name in runs:
-        run_script(script, flags, log)
+    for script, flags, name in commands(seed, folder):
+        run_script(script, flags, folder / f"s{seed}.txt")
         lines += [{"result": result, "encoder": encoder, "seed": str(seed),
                    "command": " ".join(["python", script, *flags]), "value": f"{value:.2f}"}
-                  for (result, encoder), value in found(script, flags, name).items()]
+                  for (result, encoder), value in found(script, flags, name).items()
+                  if (result, encoder) not in done]
     return lines
 
 
@@ -87,10 +90,12 @@ def read_results(path):
 
 
 def write_results(lines, path):
-    """Write the csv, sorted by seed, and the table beside it."""
+    """Write the csv, sorted by seed, and the table beside it, which is returned."""
     lines.sort(key=lambda line: int(line["seed"]))
     write_csv(lines, COLUMNS, path)
-    path.with_suffix(".md").write_text(markdown(lines))
+    tables = markdown(lines)
+    path.with_suffix(".md").write_text(tables)
+    return tables
 
 
 def markdown(lines):
@@ -117,26 +122,12 @@ def main(argv=None):
     folder, path = Path(args.out), RESULTS / "transfer.csv"
     folder.mkdir(parents=True, exist_ok=True)
     demo.build(folder / "demo")
-    lines = read_results(path)
-    done = {(line["seed"], line["encoder"], line["result"]) for line in lines}
-
-    def add(more):
-        lines.extend(more)
-        write_results(lines, path)
-
-    retrieve, fine_tune = {}, {}
+    lines, jobs = read_results(path), {}
     for seed in args.seeds:
-        runs, log = commands(seed, folder), folder / f"s{seed}.txt"
-        if (str(seed), "pre-trained", "class R@1, audio -> video") not in done:
-            retrieve[f"seed {seed}, retrieval"] = run_commands, seed, runs[:2], log
-        for run in runs[2:]:
-            result, encoder = run[2]
-            if (str(seed), encoder, result) not in done:
-                fine_tune[f"seed {seed}, {result}, {encoder}"] = run_commands, seed, [run], log
-    failures = run_all(retrieve, add) or run_all(fine_tune, add)
-    if lines:
-        print(markdown(lines))
-    sys.exit(failures > 0)
+        done = {(line["result"], line["encoder"]) for line in lines if line["seed"] == str(seed)}
+        if len(done) < len(RECALLS) + len(PROTOCOLS) * len(ENCODERS):
+            jobs[f"seed {seed}"] = run_seed, seed, folder, done
+    run_all(jobs, lines, partial(write_results, path=path))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ Physics: between two landings T seconds apart the body flies a parabola whose he
 landing excites modes A_k exp(-t / tau_k) sin(2 pi ratio_k f t). A noisy material is noise that
 passes through the same modes.
 
-The links and kinds were decided before any training. The contrast and the sizes were decided after
-one trial, in which the video encoder learnt nothing in six minutes from bodies and walls of any
-colour; since then bodies are in the light and walls in the shade.
+The links and kinds were decided before any training, contrast and sizes after one trial, in which
+the video encoder learnt nothing in six minutes from bodies and walls of any colour.
 """
 
 import argparse
@@ -46,22 +45,17 @@ TRAIN, TEST = 72, 28            # clips per kind
 
 # kind: (shape, ratios of the modes, damping time of the first mode in s, share of noise,
 #        rhythm: relative intervals)
+# The modes are those of an ideal membrane, a church bell with its minor third, a free bar, a string
+# with all harmonics, a stopped pipe with the odd ones, a wine glass, noise through a few modes, and
+# a free square plate.
 KINDS = {
-    # An ideal membrane.
     "drum": ("disc", (1, 1.59, 2.14, 2.30, 2.65, 2.92), 0.10, 0.2, (1,)),
-    # A church bell, with its minor third.
     "bell": ("bell", (0.5, 1, 1.2, 1.5, 2, 2.6, 4.1), 0.60, 0.0, (2, 1, 1)),
-    # A free bar.
     "woodblock": ("bar", (1, 2.76, 5.40, 8.93), 0.04, 0.1, (1, 1, 2)),
-    # All harmonics.
     "string": ("cross", (1, 2, 3, 4, 5, 6, 7, 8), 0.30, 0.0, (3, 1)),
-    # The odd harmonics, as of a stopped pipe.
     "pipe": ("post", (1, 3, 5, 7), 0.22, 0.05, (1, 2)),
-    # A wine glass.
     "glass": ("ring", (1, 2.32, 4.25, 6.63, 9.38), 0.45, 0.0, (1, 1, 1, 3)),
-    # Noise through a few modes.
     "rattle": ("pair", (1, 1.4, 1.9, 2.7), 0.08, 1.0, (1, 1, 4)),
-    # A free square plate.
     "plate": ("triangle", (1, 1.73, 2.33, 3.91, 4.11, 6.30, 6.71), 0.25, 0.5, (3, 3, 2)),
 }
 

@@ -8,9 +8,7 @@ a random clip, a decoder must begin at the last keyframe, often 8 s earlier, and
 pictures up to the clip: the copy saves both. The x264 tuning "fastdecode" (no CABAC, no deblocking)
 makes the rest about 1.4 times as fast for 6 % more bytes.
 
-Run the same command again after an interruption: finished files stay. Start only one run at a time
-for a COPY. The copy never enlarges pictures, but training enlarges them if it draws a short side
-above that of the copy.
+An interrupted run continues by the same command. docs/data.md says more.
 """
 
 import argparse
@@ -24,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from functools import partial
 from heapq import merge
-from itertools import chain, starmap
+from itertools import chain
 from math import ceil
 from pathlib import Path
 
@@ -34,7 +32,7 @@ from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
 from prepare.scan import COLUMNS, READER, probe, read_table, write
-from support.processes import at_least
+from support.processes import at_least, bounded
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
                              open_file, open_streams, place_sound, rows, upright)
 
@@ -48,39 +46,32 @@ class SoundError(ValueError):
     """The pictures of a file can be transcoded, but its sound cannot."""
 
 
-def even_size(width, height, short_side):
-    """(width, height) of the copy: the same aspect, the shorter side of short_side pixels or, if
-    that would enlarge it, unchanged. Both are even, because yuv420p needs that."""
-    scale = short_side / min(width, height)
-    return tuple(max(2, min(2 * round(side * scale / 2), round(side) // 2 * 2))
-                 for side in (width, height))
+def shrink(video, pictures, ticks, short_side, crop):
+    """Turn (time stamp, frame) into frames for the encoder: small, yuv420p, as a player shows them.
 
-
-class Shrinker:
-    """(time stamp, frame) -> the frame for the encoder: small, yuv420p, as a player shows it.
-
-    crop: None, or (width, height, x, y) of the part to keep, in pixels of the picture as a player
-    shows it, upright and with square pixels.
+    ticks: how much later the stamps shall be. crop: None, or (width, height, x, y) of the part to
+    keep, in pixels of the picture as a player shows it, upright and with square pixels. Raises
+    ValueError if this part is not within the picture.
     """
-
-    def __init__(self, video, short_side, crop=None):
-        self.short_side, self.crop, self.cut = short_side, crop, Cutter(video, self.view)
-
-    def view(self, W, H):
-        """See Cutter. Raises ValueError if the part to keep is not within the picture."""
-        width, height, x, y = self.crop or (W, H, 0, 0)
+    def view(W, H):
+        """See Cutter. The sides of the copy are even, because yuv420p needs that."""
+        width, height, x, y = crop or (W, H, 0, 0)
         if x + width > round(W) or y + height > round(H):
             raise ValueError(f"--crop {width}:{height}:{x}:{y} is not within its pictures of "
                              f"{round(W)} x {round(H)} pixels")
-        return (x, y, width, height), even_size(width, height, self.short_side)
+        scale = short_side / min(width, height)
+        size = [max(2, min(2 * round(side * scale / 2), round(side) // 2 * 2))  # never enlarged
+                for side in (width, height)]
+        return (x, y, width, height), size
 
-    def __call__(self, stamp, frame):
-        image = self.cut(frame, "yuv420p")
-        if self.cut.matrix != UPRIGHT:
-            image = turn(image, self.cut.matrix)
-        image.pts, image.time_base = stamp, frame.time_base
+    cut = Cutter(video, view)
+    for stamp, frame in pictures:
+        image = cut(frame, "yuv420p")
+        if cut.matrix != UPRIGHT:
+            image = turn(image, cut.matrix)
+        image.pts, image.time_base = stamp + ticks, frame.time_base
         image.pict_type = 0                               # the encoder chooses its own keyframes
-        return image
+        yield image
 
 
 def turn(image, matrix):
@@ -176,8 +167,7 @@ def encode(source, target, short_side, gop, sound, crop=None):
             except ValueError as error:
                 raise SoundError(str(error)) from error
         ticks = ticks_later(video, audio)
-        shown = ((stamp + ticks, frame) for stamp, frame in pictures(container, video))
-        frames = starmap(Shrinker(video, short_side, crop), shown)
+        frames = shrink(video, pictures(container, video), ticks, short_side, crop)
         first = next(frames, None)
         if first is None:
             raise ValueError("no picture decodes")
@@ -231,27 +221,25 @@ def copy_file(job, short_side, gop, crop):
     target if it failed."""
     row, target = job
     source, temporary = Path(row["path"]), target.with_name(f"{os.getpid()}.part")
-    label_split = row["label"], row["split"]
+    sound, note = row["has_audio"] == "1", row["note"]
     try:
         # The source may have gone.
         if target.exists() and not (source.exists()
                                     and source.stat().st_mtime > target.stat().st_mtime):
-            copy = probe((target, *label_split)) | {"note": row["note"]}
-            if row["has_audio"] == "1" and not copy["has_audio"]:
-                copy["note"] = "its sound could not be transcoded"
-            return copy, "skipped"
+            copy = probe((target, row["label"], row["split"]))
+            lost = sound and not copy["has_audio"]
+            return copy | {"note": "its sound could not be transcoded" if lost else note}, "skipped"
         target.parent.mkdir(parents=True, exist_ok=True)
-        note = row["note"]
         try:
-            encode(source, temporary, short_side, gop, row["has_audio"] == "1", crop)
+            encode(source, temporary, short_side, gop, sound, crop)
         except SoundError as error:
             note = str(error)
             encode(source, temporary, short_side, gop, False, crop)
-        copy = probe((temporary, *label_split)) | {"path": str(target), "note": note}
+        copy = probe((temporary, row["label"], row["split"]))
         if copy["reason"]:
             raise ValueError(f"its copy: {copy['reason']}")
         os.replace(temporary, target)
-        return copy, "done"
+        return copy | {"path": str(target), "note": note}, "done"
     except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
         if os.path.exists(temporary):
             temporary.unlink()
@@ -305,10 +293,10 @@ def targets(rows, out):
 
 
 def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
-    """Transcode the files of a manifest into the folder `out`. Returns the line of `summary`.
+    """Transcode the files of a manifest into the folder `out`. Returns a summary, one line.
 
     short_side: of the pictures in pixels, 16 or more. gop: frames from keyframe to keyframe, 1 or
-    more. workers: processes, 1 or more. crop: see Shrinker. Raises ValueError if the manifest or
+    more. workers: processes, 1 or more. crop: see shrink. Raises ValueError if the manifest or
     the folder is not as it should be, or if a process dies.
     """
     rows, out = read(manifest), Path(out).resolve()
@@ -327,45 +315,36 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     settings_file.write_text(json.dumps(settings))
     for temporary in out.rglob("*.part"):                 # a killed run leaves such files
         temporary.unlink(missing_ok=True)
-    copies = []
+    copies, states, failures = [], Counter(), Counter()
+    copy_one = partial(copy_file, short_side=short_side, gop=gop, crop=crop)
     try:
         with ProcessPoolExecutor(workers) as pool:
-            results = pool.map(partial(copy_file, short_side=short_side, gop=gop, crop=crop),
-                               jobs)
-            for copy, state in tqdm(results, "transcoding", total=len(jobs), unit="file",
-                                    file=sys.stderr):
-                copies.append((copy, state))
+            for copy, state in tqdm(pool.map(copy_one, jobs), "transcoding", total=len(jobs),
+                                    unit="file", file=sys.stderr):
+                copies.append(copy)
+                states[state] += 1
                 if state == "failed":
+                    failures[copy["reason"]] += 1
                     tqdm.write(f"{copy['path']}: {copy['reason']}", file=sys.stderr)
     except BrokenProcessPool as error:
         raise ValueError("a worker died (out of memory?): "
                          "run the same command again, with fewer workers") from error
     next_copy = iter(copies)            # rows that were left out before keep their place and reason
-    write([row if row["reason"] else next(next_copy)[0] for row in rows], out / "manifest.csv")
-    return summary(jobs, copies)
+    write([row if row["reason"] else next(next_copy) for row in rows], out / "manifest.csv")
+    finished = [(Path(row["path"]), target) for (row, target), copy in zip(jobs, copies)
+                if copy["path"] == str(target)]
+    before, after = (sum(pair[n].stat().st_size for pair in finished if pair[n].exists()) / 1e6
+                     for n in (0, 1))
+    causes = ", ".join(f"{n} {reason}" for reason, n in failures.most_common())
+    return (f"{len(jobs)} files: {states['done']} done, {states['skipped']} skipped (already there"
+            f"), {states['failed']} failed{': ' if causes else ''}{causes}; "
+            f"{before:.1f} MB -> {after:.1f} MB")
 
 
-def summary(jobs, copies):
-    """'9 files: 7 done, 1 skipped (already there), 1 failed: 1 cannot be ...; 80.0 MB -> 9.1 MB'"""
-    states = Counter(state for _, state in copies)
-    failures = Counter(copy["reason"] for copy, state in copies if state == "failed")
-    finished = [(Path(row["path"]), target)
-                for (row, target), (_, state) in zip(jobs, copies) if state != "failed"]
-    before, after = (sum(path.stat().st_size for path in paths if path.exists()) / 1e6
-                     for paths in (list(zip(*finished)) or [(), ()]))
-    text = (f"{len(jobs)} files: {states['done']} done, "
-            f"{states['skipped']} skipped (already there), {states['failed']} failed")
-    if failures:
-        text += f": {', '.join(f'{n} {reason}' for reason, n in failures.most_common())}"
-    return f"{text}; {before:.1f} MB -> {after:.1f} MB"
-
-
-def part_of_picture(text):
-    """An argparse type: "width:height:x:y" -> four whole numbers."""
-    numbers = text.split(":")
-    if len(numbers) != 4 or not all(map(str.isdecimal, numbers)) or "0" in numbers[:2]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not width:height:x:y in pixels")
-    return tuple(map(int, numbers))
+# An argparse type: "width:height:x:y" -> four whole numbers.
+part_of_picture = bounded(lambda text: tuple(map(int, text.split(":"))),
+                          lambda part: len(part) == 4 and min(part) >= 0 < min(part[:2]),
+                          "width:height:x:y in pixels")
 
 
 def main():

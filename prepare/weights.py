@@ -20,7 +20,7 @@ from torch import nn
 
 from augment import LogMel
 from models import SvaCLR
-from support.checkpoints import read_state, serialise, write_atomic
+from support.checkpoints import misfit, read_state, serialise, write_atomic
 
 TITLES = {"gdt": "GDT", "selavi": "SeLaVi"}
 # GDT's head is Flatten, Dropout, Linear without bias, Unsqueeze, BatchNorm1d, Flatten, ReLU,
@@ -118,16 +118,11 @@ def convert(peer, path):
             if name not in bias and (peer == "gdt" or name.startswith(("f.", "g.")))}
     names = {NAMES[part] + name.removeprefix(part): name    # theirs -> ours
              for name in ours for part in NAMES if name.startswith(part)}
-    unused = {name for name in tensors if re.match(UNUSED[peer], name)}
-    faults = {"lacks": names.keys() - tensors.keys(),
-              "has besides": tensors.keys() - names.keys() - unused,
-              "has in another shape": {name for name in names.keys() & tensors.keys()
-                                       if tensors[name].shape != ours[names[name]].shape}}
-    if any(faults.values()):
-        lists = [f"{what} {len(found)} tensors ({', '.join(sorted(found)[:3])}"
-                 f"{', ...' if len(found) > 3 else ''})" for what, found in faults.items() if found]
+    used = {name: x for name, x in tensors.items() if not re.match(UNUSED[peer], name)}
+    faults = misfit({their: ours[our] for their, our in names.items()}, used)
+    if faults:
         raise ValueError(f"{path} is not {title} with R(2+1)D-18 and ResNet-9 as published: it "
-                         f"{'; it '.join(lists)}")
+                         f"{faults}")
     weights = {our: tensors[their] for their, our in names.items()}
     if peer == "gdt":
         weights |= {name: torch.zeros(len(weights["h_v.0.weight"])) for name in bias}

@@ -87,17 +87,21 @@ def load_encoder(source, net, arch):
     if "model" in state:
         state = {name[2:]: x for name, x in state["model"].items() if name.startswith("f.")}
     state = {name: x for name, x in state.items() if not name.startswith("fc.")}
-    own = net.state_dict()
-    reshaped = {n for n in own.keys() & state.keys() if own[n].shape != state[n].shape}
-    faults = {"lacks": own.keys() - state.keys(), "has besides": state.keys() - own.keys(),
-              "has in another shape": reshaped}
-    if any(faults.values()):
-        lists = [f"{what} {len(names)} tensors, {min(names)} the first"
-                 for what, names in faults.items() if names]
-        raise ValueError(f"{source} does not fit --arch {arch}: it {'; '.join(lists)}"
+    faults = misfit(net.state_dict(), state)
+    if faults:
+        raise ValueError(f"{source} does not fit --arch {arch}: it {faults}"
                          + (f"; it was trained with --arch {trained}" if trained != arch else ""))
     net.load_state_dict(state)
     return net
+
+
+def misfit(own, state):
+    """How the tensors of `state` differ from `own` by name and shape, in words, or ""."""
+    faults = {"lacks": own.keys() - state.keys(), "has besides": state.keys() - own.keys(),
+              "has in another shape": {name for name in own.keys() & state.keys()
+                                       if own[name].shape != state[name].shape}}
+    return "; ".join(f"{what} {len(names)} tensors, {min(names)} the first"
+                     for what, names in faults.items() if names)
 
 
 def load_audio_encoder(source, net):

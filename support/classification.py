@@ -111,14 +111,13 @@ def write_classes(out, classes, labels, answers):
         return
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)     # (true class, answer)
     counts.index_put_((labels, answers), torch.tensor(1), accumulate=True)
-    counts = list(zip(classes, counts.tolist()))
-    table = [[name, sum(row), row[n], f"{row[n] / max(1, sum(row)):.4f}"]
-             for n, (name, row) in enumerate(counts)]
-    for name, head, lines in (
-            ("confusion.csv", ["", *classes], [[name, *row] for name, row in counts]),
-            ("classes.csv", ["class", "videos", "correct", "accuracy"], table)):
+    confusion, accuracy = [["", *classes]], [["class", "videos", "correct", "accuracy"]]
+    for n, (name, row) in enumerate(zip(classes, counts.tolist())):
+        confusion.append([name, *row])
+        accuracy.append([name, sum(row), row[n], f"{row[n] / max(1, sum(row)):.4f}"])
+    for name, table in (("confusion.csv", confusion), ("classes.csv", accuracy)):
         with open(out / name, "w", newline="") as file:
-            csv.writer(file).writerows([head, *lines])
+            csv.writer(file).writerows(table)
 
 
 def report(args, folds):

@@ -157,16 +157,15 @@ def gather(value):
 
 def run_once(job):
     """Run job() on process 0, while the others wait. Its ValueError is raised on all processes."""
-    error = [None]
+    error = None
     if rank() == 0:
         try:
             job()
         except ValueError as cause:
-            error = [str(cause)]
-    if world_size() > 1:
-        dist.broadcast_object_list(error, group=patient_group())
-    if error[0]:
-        raise ValueError(error[0])
+            error = str(cause)
+    error, *_ = gather(error)
+    if error:
+        raise ValueError(error)
 
 
 def say(text, file=None):

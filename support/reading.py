@@ -675,7 +675,6 @@ class Converter:
 
     def __init__(self, video, size, window):
         self.size, self.window, self.cut = size, window, Cutter(video, self.view)
-        self.interleave = VideoReformatter()
 
     def view(self, W, H):
         """See Cutter."""
@@ -686,8 +685,7 @@ class Converter:
         return box, tuple(round(side * scale) for side in box[2:])
 
     def __call__(self, frame):
-        small = self.cut(frame, "gbrp")                 # FFmpeg is faster so than straight to rgb24
-        small = self.interleave.reformat(small, format="rgb24", interpolation=EXACT, threads=1)
+        small = self.cut(frame, "gbrp")                 # FFmpeg is faster so than with rgb24
         return upright(small.to_ndarray(), self.cut.matrix)
 
 

@@ -161,9 +161,9 @@ def with_nan(x):
      "one width"),
     ([None, None, lambda z: z[..., 1:], None], "z_a (5, 2, 3), z_v (5, 2, 4), ly_a (5, 2, 6), ly_v "
      "(5, 2, 6): z of sound and video differ in width: end both projectors in the same width"),
-    ([None, None, None, with_nan], "z_v (5, 2, 4) holds NaN or infinity: look for the step before "
-     "it that diverged"),
-    ([lambda y: y * torch.inf, None, None, None], "ly_a (5, 2, 6) holds NaN or infinity"),
+    ([None, None, None, with_nan], "z_v holds NaN or infinity (z_a (5, 2, 4), z_v (5, 2, 4), ly_a "
+     "(5, 2, 6), ly_v (5, 2, 6)): look for the step before it that diverged"),
+    ([lambda y: y * torch.inf, None, None, None], "ly_a holds NaN or infinity"),
     ([None, lambda y: None, None, None], "ly_v missing: give the projections z and l(y), the "
      "encoder outputs under l; only soft_info_nce with affinity='none' works without l(y)"),
     ([None, None, lambda z: None, lambda z: None], "z_a and z_v missing: ")])
@@ -204,6 +204,10 @@ def compare_two_processes_with_one():
     start()
     z = torch.randn(4 + rank(), 2, 4)
     with pytest.raises(ValueError, match="processes have .4, 5. clips: give all the same number"):
+        soft_info_nce(None, None, z, z, affinity="none")
+    z = torch.full((4, 2, 4), torch.nan if rank() else 1)     # process 0 does not wait for process 1
+    where = "z_a, z_v" if rank() else "a tensor of process 1"
+    with pytest.raises(ValueError, match=f"^{where} holds NaN or infinity"):
         soft_info_nce(None, None, z, z, affinity="none")
     found = list(gradients(rank(), 2))
     dist.barrier()                    # a process that leaves early can abort the other one
