@@ -120,6 +120,12 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
     return video, torch.stack(audio) if audio else torch.empty(0, L)            # (K, L)
 
 
+def probe_file(path, label=""):
+    """The Row of a file that is in no manifest, and why it cannot be used ("" if it can)."""
+    line = scan.probe((path, label, ""))
+    return Row(*map(line.get, Row._fields)), line["reason"]
+
+
 class AudioVisualClips(Dataset):
     """The co-augmented views of a clip to train on, or evenly spaced clips at speed 1 to evaluate.
 

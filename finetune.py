@@ -5,6 +5,7 @@
         --checkpoint runs/k400/checkpoint.pt --out runs/ucf101
     torchrun --nproc_per_node=8 finetune.py --data hmdb51-{fold}.csv --fold 1 2 3 \\
         --checkpoint runs/k400/checkpoint.pt --out runs/hmdb51
+    python finetune.py --out runs/ucf101/fold1 --predict film.mp4   # the classes of one's own files
 
 With --data the defaults are the protocol's; without it they are those of the built-in set. A help
 text names both, and the section, or GDT where the paper is silent. Ctrl-C saves, and the same
@@ -16,6 +17,7 @@ Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C enc
 """
 
 import argparse
+import sys
 import zlib
 from argparse import Namespace
 from collections import OrderedDict
@@ -28,12 +30,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import normalize_frames
-from data import ActionClips, find_rows, make_loader
+from data import ActionClips, find_rows, make_loader, probe_file
 from models import C, video_encoder
 from support.batches import evaluation_batches
-from support.checkpoints import load_encoder
+from support.checkpoints import load_encoder, read_state
 from support.classification import (answers, fit_linear, report, say_torchvision, shared_classes,
-                                    subset, top_1_and_5, write_classes)
+                                    subset, top_1_and_5, write_classes, write_predictions)
 from support.layers import trainable
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
                                say, world_size)
@@ -60,6 +62,10 @@ def parse(argv=None):
                       default="r2plus1d_18",
                       help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10)")
     data.add_argument("--out", default="runs/finetune", help="folder of results (runs/finetune)")
+    data.add_argument("--predict", nargs="+", metavar="FILE",
+                      help="print the 5 most probable classes of these videos and write them to "
+                      "OUT/predictions.csv; OUT/checkpoint.pt has all settings, so only --out and "
+                      "--workers are read beside it (none: train and test; our choice)")
     clip = p.add_argument_group("clips")
     clip.add_argument("--frames", type=at_least(1), default=32,
                       help="T, frames of a clip (32: paper silent, GDT; built-in set: 4)")
@@ -89,6 +95,11 @@ def parse(argv=None):
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
+    given = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
+             if name not in ("predict", "out", "workers") and value != p.get_default(name)]
+    if args.predict and given:
+        p.error("--predict reads OUT/checkpoint.pt, which has all settings (and which --linear "
+                f"does not write): leave out {' '.join(given)}")
     if args.fold and "{fold}" not in (args.data or ""):
         p.error("--fold needs a --data with {fold} in its name, e.g. --data ucf101-{fold}.csv")
     if "{fold}" in (args.data or "") and not args.fold:
@@ -224,6 +235,7 @@ def one_fold(args, device):
     else:
         weights = b"".join(x.cpu().numpy().tobytes() for x in encoder.state_dict().values())
         args.encoder = f"{zlib.crc32(weights):08x}"     # no run continues with another encoder
+        args.classes = classes                          # for --predict
         train(args, model, ActionClips(train_rows * args.train_clips, classes, **clip), dtype)
     clips = ActionClips(test_rows, classes, **clip, views=(args.test_clips, 3))
     scores, hits, rows = evaluate(model, clips, dtype, args.workers, args.max_failures)
@@ -235,8 +247,45 @@ def one_fold(args, device):
             "failed": len(clips) - len(rows), **failed}
 
 
+def predict(args, device):
+    """Find the most probable classes of the files --predict, as the test does with its videos.
+
+    A file that fails is named, and the exit status is then 1. Raises ValueError if OUT has no
+    fine-tuned model.
+    """
+    path = Path(args.out, "checkpoint.pt")
+    state = read_state(path) if path.exists() else {}
+    settings = Namespace(**state.get("settings", {}))
+    if not hasattr(settings, "classes"):
+        raise ValueError(f"--out {args.out} has no checkpoint.pt of a fine-tuning with its class "
+                         "names (--linear writes none): give the --out of a fine-tuning, with "
+                         "--fold the folder of one fold, such as runs/ucf101/fold1")
+    encoder = video_encoder(settings.arch).to(memory_format=torch.channels_last_3d)
+    model = classifier(encoder, len(settings.classes))
+    model.load_state_dict(state["model"])
+    dtype, reason = choose_precision(settings.precision, device)
+    rows = []
+    for file in args.predict:
+        row, failure = probe_file(file, settings.classes[0])    # a label that is not looked at
+        if failure:
+            say(f"failed: {file}: {failure}", sys.stderr)
+        else:
+            rows.append(row)
+    clips = ActionClips(rows, settings.classes, settings.frames, settings.fps, settings.size,
+                        views=(settings.test_clips, 3))
+    scores, _, rows = evaluate(model.to(device), clips, dtype, args.workers, max_failures=1)
+    say(f"{path}: epoch {state['position'][0]} of {settings.epochs}, {len(settings.classes)} "
+        f"classes, {settings.test_clips} clips x 3 crops, {str(dtype)[6:]} ({reason})")
+    write_predictions(Path(args.out), settings.classes, [row.path for row in rows], scores)
+    if len(rows) < len(args.predict):
+        sys.exit(1)
+
+
 def recognise(args, device):
     """Train and test on all folds, print the accuracies, and write results.json."""
+    if args.predict:
+        predict(args, device)
+        return
     folds = {}
     for fold in args.fold or [None]:
         settings = Namespace(**vars(args) | {"fold": fold})

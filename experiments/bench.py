@@ -2,6 +2,7 @@
 
     python -m experiments.bench step            # a training step over the bare encoders
     python -m experiments.bench step --batch-size 64 --chunk 8      # and in chunks of 8 clips
+    python -m experiments.bench memory --batch-size 8 --precision fp16      # needs no GPU
     python -m experiments.bench loss            # Eq. 3 at global batches of 512 to 32,768
     python -m experiments.bench loader          # a sample over the bare decode of its window
     python -m experiments.bench frames          # wrong frames of the reader
@@ -20,7 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
+from copy import deepcopy
 from fractions import Fraction
 from pathlib import Path
 from unittest.mock import patch
@@ -29,6 +31,8 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
@@ -175,7 +179,7 @@ def train(flags, rounds, device, chunk=None, profile=False):
 def step(args):
     device = start()
     common = ["--arch", args.arch, "--frames", str(args.frames), "--size", str(args.size)]
-    common += ["--compile"] if args.compile else []
+    common += ["--precision", args.precision] + ["--compile"] * args.compile
     for B in args.batch_size:
         if args.compile:
             torch.compiler.reset()          # otherwise the second B would compile for any B
@@ -236,6 +240,58 @@ def of_chunks(one, chunked, whole=None):
     return f"step {args.arch} B{args.batch_per_process} in chunks of {args.chunk}", values
 
 
+@contextmanager
+def held_for_backward():
+    """Yield {storage: its bytes}, which gets each storage that the backward pass will need."""
+    held = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        held[storage._cdata] = storage.nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        yield held
+
+
+def memory(args):
+    """The bytes of a step of pretrain.py, counted on fake tensors, which have no values.
+
+    A chunk is embedded as a batch of its size, beside the frames of the whole batch. What
+    convolutions take for their work, and what an allocator leaves unused, is not counted.
+    """
+    cpu, (dtype, _) = torch.device("cpu"), choose_precision(args.precision, start())
+    T, size, fake = args.frames, args.size, FakeTensorMode()
+    flags = pretrain.parse(["--data", "made up", "--arch", args.arch])
+    model, _, _ = pretrain.build(flags, cpu, dtype)
+    with FakeCopyMode(fake):
+        model, log_mel = deepcopy((model, LogMel()))
+    for B in args.batch_size:
+        c = args.chunk or B                                                     # clips at a time
+        with fake, FlopCounterMode(display=False) as counter, held_for_backward() as held:
+            frames = torch.empty(B, 2, T, size, size, 3, dtype=torch.uint8)
+            waves = torch.empty(B, 2, RATE)                             # 1 s of sound
+            audio, video = log_mel(waves[:c]), normalize_frames(frames[:c])
+            with autocast(cpu, dtype):
+                outputs = model(audio, video)
+            L = soft_info_nce(*outputs, check=False)
+            # A chunk is first embedded without gradient.
+            flops = counter.get_total_flops() if args.chunk else 0
+            L.backward()
+        inputs, state = [frames, waves, audio, video], list(model.state_dict().values())
+        counted = {x.untyped_storage()._cdata for x in inputs + state}
+        parts = {"held for backward": sum(n for s, n in held.items() if s not in counted),
+                 "weights": sum(x.nbytes for x in state),
+                 "gradients": sum(x.nbytes for x in model.parameters()),
+                 "momentum": sum(x.nbytes for x in model.parameters()),
+                 "frames and sound": sum(x.nbytes for x in inputs)}
+        parts = {"needed": sum(parts.values())} | parts
+        chunks = f" chunks of {c}" if args.chunk else ""
+        yield f"memory {args.arch} B{B} T{T} {size}px {str(dtype)[6:]}{chunks}", {
+            **{f"{name}, GB": n / 1e9 for name, n in parts.items()},
+            "TFLOP of a clip": (flops + counter.get_total_flops()) / c / 1e12}
+
+
 def loss(args):
     device, first = start(), None
     B, K, C, D = 8, 2, 512, 256
@@ -244,18 +300,12 @@ def loss(args):
                 for _ in range(2))
     for N in (512, 2048, 8192, 32768):
         others = F.normalize(torch.randn(N - B, K, D, device=device), dim=2).requires_grad_()
-        held = {}                           # bytes of each storage that the backward pass needs
-
-        def keep(x):
-            held[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
         def both():                         # the clips of the other processes are made up
             with patch("loss.all_gather", lambda z: torch.cat([z, others])):    # (N, K, D)
                 L = soft_info_nce(y_a, y_v, z_a, z_v)
             torch.autograd.grad(L, [y_a, y_v, z_a, z_v, others])
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with held_for_backward() as held:
             both()
         spent, = turns([both], args.rounds, device)
         values = {"ms": 1000 * min(spent), "MB for the backward": sum(held.values()) / 1e6}
@@ -376,18 +426,20 @@ def record(path, what, values):
 
 def main():
     """Run the command."""
-    benches = {"step": step, "loss": loss, "loader": loader, "frames": frames}
+    benches = {"step": step, "memory": memory, "loss": loss, "loader": loader, "frames": frames}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=list(benches))
     p.add_argument("--rounds", type=int, default=15, help="measured rounds (15)")
     p.add_argument("--csv", help="file to add the results to (none)")
-    p.add_argument("--arch", default="r2plus1d_10", help="step: video encoder (r2plus1d_10)")
+    p.add_argument("--arch", default="r2plus1d_10", help="step, memory: video encoder (r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32],
-                   help="step: clips, one or more sizes, the smallest first (32)")
-    p.add_argument("--chunk", type=int, help="step: beside it the same batch in chunks of so many "
-                   "clips, and a batch of one chunk (none)")
-    p.add_argument("--frames", type=int, default=4, help="step: T (4)")
-    p.add_argument("--size", type=int, default=32, help="step: H = W in pixels (32)")
+                   help="step, memory: clips, one or more sizes, the smallest first (32)")
+    p.add_argument("--chunk", type=int, help="memory: embed so many clips at a time; step: beside "
+                   "it the same batch in such chunks, and a batch of one chunk (none)")
+    p.add_argument("--frames", type=int, default=4, help="step, memory: T (4)")
+    p.add_argument("--size", type=int, default=32, help="step, memory: H = W in pixels (32)")
+    p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
+                   help="step, memory: of the encoders (auto)")
     p.add_argument("--compile", action="store_true", help="step: torch.compile (off)")
     p.add_argument("--profile", action="store_true", help="step: where the time goes (off)")
     args = p.parse_args()

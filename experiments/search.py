@@ -25,10 +25,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import ActionClips, Row, evenly_spaced
+from data import ActionClips, evenly_spaced, probe_file
 from finetune import features
 from models import C, SvaCLR, video_encoder
-from prepare import scan
 from prepare.weights import sound_input
 from retrieval import (RANKS, average, chance, embed, extract, find_part, gather_features, load,
                        parser)
@@ -214,12 +213,11 @@ def read_clips(path, settings, n):
     shorter than a clip ends in its last frame and in silence. ValueError if both are missing.
     """
     T, fps, size = settings.frames, settings.fps, settings.size
-    line = scan.probe((path, "", ""))
-    if line["reason"]:
-        waves = sound_clips(path, line["reason"], n, T / fps)           # (n, L)
+    row, no_video = probe_file(path)
+    if no_video:
+        waves = sound_clips(path, no_video, n, T / fps)                 # (n, L)
         black = torch.zeros(1, n, T, size, size, 3, dtype=torch.uint8)
-        return black, waves[None], {"video": line["reason"]}
-    row = Row(*map(line.get, Row._fields))
+        return black, waves[None], {"video": no_video}
     clips = ActionClips([row], [row.label], T, fps, size, views=(n, 1))
     try:
         frames, waves = evenly_spaced(clips, path, row.duration, sound=row.has_audio)

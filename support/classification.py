@@ -120,6 +120,23 @@ def write_classes(out, classes, labels, answers):
             csv.writer(file).writerows(table)
 
 
+def write_predictions(out, classes, paths, scores):
+    """Print the 5 most probable classes of each file, and write them to predictions.csv.
+
+    scores: probabilities (n, classes). Only process 0 does.
+    """
+    if rank() > 0:
+        return
+    lines = []
+    for path, row in zip(paths, scores):
+        print(path)
+        for place, (p, n) in enumerate(zip(*row.topk(min(5, len(classes)))), 1):
+            print(f"{place:4}  {p:6.3f}  {classes[n]}")
+            lines.append([path, place, classes[n], f"{p:.4f}"])
+    with open(out / "predictions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file", "rank", "class", "probability"], *lines])
+
+
 def report(args, folds):
     """Print the results {fold: {name: value}} and their mean, and write them to results.json.
 

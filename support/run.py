@@ -34,8 +34,9 @@ from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run
 
 LOG_EVERY = 10                                  # steps
 REQUEUE = 75                                    # exit status after a scheduler's signal
-# A resumed run may change these settings.
-CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips"}
+# A resumed run may change these settings. The classes are part of the data, which it may not.
+CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips",
+              "classes"}
 MARK = "requeue"                                # left in OUT by a run that a signal has ended
 STATE = ("settings", "fingerprint", "position", "step", "world_size", "replaced", "skipped",
          "log_bytes", "model", "optimizer", "scaler")

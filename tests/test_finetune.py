@@ -49,6 +49,8 @@ def test_defaults_are_the_protocols():
     (["--data", "u{fold}.csv"], "needs --fold, e.g. --fold 1 2 3"),
     (["--fraction", "0"], "--fraction: '0' is not a share above 0 and at most 1"),
     (["--max-failures", "1"], "--max-failures: '1' is not a share of 0 or more and less than 1"),
+    (["--predict", "a.mp4", "--data", "u", "--frames", "16", "--linear"],
+     "(and which --linear does not write): leave out --data --frames --linear"),
     (["--epochs", "0"], "--epochs: '0' is not a whole number of 1 or more"),
     (["--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_flags(flags, sentence, capsys):
@@ -270,6 +272,50 @@ def test_a_tie_counts_against_the_model(ucf, tmp_path, monkeypatch):
     with open(tmp_path / "confusion.csv", newline="") as file:
         matrix = np.array([row[1:] for row in list(csv.reader(file))[1:]], int)
     assert matrix.trace() == 0 and matrix.sum() == result["test videos"] > 0
+
+
+@pytest.mark.slow
+def test_predictions_are_those_of_the_test(ucf, tmp_path, capsys):
+    """A fine-tuned model names the classes of files as the test does, and two files that fail."""
+    out, (rows, _) = tmp_path / "out", read_manifest(ucf / "ucf101-1.csv", "test")
+    command = ["--data", ucf / "ucf101-1.csv", "--checkpoint", "none", "--out", out, *SMALL]
+    assert run_here(finetune, *command) == 0
+    (tmp_path / "text.mp4").write_text("no film")
+    cut = make_video(tmp_path / "cut.mp4", 4, 30, (180, 136), None, muxer={"movflags": "faststart"})
+    cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
+    capsys.readouterr()
+    files = [rows[0].path, tmp_path / "text.mp4", cut, rows[1].path]
+    assert run_here(finetune, "--out", out, "--predict", *files) == 1
+    printed, errors = capsys.readouterr()
+    assert "epoch 1 of 1, 2 classes, 2 clips x 3 crops, float32 (as asked)" in printed
+    for name, cause in (("text.mp4", "cannot be read: "), ("cut.mp4", "its video ends at 1.50 s")):
+        assert errors.count(f"failed: {tmp_path / name}: {cause}") == 1
+    with open(out / "predictions.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    clips = ActionClips(rows, ["Archery", "Bowling"], 4, 8, 16, views=(2, 3))
+    model = classifier(video_encoder("r2plus1d_10"), 2).eval()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    model.load_state_dict(state["model"])
+    assert [line["file"] for line in lines] == [row.path for row in rows for _ in clips.classes]
+    for n, row in enumerate(rows):
+        with torch.no_grad():
+            p = model(((clips.read(row)[0] / 255 - 0.45) / 0.225).movedim(-1, 1)).softmax(1).mean(0)
+        assert f"\n{row.path}\n   1  {p.max():6.3f}  {clips.classes[p.argmax()]}\n" in printed
+        for rank, line in enumerate(lines[2 * n:2 * n + 2], 1):
+            assert line["rank"] == str(rank)
+            expected = p[clips.classes.index(line["class"])].item()
+            assert float(line["probability"]) == pytest.approx(expected, abs=1e-4)
+        assert float(lines[2 * n]["probability"]) >= 0.5
+    assert run_here(finetune, "--out", out, "--predict", rows[0].path) == 0
+
+    del state["settings"]["classes"]            # as of an earlier version, whose runs still work
+    torch.save(state, out / "checkpoint.pt")
+    assert run_here(finetune, *command) == 0
+    capsys.readouterr()
+    for folder in (out, tmp_path):
+        assert run_here(finetune, "--out", folder, "--predict", rows[0].path) == 1
+        assert (f"--out {folder} has no checkpoint.pt of a fine-tuning with its class names "
+                "(--linear writes none)" in error_of(capsys.readouterr().err))
 
 
 def test_answers_and_hits_agree():
