@@ -151,8 +151,9 @@ def synthesise(f, ratios, damping, noise, times, rng):
 
 def write(path, film, wave):
     """Write one mp4 of H.264, with a keyframe each second, and AAC. The file gets its name when it
-    is complete. The encoder has one thread, so that the same film gives the same bytes."""
-    temporary = path.with_suffix(".part")
+    is complete, so that two runs may build the set at once. The encoder has one thread, so that the
+    same film gives the same bytes."""
+    temporary = path.with_suffix(f".{os.getpid()}.part")
     with av.open(str(temporary), "w", format="mp4") as out:
         # The code of mbtree (x264 in av 18.1, AVX-512) lets old contents of memory into the bytes.
         options = {"crf": "27", "preset": "veryfast", "g": str(FPS), "threads": "1",
