@@ -484,9 +484,10 @@ def test_a_folder_that_cannot_be_written(capsys):
      "is kept"),
     (11, "log.jsonl", "make room, then the same command continues; the checkpoint of step 10 is "
      "kept")])
-def test_a_full_disk_leaves_the_last_checkpoint(step, full, sentence, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint(step, full, sentence, tmp_path, capsys):
     """From a step on there is no room for a checkpoint, or for the log. With room the run goes on.
-    The old checkpoint is another file than the new one, so no crash can leave half of both."""
+    The old checkpoint is another file than the new one, so no crash can leave half of both. (capsys
+    keeps what is printed in memory, where the limit on files does not count.)"""
     def fill(n, _):
         if n == step and full == "checkpoint.pt":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
