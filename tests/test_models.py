@@ -32,19 +32,19 @@ def test_audio_encoder_has_nine_layers():
     assert g(torch.randn(2, 1, 40, 101)).shape == (2, 512)
 
 
-@pytest.mark.parametrize("mapping", ["identity", "linear", "mlp"])
-def test_svaclr(mapping):
-    model = SvaCLR("r2plus1d_10", mapping)
-    calls = []
+@pytest.mark.parametrize("mapping,tensors", [("identity", 0), ("linear", 2), ("mlp", 4)])
+def test_svaclr(mapping, tensors):
+    """Each encoder is called once, with all views, and each view keeps its place."""
+    model, calls = SvaCLR("r2plus1d_10", mapping).eval(), []
     for encoder in (model.f, model.g):
         encoder.register_forward_hook(lambda m, i, o: calls.append(i[0].shape))
-    B, K = 3, 2
-    ly_a, ly_v, z_a, z_v = model(torch.randn(B, K, 1, 40, 31), torch.randn(B, K, 3, 4, 24, 24))
-    assert ly_v.shape == ly_a.shape == (B, K, 512) and z_v.shape == z_a.shape == (B, K, 256)
-    # each encoder is called once, with all views
-    assert calls == [(B * K, 1, 40, 31), (B * K, 3, 4, 24, 24)]
-    parameters = list(Mapping(mapping).parameters())
-    assert len(parameters) == {"identity": 0, "linear": 2, "mlp": 4}[mapping]
+    audio, video = torch.randn(3, 2, 1, 40, 31), torch.randn(3, 2, 3, 4, 24, 24)
+    ly_a, ly_v, z_a, z_v = whole = model(audio, video)
+    assert ly_v.shape == ly_a.shape == (3, 2, 512) and z_v.shape == z_a.shape == (3, 2, 256)
+    assert calls == [(6, 1, 40, 31), (6, 3, 4, 24, 24)]
+    for x, part in zip(whole, model(audio[1:2, 1:], video[1:2, 1:])):
+        torch.testing.assert_close(x[1:2, 1:], part, atol=1e-4, rtol=1e-3)
+    assert len(list(model.l.parameters())) == tensors
 
 
 @pytest.mark.parametrize("audio,video", [
@@ -53,15 +53,6 @@ def test_svaclr(mapping):
 def test_wrong_shapes_get_a_sentence(audio, video):
     with pytest.raises(ValueError, match="give .B, K, 1, M, F. and .B, K, 3, T, H, W., with the"):
         SvaCLR("r2plus1d_10")(torch.zeros(audio), torch.zeros(video))
-
-
-def test_views_stay_with_their_clip():
-    model = SvaCLR("r2plus1d_10").eval()
-    audio, video = torch.randn(3, 2, 1, 40, 31), torch.randn(3, 2, 3, 4, 24, 24)
-    whole = model(audio, video)
-    part = model(audio[1:2, 1:], video[1:2, 1:])
-    for w, p in zip(whole, part):
-        torch.testing.assert_close(w[1:2, 1:], p, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -151,6 +151,7 @@ def test_what_a_run_prints_and_writes(trained):
     video_encoder("r2plus1d_10").load_state_dict(weights)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended(trained, tree, tmp_path, capsys):
     """The same command has nothing to do. Other settings, or a folder with other data, are refused,
     and change nothing."""
@@ -195,6 +196,7 @@ def test_bad_data(data, flags, sentence, tree, tmp_path, capsys):
     assert sentence in error_of(errors) and "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_files_that_fail_after_the_scan_are_replaced(tree, tmp_path, capsys):
     two, _ = with_damaged(scan.scan(tree / "train"), tmp_path, [0, 1])
     assert run_here(pretrain, "--data", two, "--out", tmp_path, *SMALL, "--max-failures", 0.5) == 0
@@ -203,6 +205,7 @@ def test_files_that_fail_after_the_scan_are_replaced(tree, tmp_path, capsys):
     assert "replaced: " in errors and "bad0.mp4: Invalid data" in errors
 
 
+@pytest.mark.slow
 def test_first_weights_come_from_a_file(brief, tmp_path, capsys):
     """Of f and g, or of f alone. A file of another architecture is refused, but a run that
     continues does not need the file."""
@@ -388,8 +391,9 @@ def test_two_processes_are_one(flags, tree, tmp_path):
     assert "2 process(es) on cpu" in printed
     assert "global batch 10 = 2 process(es) x 5 clips, 2 view(s): 18 negatives per" in printed
     assert abs(loss - loss_of_two) < 1e-4 and model.keys() == model_of_two.keys()
+    atol = 1e-3 if flags else 1e-4
     for name, x in model.items():
-        torch.testing.assert_close(model_of_two[name], x, atol=1e-3, rtol=1e-3, msg=name)
+        torch.testing.assert_close(model_of_two[name], x, atol=atol, rtol=1e-3, msg=name)
     # Convolutions round differently on one thread and on two.
     assert (gradient_of_two - gradient).norm() / gradient.norm() < 0.01
     if not flags:

@@ -278,10 +278,10 @@ def start(data, out, *flags, **how):
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_runs_end_with_the_same_weights(manifest, tmp_path):
+def test_killed_runs_end_with_the_same_weights(manifest, tmp_path):
     """Kill -9 comes after checkpoints and within steps, once for each way to start the loading
-    processes. Then Ctrl-C comes to the whole process group, as a terminal sends it. The lock that
-    each leaves is no hindrance. The run that nobody stops has another core at the same time."""
+    processes. The lock that each leaves is no hindrance. The run that nobody stops has another core
+    at the same time."""
     whole, cut, flags = tmp_path / "whole", tmp_path / "cut", ("--epochs", 12)
     core, other = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
     undisturbed = start(manifest, whole, *flags, core=other)
@@ -296,47 +296,42 @@ def test_killed_and_stopped_runs_end_with_the_same_weights(manifest, tmp_path):
         assert job.wait() == -signal.SIGKILL
         assert left_of(job.pid) == [], "a killed run leaves processes behind"
         assert ("continuing " in job.printed()[0]) == (least > 10)
-    job = start(manifest, cut, *flags, "--save-every", 60, core=core)
-    job.wait_for(lambda: max(steps(cut)) >= 40)
-    os.killpg(job.pid, signal.SIGINT)
-    assert job.wait() == INTERRUPTED and left_of(job.pid) == []
-    text, errors = job.printed()
-    step = state_of(cut)["step"]
-    assert f"stopped by Ctrl-C, saved at step {step} of 60: " in text and "Traceback" not in errors
     job = start(manifest, cut, *flags, core=core)
     assert job.wait() == undisturbed.wait() == 0, job.printed()
-    assert f"continuing {cut / 'checkpoint.pt'} at step {step} of 60\n" in job.printed()[0]
     assert_same_state(whole, cut)
-    (lines, expected), broken = map(events, (cut, whole)), step // 10 * 10 + 10
-    assert lines.keys() == expected.keys() == set(range(10, 61, 10))
-    assert all(lines[n] == expected[n] for n in lines if n != broken)   # means of fewer steps
+    assert events(whole) == events(cut) and steps(cut) == list(range(10, 61, 10))
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_group_saves_and_leaves_the_mark(manifest, tmp_path, capsys):
+def test_a_signal_to_the_group_saves(manifest, tmp_path, capsys):
     """The loading processes and the server that forks them get the signal first, and do not mind.
-    While the run lives, no other run has its --out. The next start removes the mark."""
+    While the run lives, no other run has its --out. A scheduler's signal, not Ctrl-C, leaves a mark
+    that the next start removes."""
     flags, cores = ("--epochs", 400, "--save-every", 60), os.sched_getaffinity(0)
-    jobs = [(number, out, start(manifest, out, *flags, method=out.name, core=core))
-            for number, out, core in ((signal.SIGTERM, tmp_path / "forkserver", min(cores)),
-                                      (signal.SIGUSR1, tmp_path / "spawn", max(cores)))]
-    for number, out, job in jobs:
+    jobs = [(number, status, tmp_path / method,
+             start(manifest, tmp_path / method, *flags, method=method, core=core))
+            for number, status, method, core in (
+                (signal.SIGTERM, REQUEUE, "forkserver", min(cores)),
+                (signal.SIGUSR1, REQUEUE, "spawn", max(cores)),
+                (signal.SIGINT, INTERRUPTED, "fork", min(cores)))]
+    for number, status, out, job in jobs:
         again = ["--data", manifest, "--out", out, *SHORT]
         job.wait_for(lambda: steps(out))
         assert run_here(pretrain, *again) == 1
         owner = f"process {job.pid} on {socket.gethostname()}"
         assert f"in use by {owner}: wait until it has ended" in capsys.readouterr().err
         helpers = helpers_of(job.pid)
-        assert len(helpers) >= 2
+        assert len(helpers) >= (1 if out.name == "fork" else 2)
         for helper in helpers:
             os.kill(helper, number)
         last = max(steps(out))
         job.wait_for(lambda: max(steps(out)) > last)
         os.killpg(job.pid, number)
-        assert job.wait() == REQUEUE
+        assert job.wait() == status and left_of(job.pid) == []
         text, errors = job.printed()
-        assert "Traceback" not in errors and (out / "requeue").exists()
-        assert f"stopped by a signal, saved at step {state_of(out)['step']} of " in text
+        cause = "Ctrl-C" if status == INTERRUPTED else "a signal"
+        assert "Traceback" not in errors and (out / "requeue").exists() == (status == REQUEUE)
+        assert f"stopped by {cause}, saved at step {state_of(out)['step']} of " in text
         assert run_here(pretrain, *again) == 1              # other --epochs
         assert "epochs was 400 and is 4" in capsys.readouterr().err
         assert not (out / "requeue").exists()
@@ -461,8 +456,6 @@ def test_kept_checkpoints_can_be_used(trained, tree, tmp_path):
     assert_same_state(plain, kept)
     shutil.copy(kept / "checkpoint-8.pt", kept / "checkpoint.pt")       # and train on from there
     assert state_of(kept)["step"] == 16
-    with pytest.raises(AssertionError):
-        assert_same_state(plain, kept)
     assert run_here(pretrain, *flags, 3) == 0
     assert_same_state(plain, kept)
     checkpoint = kept / "checkpoint-9.pt"
@@ -491,9 +484,10 @@ def test_a_folder_that_cannot_be_written(capsys):
      "is kept"),
     (11, "log.jsonl", "make room, then the same command continues; the checkpoint of step 10 is "
      "kept")])
-def test_a_full_disk_leaves_the_last_checkpoint(step, full, sentence, tmp_path):
+def test_a_full_disk_leaves_the_last_checkpoint(step, full, sentence, tmp_path, capsys):
     """From a step on there is no room for a checkpoint, or for the log. With room the run goes on.
-    The old checkpoint is another file than the new one, so no crash can leave half of both."""
+    The old checkpoint is another file than the new one, so no crash can leave half of both. (capsys
+    keeps what is printed in memory, where the limit on files does not count.)"""
     def fill(n, _):
         if n == step and full == "checkpoint.pt":
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))

@@ -70,9 +70,11 @@ def gdt():
     """A model with random weights and random BatchNorm statistics."""
     torch.manual_seed(0)
     model = GDT().eval()
-    for x in model.state_dict().values():
-        if x.dim() == 1:                                  # of BatchNorm, or a bias
+    for name, x in model.state_dict().items():
+        if name.endswith(("weight", "running_var")) and x.dim() == 1:     # of BatchNorm
             x.uniform_(0.5, 1.5)
+        elif x.dim() == 1:
+            x.normal_(0, 0.1)
     return model
 
 
