@@ -373,7 +373,9 @@ def films(tmp_path_factory):
     return {"mp4": make_video(root / "a.mp4", **small),
             "silent": make_video(root / "s.mp4", tone=None, **small),
             "avi": make_video(root / "a.avi", audio_codec="mp3", **mpeg4),
-            "mkv": make_video(root / "a.mkv", audio_codec="ac3", **mpeg4)}
+            "mkv": make_video(root / "a.mkv", audio_codec="ac3", **mpeg4),
+            "mpg": make_video(root / "a.mpg", 1.0, 25, (36, 28), codec="mpeg2video",
+                              audio_codec="mp2")}
 
 
 @pytest.fixture

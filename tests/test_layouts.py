@@ -16,6 +16,7 @@ K400 = "label,youtube_id,time_start,time_end,split\n"
 DRAWN = [3, 9, 11, 13, 17, 18, 19]      # of a/0.mp4 to a/19.mp4, with a share of 0.2 and seed 0
 UNLISTED = "", "", "not in the official list"
 EMPTY = "", "", "empty file"
+NO_LABEL = "no label in the official list"
 ABSENT = "official entries not on disk"
 OTHERS = "files of other classes passed over"
 PASSED_OVER = None                      # in place of a row
@@ -23,65 +24,70 @@ PASSED_OVER = None                      # in place of a row
 
 # ---- layouts
 
-# Class folders, a file outside of them, ids with _ and -, a replaced file, and three lists.
+# Ids with _ and -, class folders and a file outside of them, and a replaced file. validate.csv
+# repeats an entry of train.csv: it is one clip. A list of the test part came without labels; then a
+# label in another list counts.
 KINETICS_LISTS = {
     "train.csv": K400 + "playing guitar,-a_b-c_d--1,3,13,train\n"
                  "strumming guitar,strummingAA,0,10,train\nplaying guitar,replacedAAA,1,11,train\n"
-                 "bowling,goneAAAAAAA,5,15,train\nyoga,goneAAAAAAB,5,15,train\n",
-    "validate.csv": K400 + "surfing water,surfing__-A,120,130,validate\n",
-    "test.csv": K400.replace("split", "split,is_cc") + '"tap dancing",flat-tap01,44,54,test,0\n'}
+                 "bowling,goneAAAAAAA,5,15,train\nyoga,goneAAAAAAB,5,15,train\n"
+                 "bowling,once_-AAAA_,1,11,train\nbowling,twiceAAAAAA,5,15,train\n"
+                 "bowling,bothAAAAAAA,1,11,train\n,emptyAAAAAA,1,11,train\n",
+    "validate.csv": K400 + "surfing water,surfing__-A,120,130,validate\n"
+                    "bowling,twiceAAAAAA,25,35,val\nbowling,bothAAAAAAA,1,11,train\n",
+    "test.csv": K400.replace("split", "split,is_cc") + '"tap dancing",flat-tap01,44,54,test,0\n',
+    "unlabelled.csv": K400.removeprefix("label,") + "bothAAAAAAA,1,11,test\n"
+                      "testAAAAAAA,1,11,test\ngoneAAAAAAC,1,11,test\n"}
+SURFING = "val/surfing water/surfing__-A_000120_000130.mp4"
+STRUMMING = "train/Strumming Guitar/strummingAA_000000_000010.mp4"
 KINETICS = {
     "train/playing_guitar/-a_b-c_d--1_000003_000013.mp4": ("playing guitar", "train", ""),
-    "train/Strumming Guitar/strummingAA_000000_000010.mp4": ("strumming guitar", "train", ""),
-    "val/surfing water/surfing__-A_000120_000130.mp4": ("surfing water", "val", ""),
+    STRUMMING: ("strumming guitar", "train", ""),
+    SURFING: ("surfing water", "val", ""),
     "flat-tap01_000044_000054.mp4": ("tap dancing", "test", ""),
     "train/playing_guitar/replacedAAA_000001_000011.mp4": ("playing guitar", "train", "empty file"),
     "replacement/for_k400/replacedAAA_000001_000011.mp4": ("playing guitar", "train", ""),
-    "test/singing/unlistedAAA_000001_000011.mp4": UNLISTED}
-# The second line of val.csv repeats an entry of train.csv: it is one clip.
-ID_LISTS = {
-    "train.csv": K400 + "bowling,once_-AAAA_,1,11,train\nbowling,twiceAAAAAA,5,15,train\n"
-                 "bowling,bothAAAAAAA,1,11,train\nyoga,othersAAAAA,1,11,train\n",
-    "val.csv": K400 + "bowling,twiceAAAAAA,25,35,val\nbowling,bothAAAAAAA,1,11,train\n"}
-IDS = {
+    "test/singing/unlistedAAA_000001_000011.mp4": UNLISTED,
     "once_-AAAA_.mp4": ("bowling", "train", ""),
     "twiceAAAAAA_000005_000015.mp4": ("bowling", "train", ""),
     "bothAAAAAAA.mp4": ("bowling", "train", ""),
     "bothAAAAAAA_000001_000011.mp4": ("bowling", "train", scan.COPY),
     "twiceAAAAAA.mp4.mkv": ("", "", "its name is an id with several clips in the official list"),
-    "othersAAAAA.mp4": ("yoga", "train", "")}
-NO_LABEL = "no label in the official list"
+    "emptyAAAAAA_000001_000011.mp4": ("", "train", NO_LABEL),
+    "testAAAAAAA_000001_000011.mp4": ("", "test", NO_LABEL)}
+# Without lists the class folders count.
+FOLDERS = {"TRAIN/playing_guitar/1.mp4": ("playing guitar", "train", ""),
+           "validation/surfing water/2.mp4": PASSED_OVER, "3.mp4": PASSED_OVER,
+           "x/Test/Singing/4.mp4": ("singing", "test", ""),
+           "more/Strumming Guitar/5.mp4": ("strumming guitar", "", "")}
+# Files are named by s or by ms.
 VGG_LISTS = {"vggsound.csv": '--0PQM4-hqg,30,"waterfall burbling",train\n'
-                             'a_b_c_d_e_f,9,"bird chirping, tweeting",test\n'
-                             'goneAAAAAAA,1,"bird chirping, tweeting",test\n'}
-VGG_EVALUATION = {"train.csv": "--0PQM4-hqg_000030.mp4,waterfall burbling\n",
-                  "test.csv": 'a_b_c_d_e_f_000009.mp4,"bird chirping, tweeting"\n',
+                             'a_b-c_100_1,0,"bird chirping, tweeting",test\n'
+                             '-1pRmoJIGQc,10,"bird chirping, tweeting",test\n'
+                             'bothAAAAAAA,7,waves,train\ngoneAAAAAAA,1,waves,test\n'}
+VGG_EVALUATION = {"train.csv": "--0PQM4-hqg_000030.mp4,waterfall burbling\n"
+                               "bothAAAAAAA_000007.mp4,waves\n",
+                  "test.csv": 'a_b-c_100_1_000000.mp4,"bird chirping, tweeting"\n'
+                              '-1pRmoJIGQc_000010.mp4,"bird chirping, tweeting"\n'
+                              'goneAAAAAAA_000001.mp4,waves\n',
                   "stat.csv": "waterfall burbling,1050,nature\n"}
 VGG = {"--0PQM4-hqg_000030.mp4": ("waterfall burbling", "train", ""),
-       "more/a_b_c_d_e_f_000009.mp4": ("bird chirping, tweeting", "test", ""),
-       "unlistedAAA_000030.mp4": UNLISTED}
-MILLISECONDS_LISTS = {"vggsound.csv": "-1pRmoJIGQc,10,waves,train\na_b-c_100_1,0,waves,test\n"
-                                      "bothAAAAAAA,7,waves,train\ngoneAAAAAAA,1,waves,test\n"}
-MILLISECONDS_EVALUATION = {
-    "train.csv": "-1pRmoJIGQc_000010.mp4,waves\nbothAAAAAAA_000007.mp4,waves\n",
-    "test.csv": "a_b-c_100_1_000000.mp4,waves\ngoneAAAAAAA_000001.mp4,waves\n"}
-MILLISECONDS = {"-1pRmoJIGQc_10000_20000.mp4": ("waves", "train", ""),
-                "a_b-c_100_1_0_10000.mp4.webm": ("waves", "test", ""),
-                "bothAAAAAAA_000007.mp4": ("waves", "train", ""),
-                "bothAAAAAAA_7000_17000.mp4": ("waves", "train", scan.COPY),
-                "-1pRmoJIGQc_11000_21000.mp4": UNLISTED}
+       "more/-1pRmoJIGQc_000010.mp4": ("bird chirping, tweeting", "test", ""),
+       "a_b-c_100_1_0_10000.mp4.webm": ("bird chirping, tweeting", "test", ""),
+       "bothAAAAAAA_000007.mp4": ("waves", "train", ""),
+       "bothAAAAAAA_7000_17000.mp4": ("waves", "train", scan.COPY),
+       "-1pRmoJIGQc_11000_21000.mp4": UNLISTED, "unlistedAAA_000030.mp4": UNLISTED}
 # Two files are outside of class folders. One is converted, and one is not in the lists.
 UCF_LISTS = {"classInd.txt": "37 HandstandPushups\r\n101 YoYo\r\n"}
+HMDB_NAMES = ("#20_Rhythm_clap_u_nm_np1_fr_goo_0", "Dr. No.txt (1.5) [b]+c 50%_d_clap",
+              "(Rad)Schlag_die_Bank!_clap_f_cm_np1_le_med_0")
+HMDB_LISTS = {}
 for fold in (1, 2, 3):
     UCF_LISTS |= {
         f"trainlist0{fold}.txt": "HandstandPushups/v_HandStandPushups_g01_c01.avi 37\r\n" + "".join(
             f"YoYo/v_YoYo_g0{n}_c01.avi 101\r\n" for n in (1, 2, 3) if n != fold),
         f"testlist0{fold}.txt":
             f"YoYo/v_YoYo_g0{fold}_c01.avi\r\nYoYo/v_YoYo_g25_c09.avi\r\n"}
-HMDB_NAMES = ("#20_Rhythm_clap_u_nm_np1_fr_goo_0", "a [b]+c 50%_d_clap",
-              "(Rad)Schlag_die_Bank!_clap_f_cm_np1_le_med_0")
-HMDB_LISTS = {}
-for fold in (1, 2, 3):
     HMDB_LISTS |= {
         f"clap_test_split{fold}.txt": "".join(
             f"{name}.avi {(fold + i) % 3} \n" for i, name in enumerate(HMDB_NAMES)),
@@ -90,10 +96,11 @@ for fold in (1, 2, 3):
 
 
 def ucf(fold):
-    """The rows of a copy of UCF101 in a fold."""
+    """The rows of a copy of UCF101 in a fold. A film and its conversion count once."""
     rows = {f"YoYo/v_YoYo_g0{n}_c01.avi": ("YoYo", "test" if n == fold else "train", "")
             for n in (1, 2, 3)}
     return rows | {"v_HandStandPushups_g01_c01.mp4": ("HandstandPushups", "train", ""),
+                   "YoYo/v_YoYo_g01_c01.mp4": (*rows["YoYo/v_YoYo_g01_c01.avi"][:2], scan.COPY),
                    "v_Other_g01_c01.avi": UNLISTED}
 
 
@@ -118,44 +125,17 @@ def lay_out(put, tmp_path, files, lists):
 
 
 @pytest.mark.parametrize("layout, options, lists, files, notes", [
-    ("kinetics400", {}, KINETICS_LISTS, KINETICS, [f"2 {ABSENT} (2 of train)"]),
-    ("kinetics400", {}, ID_LISTS, IDS, [f"1 {ABSENT} (1 of val)"]),
-    # Kinetics' list of the test part came without labels. A label in another list counts.
-    ("kinetics400", {}, {
-        "train.csv": K400 + "yoga,listedAAAAA,1,11,train\nyoga,bothAAAAAAA,1,11,train\n"
-                     ",emptyAAAAAA,1,11,train\n",
-        "test.csv": K400.removeprefix("label,") + "bothAAAAAAA,1,11,test\n"
-                    "testAAAAAAA,1,11,test\ngoneAAAAAAA,1,11,test\n"},
-     {"listedAAAAA_000001_000011.mp4": ("yoga", "train", ""),
-      "bothAAAAAAA_000001_000011.mp4": ("yoga", "train", ""),
-      "emptyAAAAAA_000001_000011.mp4": ("", "train", NO_LABEL),
-      "testAAAAAAA_000001_000011.mp4": ("", "test", NO_LABEL)}, [f"0 {ABSENT}"]),
-    ("kinetics-sounds", {}, KINETICS_LISTS,
-     KINETICS | {"val/surfing water/surfing__-A_000120_000130.mp4": PASSED_OVER},
-     [f"1 {ABSENT} (1 of train)", f"1 {OTHERS}"]),
+    ("kinetics400", {}, KINETICS_LISTS, KINETICS, [f"3 {ABSENT} (2 of train, 1 of val)"]),
+    ("kinetics-sounds", {}, KINETICS_LISTS, KINETICS | {SURFING: PASSED_OVER},
+     [f"2 {ABSENT} (1 of train, 1 of val)", f"1 {OTHERS}"]),
     ("kinetics-sounds", {"classes": 31}, KINETICS_LISTS,
-     KINETICS | {"val/surfing water/surfing__-A_000120_000130.mp4": PASSED_OVER,
-                 "train/Strumming Guitar/strummingAA_000000_000010.mp4": PASSED_OVER},
-     [f"1 {ABSENT} (1 of train)", f"2 {OTHERS}"]),
-    ("kinetics-sounds", {}, ID_LISTS, IDS | {"othersAAAAA.mp4": PASSED_OVER},
-     [f"1 {ABSENT} (1 of val)", f"1 {OTHERS}"]),
-    # Without lists the class folders count.
-    *[("kinetics-sounds", {"classes": classes}, {},
-       KINETICS | {"val/surfing water/surfing__-A_000120_000130.mp4": PASSED_OVER,
-                   "flat-tap01_000044_000054.mp4": PASSED_OVER,
-                   "replacement/for_k400/replacedAAA_000001_000011.mp4": PASSED_OVER,
-                   "train/Strumming Guitar/strummingAA_000000_000010.mp4": strumming,
-                   "test/singing/unlistedAAA_000001_000011.mp4": ("singing", "test", "")}, [note])
-      for classes, strumming, note in (
-          (31, PASSED_OVER, f"4 {OTHERS}"),
-          (32, ("strumming guitar", "train", ""), f"3 {OTHERS}"))],
+     KINETICS | {SURFING: PASSED_OVER, STRUMMING: PASSED_OVER},
+     [f"2 {ABSENT} (1 of train, 1 of val)", f"2 {OTHERS}"]),
+    ("kinetics-sounds", {}, {}, FOLDERS, [f"2 {OTHERS}"]),
+    ("kinetics-sounds", {"classes": 31}, {},
+     FOLDERS | {"more/Strumming Guitar/5.mp4": PASSED_OVER}, [f"3 {OTHERS}"]),
     ("vggsound", {}, VGG_LISTS, VGG, [f"1 {ABSENT} (1 of test)"]),
-    ("vggsound", {}, VGG_EVALUATION, VGG, [f"0 {ABSENT}"]),
-    ("vggsound", {}, MILLISECONDS_LISTS, MILLISECONDS, [f"1 {ABSENT} (1 of test)"]),
-    ("vggsound", {}, MILLISECONDS_EVALUATION, MILLISECONDS, [f"1 {ABSENT} (1 of test)"]),
-    # A film and its conversion count once.
-    ("ucf101", {}, UCF_LISTS, ucf(1) | {"YoYo/v_YoYo_g01_c01.mp4": ("YoYo", "test", scan.COPY)},
-     [f"1 {ABSENT} (1 of test)"]),
+    ("vggsound", {}, VGG_EVALUATION, VGG, [f"1 {ABSENT} (1 of test)"]),
     *[("ucf101", {"fold": fold}, UCF_LISTS, ucf(fold), [f"1 {ABSENT} (1 of test)"])
       for fold in (1, 2, 3)],
     *[("hmdb51", {"fold": fold}, HMDB_LISTS, hmdb(fold), [f"1 {ABSENT} (1 of train)"])
@@ -174,13 +154,10 @@ def test_one_of_two_good_copies_is_used(put, tmp_path):
     copies = [put(f"k/{folder}/abcdefghijk_000001_000011.mp4")
               for folder in ("a", "b", "replacement/for", "train")]
     listed = write_text(tmp_path / "train.csv", K400 + "yoga,abcdefghijk,1,11,train\n")
-    for _ in range(2):                                     # without the used copy the next one is
+    for used in (copies[2], copies[0]):                    # without the used copy the next one is
         rows = scan.scan(tmp_path / "k", layout="kinetics400", annotations=listed,
                          out=tmp_path / "m.csv")
-        used = copies[-2] if len(copies) == 4 else copies[0]
-        assert [row["reason"] for row in rows] == ["" if path == used else scan.COPY
-                                                   for path in copies]
-        copies.remove(used)
+        assert [row["path"] for row in rows if row["reason"] != scan.COPY] == [str(used)]
         used.unlink()
 
 
@@ -190,24 +167,37 @@ def test_another_fold_changes_the_labels_without_reading(put, tmp_path, files_re
         rows = scan.scan(root, layout="ucf101", annotations=lists, fold=fold,
                          out=tmp_path / "m.csv")
         assert by_name(rows)[f"v_YoYo_g0{fold}_c01.avi"] == ("YoYo", "test", "")
-    assert len(files_read) == 4
+    assert len(files_read) == 5
+
+
+SUFFIXES = ("mp4 m4v 3GP ts mpeg flv wmv vob avi mkv webm mpg MOV mts m2ts M2T ogv 3g2 f4v asf "
+            "divx").split()
 
 
 @pytest.mark.parametrize("files, notes", [
     ({"a/1.mp4": ("a", ""), "a/deep/2.MKV": ("a/deep", ""), "3.avi": ("root", "")}, []),
+    ({f"a/1.{suffix}": ("a", "") for suffix in SUFFIXES}, []),
     ({"bus/1.mp4": ("bus", ""), "Train/3.mp4": ("Train", "")},
      ["Train counted among the classes, because bus beside it is no part"]),
     ({"train/a/1.mp4": ("train/a", ""), "test/a/2.mp4": ("test/a", ""),
-      "more/a/3.mp4": ("more/a", "")},
-     ["test, train counted among the classes, because more beside it is no part"]),
-    ({"train/a/1.mp4": ("a", "train"), "val/b/2.mp4": ("b", "val"), "stray.mp4": ("root", "")}, []),
-    ({"train/a/1.mp4": ("a", "train"), "Testing/a/2.mp4": ("a", "test"),
-      "lists/train.csv": PASSED_OVER},                      # a folder without videos is no class
-     ["1 other files passed over (1 .csv)"]),
+      "eval/a/3.mp4": ("eval/a", "")},
+     ["test, train counted among the classes, because eval beside it is no part"]),
+    # Only the first folder can name a split.
+    ({"train/a/1.mp4": ("a", "train"), "val/b/test/2.mp4": ("b/test", "val"),
+      "stray.mp4": ("root", "")}, []),
+    ({f"{folder}/a/1.mp4": ("a", split) for split, folders in {
+        "train": "TRAIN Training", "val": "valid Validate Validation", "test": "test Testing"
+      }.items() for folder in folders.split()} | {"lists/train.csv": PASSED_OVER},
+     ["1 other files passed over (1 .csv)"]),               # a folder without videos is no class
     ({"a/1.mp4": ("a", ""), "a/.ipynb_checkpoints/1-checkpoint.mp4": PASSED_OVER,
       ".Trash-1000/files/old.mp4": PASSED_OVER, "b/2.mp4": ("b", ""), "b/._2.mp4": PASSED_OVER,
-      "b/.nothing": PASSED_OVER}, ["3 hidden folders and videos passed over"])])
+      "b/.nothing": PASSED_OVER}, ["3 hidden folders and videos passed over"]),
+    ({"a/1.mp4": ("a", "")} | dict.fromkeys(
+        ["a/a.TXT", "a/b.txt", "c.zip", "d.zip", "e.zip", "f.part", "g.json", "h.csv", "i.jpg",
+         "1.-j-k", "\udce9.\udce9"], PASSED_OVER),
+     ["11 other files passed over (3 .zip, 2 .txt, 2 without suffix, 1 .csv, 1 .jpg, ...)"])])
 def test_folder(tmp_path, files, notes):
+    """Hidden files do not count, but a root below a hidden folder does."""
     root = tmp_path / ".cache/root"
     for name in files:
         write_text(root / name, "")
@@ -215,6 +205,14 @@ def test_folder(tmp_path, files, notes):
     assert {str(path.relative_to(root)): (clip.label, clip.split) for path, clip in entries} == {
         name: row for name, row in files.items() if row is not PASSED_OVER}
     assert found == notes
+    for path, _ in entries:
+        path.unlink()
+    with pytest.raises(ValueError) as error:
+        scan.scan(root)
+    start = f"no video in {root}: expected [train|val|test/]class/*.mp4 (or .3g2, "
+    notes = [note for note in notes if "passed over" in note]
+    assert str(error.value).startswith(start)
+    assert str(error.value).endswith("; ".join([".wmv)", *notes]))
 
 
 def test_links_are_followed(tmp_path):
@@ -227,93 +225,36 @@ def test_links_are_followed(tmp_path):
         ("1.mp4", "a"), ("4.mp4", "linked")]
 
 
-@pytest.mark.parametrize("name, split", [
-    ("train", "train"), ("TRAIN", "train"), ("Training", "train"), ("val", "val"), ("valid", "val"),
-    ("Validate", "val"), ("Validation", "val"), ("test", "test"), ("Testing", "test"),
-    ("eval", ""), ("trains", "")])
-def test_folders_of_splits(tmp_path, name, split):
-    """In the layout `folder` only the first folder can name a split."""
-    write_text(tmp_path / f"r/{name}/bowling/1.mp4", "")
-    write_text(tmp_path / f"deep/bowling/{name}/2.mp4", "")
-    assert len(set(layouts.KINETICS_SOUNDS)) == 32
-    for root, expected in (("r", ("bowling", split) if split else (f"{name}/bowling", "")),
-                           ("deep", (f"bowling/{name}", ""))):
-        for layout, clip in (("folder", expected), ("kinetics-sounds", ("bowling", split))):
-            [(_, found)], _ = LAYOUTS[layout](tmp_path / root)
-            assert (found.label, found.split) == clip
-
-
 # ---- a test part that is drawn
 
-def test_a_drawn_part_has_its_share_and_depends_on_the_seed():
-    """Two seeds draw independently: their test parts share share^2 of the files."""
-    names, n = [f"class{k % 7}/{k}.mp4" for k in range(4000)], 4000
-    for share in (0.05, 0.2, 0.5):
-        first, second = ({name for name in names if layouts.draw_split(name, share, seed) == "test"}
-                         for seed in (0, 1))
-        for part, p in ((first, share), (second, share), (first & second, share ** 2)):
-            assert abs(len(part) - p * n) < 4 * (n * p * (1 - p)) ** 0.5, (share, p)
+def test_a_drawn_part(tmp_path):
+    """Two seeds draw independently: their test parts share share^2 of the files. A file keeps its
+    part when other files come or go, and when the folder moves."""
+    def parts(root, **options):
+        entries, _ = LAYOUTS["folder"](tmp_path / root, test_share=0.4, **options)
+        return {str(path.relative_to(tmp_path / root)): clip.split for path, clip in entries}
+
+    names = [f"{label}/{n}.mp4" for label in "ab" for n in range(250)]
+    for name in names:
+        write_text(tmp_path / "r" / name, "")
+    first, second = parts("r"), parts("r", seed=1)
+    tests = [{name for name in names if part[name] == "test"} for part in (first, second)]
+    for number, p in ((len(tests[0]), 0.4), (len(tests[1]), 0.4), (len(tests[0] & tests[1]), 0.16)):
+        assert abs(number - 500 * p) < 4 * (500 * p * (1 - p)) ** 0.5, p
+    for name in names[::3]:
+        (tmp_path / "r" / name).unlink()
+    for name in ("a/new.mp4", "0/0.mp4", "c/12.mp4"):
+        write_text(tmp_path / "r" / name, "")
+    again = parts("r")
+    assert len(again) == 336 and set(again.values()) == {"train", "test"}
+    assert all(part == first[name] for name, part in again.items() if name in first)
+    (tmp_path / "r").rename(tmp_path / "moved")
+    assert parts("moved") == again
     drawn = [k for k in range(20) if layouts.draw_split(Path(f"a/{k}.mp4"), 0.2, 0) == "test"]
     assert drawn == DRAWN                                 # the same with every version
 
 
-def test_a_file_keeps_its_part(put, tmp_path, files_read):
-    """When other files come or go, when the folder moves, and in a manifest that is renewed."""
-    names, out = [f"{label}/{n}.mp4" for label in "ab" for n in range(12)], tmp_path / "m.csv"
-    for name in names:
-        put(f"r/{name}")
-
-    def parts(root, **options):
-        rows = scan.scan(tmp_path / root, test_share=0.4, **options)
-        return {str(Path(row["path"]).relative_to(tmp_path / root)): row["split"] for row in rows}
-
-    first = parts("r", out=out)
-    assert set(first) == set(names) and set(first.values()) == {"train", "test"}
-    for name in names[::3]:
-        (tmp_path / "r" / name).unlink()
-    for name in ("a/new.mp4", "0/0.mp4", "c/12.mp4"):
-        put(f"r/{name}")
-    files_read.clear()
-    again = parts("r", out=out)
-    assert sorted(files_read) == ["0.mp4", "12.mp4", "new.mp4"]
-    kept = first.keys() & again.keys()
-    assert len(kept) == 16 and all(again[name] == first[name] for name in kept)
-    (tmp_path / "r").rename(tmp_path / "moved")
-    assert parts("moved") == again
-    assert parts("moved", seed=1) != again
-
-
-# ---- names of files
-
-@pytest.mark.parametrize("name, stem", [
-    ("a_000001_000011.mp4", "a_000001_000011"), ("a_000001_000011.MP4.webm", "a_000001_000011"),
-    ("a.mp4.mkv.Ts", "a"), ("Dr. No (1.5)_[x]_clap.avi", "Dr. No (1.5)_[x]_clap"),
-    ("a.txt.mp4", "a.txt"), ("mp4.mp4", "mp4"), (".mp4", ".mp4"), ("a.mp4.part", "a.mp4.part"),
-    ("folder.mp4/a.b", "a.b")])
-def test_a_stem_has_no_suffix_of_a_video(name, stem):
-    assert layouts.stem(Path(name)) == stem
-
-
-@pytest.mark.parametrize("videos, others, note", [
-    ("1.mp4", ".hidden.txt .DS_Store", []),
-    ("b.m4v c.3GP d.ts e.mpeg f.flv g.wmv h.vob i.mp4 j.avi k.mkv l.webm m.mpg n.MOV o.mts p.m2ts "
-     "q.M2T r.ogv s.3g2 t.f4v u.asf v.divx", "a w.txt",
-     ["2 other files passed over (1 .txt, 1 without suffix)"]),
-    ("1.mp4", "a.TXT b.txt c.zip d.zip e.zip f.part g.json h.csv i.jpg 1.-j-k \udce9.\udce9",
-     ["11 other files passed over (3 .zip, 2 .txt, 2 without suffix, 1 .csv, 1 .jpg, ...)"])])
-def test_all_suffixes_are_found_and_other_files_are_counted(tmp_path, videos, others, note):
-    for name in [*videos.split(), *others.split()]:
-        write_text(tmp_path / "r/a" / name, "")
-    paths, notes = layouts.find_videos(tmp_path / "r")
-    assert [path.name for path in paths] == sorted(videos.split()) and notes == note
-    for path in paths:
-        path.unlink()
-    with pytest.raises(ValueError) as error:
-        scan.scan(tmp_path / "r")
-    start = f"no video in {tmp_path / 'r'}: expected [train|val|test/]class/*.mp4 (or .3g2, "
-    assert str(error.value).startswith(start)
-    assert str(error.value).endswith("; ".join([".wmv)", *note]))
-
+# ---- lists
 
 BOWLING = {"l.csv": K400 + "bowling,--07WQ2iBlw,1,11,train\n"}
 # layout: (the stem of a clip, the lists that have it, the form of names as an error tells it)
@@ -345,8 +286,6 @@ def test_double_suffixes_and_lists_with_a_byte_order_mark(tmp_path, layout, mark
     assert notes[-1] == "1 other files passed over (1 .txt)"
 
 
-# ---- lists with errors
-
 YOGA = K400 + "yoga,abcdefghijk,1,11,train\n"
 
 
@@ -360,33 +299,31 @@ YOGA = K400 + "yoga,abcdefghijk,1,11,train\n"
      "train.csv:1: expected the columns .* got 'abcdefghijk,1,11'"),
     ("kinetics400", "train.csv", "", "train.csv:1: expected the columns .* got ''"),
     ("vggsound", "vggsound.csv", 'abcdefghijk,1,"a, b",test\nabcdefghijk_000001.mp4,a\n',
-     "vggsound.csv:2: "),
+     'vggsound.csv:2: expected id,start,"label",split or id_start.mp4,label, got'),
     ("vggsound", "vggsound.csv", 'abcdefghijk,1,"a, b,test\n', "vggsound.csv:1: "),
     ("vggsound", "vggsound.csv", 'abcdefghijk,1,"a" b,test\n', "vggsound.csv:1: "),
     ("ucf101", "classInd.txt", "1 A\nB 2\n", "classInd.txt:2: expected '1 Class', got 'B 2'"),
     ("ucf101", "trainlist01.txt", "A/v_A_g01_c01.avi 1\nA/v_A_g02_c01.avi 2\n",
-     "trainlist01.txt:2: .* got .*avi 2'"),
+     "trainlist01.txt:2: expected 'Class/v_.* with a class of classInd.txt, got .*avi 2'"),
     ("ucf101", "testlist01.txt", "B/v_B_g01_c01.avi\n", "testlist01.txt:1: "),
     ("hmdb51", "clap_test_split1.txt", "x.avi 1 \nx.avi 3 \n",
-     "clap_test_split1.txt:2: .* got 'x.avi 3'"),
-    ("hmdb51", "clap_test_split1.txt", "\x00\xff\n", "clap_test_split1.txt:1: ")])
-def test_an_error_names_the_line(tmp_path, layout, name, content, message):
-    write_text(tmp_path / "r/a.mp4", "")
-    for file, text in (LISTS["ucf101"][1] | {name: content}).items():
-        write_text(tmp_path / "l" / file, text)
-    with pytest.raises(ValueError, match=message):
-        scan.scan(tmp_path / "r", layout=layout, annotations=tmp_path / "l")
-
-
-@pytest.mark.parametrize("layout", ("kinetics400", "vggsound", "ucf101", "hmdb51"))
-@pytest.mark.parametrize("name, problem", [
-    (None, "this layout needs --annotations"), ("gone", "--annotations .*gone does not exist"),
-    ("empty", "--annotations .*empty has no .*"), ("r/a.mp4", "a.mp4 is of another kind")])
-def test_missing_lists(tmp_path, layout, name, problem):
+     "clap_test_split1.txt:2: expected 'name.avi 0', 1 or 2, got 'x.avi 3'"),
+    ("hmdb51", "clap_test_split1.txt", "\x00\xff\n", "clap_test_split1.txt:1: "),
+    *[(layout, None, name, f"{problem}: give the ")
+      for layout in ("kinetics400", "vggsound", "ucf101", "hmdb51")
+      for name, problem in ((None, "this layout needs --annotations"),
+                            ("gone", "--annotations .*gone does not exist"),
+                            ("empty", "--annotations .*empty has no .*"),
+                            ("r/a.mp4", "a.mp4 is of another kind"))]])
+def test_lists_with_errors(tmp_path, layout, name, content, message):
+    """A list has this name and content or, without a name, `content` stands in its place."""
     write_text(tmp_path / "r/a.mp4", "")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=f"{problem}: give the "):
-        scan.scan(tmp_path / "r", layout=layout, annotations=name and tmp_path / name)
+    for file, text in (LISTS["ucf101"][1] | {name or "other": content or ""}).items():
+        write_text(tmp_path / "l" / file, text)
+    place = "l" if name else content
+    with pytest.raises(ValueError, match=message):
+        scan.scan(tmp_path / "r", layout=layout, annotations=place and tmp_path / place)
 
 
 # ---- the command
@@ -421,13 +358,13 @@ def test_wrong_commands(tmp_path, monkeypatch, args, status, message):
 
 @pytest.mark.parametrize("layout, flags, files, lists, summary", [
     ("ucf101", ("--fold", 2), ucf(2), UCF_LISTS,
-     f"5 files, 4 usable, 1 left out: 1 not in the official list; 1 {ABSENT} (1 of test)"),
+     "6 files, 4 usable, 2 left out: 1 another copy of a clip that is used, 1 not in the official "
+     f"list; 1 {ABSENT} (1 of test)"),
     ("folder", ("--test-share", 0.2), {f"a/{n}.mp4": None for n in range(10)}, {},
      "10 files, 10 usable; 8 files in train and 2 in test, drawn with seed 0"),
     ("kinetics400", (), {"--07WQ2iBlw_000001_000011.mp4": EMPTY, "unlistedAAA.mp4": UNLISTED},
      BOWLING,
      f"2 files, 0 usable, 2 left out: 1 empty file, 1 not in the official list; 0 {ABSENT}"),
-    ("folder", (), {"a.mp4": EMPTY}, {}, "1 files, 0 usable, 1 left out: 1 empty file"),
     # If no file is in the list, the summary says which names a layout expects.
     *[(layout, (), {"b.mp4": UNLISTED, "a'.mp4": UNLISTED}, lists,
        "2 files, 0 usable, 2 left out: 2 not in the official list; "
