@@ -49,8 +49,8 @@ def shrink(video, pictures, ticks, short_side, crop):
     """Turn (time stamp, frame) into frames for the encoder: small, yuv420p, as a player shows them.
 
     ticks: how much later the stamps shall be. crop: None, or (width, height, x, y) of the part to
-    keep, in pixels of the picture as a player shows it, upright and with square pixels. Raises
-    ValueError if this part is not within the picture.
+    keep, in pixels of the picture as a player shows it. Raises ValueError if this part is not
+    within the picture.
     """
     def view(W, H):
         """See Cutter. The sides of the copy are even, because yuv420p needs that."""
