@@ -77,10 +77,10 @@ def take_core(free):
 def run_all(jobs, lines, write):
     """Run the jobs {name: (function, *arguments)}, each on one core, and one on every core.
 
-    GPUs are not used. A function returns lines of the csv, which are added to `lines`, and then
-    write(lines) is called, which returns the tables. A ValueError that it raises is printed. Any
-    other error is raised here, when the jobs that have begun have ended. At the end the tables are
-    printed, and the program ends, with status 1 if a job failed.
+    GPUs are not used. What a function returns is added to the lines of the csv, and write(lines)
+    is called, which returns the tables. A ValueError that it raises is printed. Any other error is
+    raised here, when the jobs that have begun have ended. At the end the tables are printed, and
+    the program ends, with status 1 if a job failed.
     """
     cores, failures = os.sched_getaffinity(0), 0
     context = multiprocessing.get_context("spawn")

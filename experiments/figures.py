@@ -315,8 +315,7 @@ def affinity(args):
     """Fig. 3: for some clips a frame, the spectrograms of the sound at speeds 1, 2 and 4, and under
     each lam(a, v) with the video at speed 1; beside it the mean over the test part.
 
-    The paper does not say over which entries its lam sums to 1 in that figure. Here the softmax
-    runs over the sounds at speeds 1 to 4, so an even share is 1/4.
+    lam sums to 1 over the sounds at speeds 1 to 4 (paper silent).
     """
     model, settings, clips = load_with_lambda(args)
     log_mel, read = LogMel(), []                    # (label, frame, spectrograms, lambda) of a clip

@@ -2,10 +2,8 @@
 
     python -m experiments.bench frames      # counts the wrong frames of this reader
 
-Each frame of these films shows its own number as a barcode. A frame is wrong if it is not the one
-whose time stamp is nearest to the time asked for. The right frames are found by decoding the whole
-film from its beginning: a decoder returns the frames in the order of display, and their sorted time
-stamps are their times. If several frames are equally near, within TIE, each of them is right.
+Each frame of these films shows its own number as a barcode. A frame is wrong if it is not one of
+those whose time stamps are nearest to the time asked for, within TIE.
 """
 
 import os

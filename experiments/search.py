@@ -41,7 +41,7 @@ from support.tables import check_size, write_table
 ASKS = {"audio": ("sound", "video", "sound finds these videos"),
         "video": ("pictures", "audio", "pictures find these sounds")}
 NEIGHBOURS = 20                         # of kNN (our choice)
-# One modality of a file. feature: (D,). picture: a frame (H, W, 3) or a log-mel (M, F), to draw.
+# feature: (D,). picture, to be drawn: a frame (H, W, 3) or a log-mel (M, F).
 Query = namedtuple("Query", "path modality feature picture")
 
 

@@ -3,10 +3,9 @@
     python -m prepare.transcode manifest.csv COPY --workers 16    # also writes COPY/manifest.csv
     python -m prepare.transcode manifest.csv COPY --crop 96:96:115:160      # a part of the pictures
 
-The copies are COPY/[split/]label/*.mp4 with small pictures, close keyframes and mono sound. To read
-a random clip, a decoder must begin at the last keyframe, often 8 s earlier, and decode large
-pictures up to the clip: the copy saves both. The x264 tuning "fastdecode" (no CABAC, no deblocking)
-makes the rest about 1.4 times as fast for 6 % more bytes.
+The copies are COPY/[split/]label/*.mp4 with small pictures, close keyframes and mono sound: to read
+a random clip, a decoder must begin at the last keyframe, often 8 s earlier. The x264 tuning
+"fastdecode" makes the rest about 1.4 times as fast for 6 % more bytes.
 
 An interrupted run continues by the same command. docs/data.md says more.
 """
@@ -50,8 +49,8 @@ def shrink(video, pictures, ticks, short_side, crop):
     """Turn (time stamp, frame) into frames for the encoder: small, yuv420p, as a player shows them.
 
     ticks: how much later the stamps shall be. crop: None, or (width, height, x, y) of the part to
-    keep, in pixels of the picture as a player shows it, upright and with square pixels. Raises
-    ValueError if this part is not within the picture.
+    keep, in pixels of the picture as a player shows it. Raises ValueError if this part is not
+    within the picture.
     """
     def view(W, H):
         """See Cutter. The sides of the copy are even, because yuv420p needs that."""

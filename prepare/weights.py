@@ -3,10 +3,9 @@
     python -m prepare.weights gdt gdt_K400.pth --out gdt/checkpoint.pt
     python -m prepare.weights selavi selavi_vgg_sound_150.pth --out selavi/checkpoint.pt
 
-GDT and SeLaVi have the encoders of this project under other names: R(2+1)D-18 and a ResNet of nine
-layers. GDT's heads are our projectors, so retrieval.py and finetune.py take its checkpoint.
-SeLaVi's heads predict clusters and are dropped, so its checkpoint is for finetune.py and for
-experiments.search --pair video-video. Code in the published file is not run.
+Both have the encoders of this project under other names. GDT's heads become our projectors, and
+SeLaVi's, which predict clusters, are dropped. Code in the published file is not run. docs/data.md
+says which scripts take the checkpoints.
 """
 
 import argparse

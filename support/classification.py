@@ -1,7 +1,4 @@
-"""Parts of action recognition that the paper does not mention.
-
-These are subsets of the labels, the classifier of the linear probe, and hits and tables.
-"""
+"""Action recognition beside the paper: subsets, a linear classifier, hits and tables."""
 
 import csv
 import json

@@ -273,10 +273,7 @@ class Cutter:
     size of the picture as a player shows it, upright and with square pixels. It returns the window
     in this picture, and the size to which the window is scaled.
 
-    The edges of the window are rounded to whole samples of chroma, in 4:2:0 to 2 pixels of the
-    file. A window that is made smaller shows the mean of the area below each pixel, as if it had
-    been cut out of the whole scaled picture. Where it is enlarged, the pixels of the file are
-    interpolated, and those on the window's edge are repeated beyond it.
+    docs/data.md says how the edges of the window are rounded, and its pixels averaged.
     """
 
     kind = matrix = None
@@ -407,7 +404,7 @@ def read(path, times, samples=0, size=160, window=None):
             aspect. A pair is (height, width).
         window: the part of the picture to read, a function (W, H) -> (left, top, width, height). W
             and H are the size of the upright picture with square pixels, in any unit. None: all.
-            What its rounding does is described in `Cutter`.
+            Its edges are rounded, see `Cutter`.
     Returns:
         A list with an array (H, W, 3) uint8 for each time, and the sound (samples,) float32.
         Raises ValueError, OSError or av.error.FFmpegError if the file does not give them exactly.
@@ -422,10 +419,9 @@ def read(path, times, samples=0, size=160, window=None):
 def read_sound(path):
     """Read all sound of a file, which need not have pictures.
 
-    The whole sound is decoded from its first packet on, without a seek, and is held in memory: 6 MB
-    for a minute. Returns the sound (samples,) float32, mono at 24 kHz, from its first sample to its
-    last, and the times in s at which it is damaged. Gaps in it are silent. Raises ValueError,
-    OSError or av.error.FFmpegError if it is missing or its stamps do not run on.
+    It is decoded without a seek and held in memory, 6 MB for a minute. Returns (samples,) float32,
+    mono at 24 kHz, and the times in s at which it is damaged. Gaps in it are silent. Raises
+    ValueError, OSError or av.error.FFmpegError if it is missing or its stamps do not run on.
     """
     with open_file(path) as container:
         audio, damaged = container.streams.best("audio"), Damage()
