@@ -79,7 +79,7 @@ def test_curves(brief, tmp_path):
 @pytest.mark.parametrize("what,data,sentence", [
     ("curves", "gone", "no .*log.jsonl: give the --out folder of a run of pretrain.py"),
     ("affinity", "short", "no clip of the 'test' part lasts 2.0 s, as this picture needs"),
-    ("method", "short", "the 'test' part has no 2 classes with clips of 2.0 s"),
+    ("method", "short", "the 'test' part has no 2 classes with clips of 1.5 s"),
     ("ratios", "m.csv", "none of the clips can be read: see the causes above"),
     ("affinity", "first", "none of the clips to be shown can be read: see the causes above")])
 def test_bad_input(what, data, sentence, tree, brief, tmp_path):

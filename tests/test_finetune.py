@@ -340,14 +340,15 @@ def test_the_input_of_torchvisions_weights_is_said(capsys):
 
 
 def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
-    encoder = tmp_path / "encoder.pt"
-    torch.save(video_encoder("r2plus1d_10").state_dict(), encoder)
+    encoder, state = tmp_path / "encoder.pt", video_encoder("r2plus1d_10").state_dict()
+    torch.save(state, encoder)
     command = ["--data", ucf / "ucf101-1.csv", "--checkpoint", encoder, "--out", tmp_path, *SMALL]
     assert run_here(finetune, *command) == 0
     assert run_here(finetune, *command, "--checkpoint", "none") == 1
     assert (f"made with other settings (checkpoint was {encoder} and is none)"
             in error_of(capsys.readouterr().err))
-    torch.save(video_encoder("r2plus1d_10").state_dict(), encoder)      # another one of that name
+    state["stem.0.weight"] += 1
+    torch.save(state, encoder)                              # another one of that name
     assert run_here(finetune, *command) == 1
     assert "made with other settings (encoder was " in error_of(capsys.readouterr().err)
 
