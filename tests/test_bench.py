@@ -6,10 +6,14 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import run
+from conftest import command, run
 
 import pretrain
+from augment import LogMel, normalize_frames
 from experiments import bench
+from loss import soft_info_nce
+from support.processes import autocast
+from support.reading import RATE
 
 CPU = torch.device("cpu")
 
@@ -50,7 +54,7 @@ def test_the_step_is_that_of_pretraining(monkeypatch):
 def test_a_batch_in_chunks():
     """Beside the batch in chunks stand a batch of one chunk, and the batch as a whole."""
     args = Namespace(arch="r2plus1d_10", frames=4, size=16, batch_size=[8], chunk=2, rounds=2,
-                     compile=False, profile=False)
+                     compile=False, profile=False, precision="auto")
     whats, values = zip(*bench.step(args))
     assert [re.search("B.*px", what)[0] for what in whats[:3]] == [
         f"B{clips} T4 16px" for clips in (2, 8, 8)]
@@ -59,6 +63,62 @@ def test_a_batch_in_chunks():
     for name, other in (("of one chunk", 0), ("whole", 2)):
         assert values[3][f"peak memory / {name}"] == pytest.approx(
             values[1]["peak memory, GB"] / values[other]["peak memory, GB"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision, dtype, share", [
+    ("fp32", torch.float32, 0), ("fp16", torch.float16, 2e-3)])
+def test_the_counted_memory_is_that_of_a_real_step(precision, dtype, share):
+    """To the byte: tensors with values hold as much for the backward pass as those without.
+
+    In half precision a fake BatchNorm holds statistics of 2 bytes and a real one of 4: 0.1 %.
+    """
+    (what, counted), = bench.memory(Namespace(arch="r2plus1d_10", frames=4, size=16, batch_size=[2],
+                                              chunk=None, precision=precision))
+    assert what == f"memory r2plus1d_10 B2 T4 16px {str(dtype)[6:]}"
+    model, optimizer, _ = pretrain.build(pretrain.parse([]), CPU, dtype)
+    frames = torch.randint(0, 256, (2, 2, 4, 16, 16, 3), dtype=torch.uint8)
+    waves, saved = torch.randn(2, 2, RATE), []
+    audio, video = LogMel()(waves), normalize_frames(frames)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        with autocast(CPU, dtype):
+            outputs = model(audio, video)
+        loss = soft_info_nce(*outputs)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    for x in (*model.parameters(), *model.buffers(), audio, video):
+        storages.pop(x.untyped_storage().data_ptr(), None)
+    loss.backward()
+    optimizer.step()
+    bytes_of = {"held for backward": sum(storages.values()),
+                "weights": sum(x.nbytes for x in model.state_dict().values()),
+                "gradients": sum(x.grad.nbytes for x in model.parameters()),
+                "momentum": sum(x["momentum_buffer"].nbytes for x in optimizer.state.values()),
+                "frames and sound": 2 * 2 * (4 * 16 * 16 * 3 * (1 + 4) + 4 * (RATE + 40 * 101))}
+    assert audio.nbytes == 2 * 2 * 40 * 101 * 4
+    for name, expected in bytes_of.items():
+        error = max(0.1, share * expected)
+        assert counted[f"{name}, GB"] * 1e9 == pytest.approx(expected, abs=error), name
+    parts = sum(counted[f"{name}, GB"] for name in bytes_of)
+    assert counted["needed, GB"] == pytest.approx(parts)
+
+
+@pytest.mark.slow
+def test_memory_of_a_batch_in_chunks():
+    """It holds what one chunk does, and embeds each clip once more."""
+    flags = "memory", "--frames", "4", "--size", "16", "--precision", "fp16"
+    values = []
+    for batch in (("2",), ("8", "--chunk", "2"), ("8",)):
+        status, text, _ = command(bench, *flags, "--batch-size", *batch)
+        assert status == 0
+        values.append(dict(re.findall(r"    (.+): (.+)\n", text)))
+    one, chunks, whole = values
+    assert "memory r2plus1d_10 B8 T4 16px float16\n" in text
+    assert chunks["held for backward, GB"] == one["held for backward, GB"]
+    assert float(whole["held for backward, GB"]) > float(one["held for backward, GB"])
+    assert float(one["needed, GB"]) < float(chunks["needed, GB"]) < float(whole["needed, GB"])
+    assert whole["TFLOP of a clip"] == one["TFLOP of a clip"]
+    more = float(chunks["TFLOP of a clip"]) / float(one["TFLOP of a clip"])
+    assert more == pytest.approx(4 / 3, abs=0.02)
 
 
 def test_peak_memory():

@@ -13,7 +13,7 @@ from conftest import ROOT, command_lines, error_of, make_video, run, run_here, w
 from torchvision.models.video import R2Plus1D_18_Weights
 
 import finetune
-from data import ActionClips, Row, read_manifest
+from data import ActionClips, Row, probe_file, read_manifest
 from finetune import classifier, evaluate, learning_rates, parse
 from models import video_encoder
 from prepare import scan
@@ -284,7 +284,9 @@ def test_predictions_are_those_of_the_test(ucf, tmp_path, capsys):
     cut = make_video(tmp_path / "cut.mp4", 4, 30, (180, 136), None, muxer={"movflags": "faststart"})
     cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
     capsys.readouterr()
-    files = [rows[0].path, tmp_path / "text.mp4", cut, rows[1].path]
+    wide, _ = probe_file(str(make_video(tmp_path / "a, wide.mp4", 1.5, 10, (96, 32))), "Archery")
+    rows = [rows[0], wide]                      # which has other pictures to the left and right
+    files = [rows[0].path, tmp_path / "text.mp4", cut, wide.path]
     assert run_here(finetune, "--out", out, "--predict", *files) == 1
     printed, errors = capsys.readouterr()
     assert "epoch 1 of 1, 2 classes, 2 clips x 3 crops, float32 (as asked)" in printed
