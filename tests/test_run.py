@@ -1,5 +1,6 @@
 """support/run.py: runs that are killed, pre-empted, out of disk space, or diverge."""
 
+import errno
 import json
 import math
 import os
@@ -476,6 +477,17 @@ def test_a_folder_that_cannot_be_written(capsys):
         folder.rmdir()
     assert capsys.readouterr().err == (f"error: --out {folder / 'run'} cannot be written "
                                        "(Permission denied): mend that, or give another --out\n")
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path, monkeypatch, capsys):
+    """As on some network disks. The run goes on."""
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(run.fcntl, "lockf", refuse)
+    train(tmp_path)
+    assert ("lock cannot be locked (No locks available): see to it yourself that no other run has "
+            "the same --out\n" in capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("step,full,sentence", [
