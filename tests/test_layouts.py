@@ -36,8 +36,8 @@ KINETICS_LISTS = {
     "validate.csv": K400 + "surfing water,surfing__-A,120,130,validate\n"
                     "bowling,twiceAAAAAA,25,35,val\nbowling,bothAAAAAAA,1,11,train\n",
     "test.csv": K400.replace("split", "split,is_cc") + '"tap dancing",flat-tap01,44,54,test,0\n',
-    "unlabelled.csv": K400.removeprefix("label,") + "bothAAAAAAA,1,11,test\n"
-                      "testAAAAAAA,1,11,test\ngoneAAAAAAC,1,11,test\n"}
+    "no_labels.csv": K400.removeprefix("label,") + "bothAAAAAAA,1,11,test\n"
+                     "testAAAAAAA,1,11,test\ngoneAAAAAAC,1,11,test\n"}
 SURFING = "val/surfing water/surfing__-A_000120_000130.mp4"
 STRUMMING = "train/Strumming Guitar/strummingAA_000000_000010.mp4"
 KINETICS = {
