@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from augment import normalize_frames
-from data import ActionClips, Row, evenly_spaced, make_loader
+from data import ActionClips, evenly_spaced, make_loader, make_row
 from models import C, SvaCLR, video_encoder
 from prepare import scan
 from prepare.weights import sound_input
@@ -143,6 +143,7 @@ def make_pool(args, model, settings, clips, dtype):
     audio, video, rows = extract(model, clips, dtype, "yz", settings.sound,
                                  max_failures=args.max_failures)        # (n, C + D) x 2
     pool = {"paths": [row.path for row in rows], "labels": [row.label for row in rows],
+            "starts": [row.video_start for row in rows],
             "settings": {"checkpoint": str(args.checkpoint), "weights": checksum(model),
                          "data": args.data, "split": args.split, "clips_per_file": args.clips,
                          "seconds": settings.frames / settings.fps}}
@@ -178,6 +179,9 @@ def read_pool(args, model, device):
                     for kind in "yz" for modality in ASKS}
             pool |= {name: arrays[name].tolist() for name in ("paths", "labels")}
             pool["settings"] = json.loads(str(arrays["settings"]))
+            # An earlier version kept no segments of films.
+            pool["starts"] = (arrays["starts"].tolist() if "starts" in arrays
+                              else [0] * len(pool["paths"]))
             saved_by = pool["settings"]["weights"], pool["settings"]["checkpoint"]
     except OSError as error:
         raise ValueError(f"cannot read --pool {path}: {error.strerror or error}") from error
@@ -221,7 +225,7 @@ def read_clips(path, settings, n):
         waves = sound_clips(path, line["reason"], n, T / fps)           # (n, L)
         black = torch.zeros(1, n, T, size, size, 3, dtype=torch.uint8)
         return black, waves[None], {"video": line["reason"]}
-    row = Row(*map(line.get, Row._fields))
+    row = make_row(line)
     clips = ActionClips([row], [row.label], T, fps, size, views=(n, 1))
     try:
         frames, waves = evenly_spaced(clips, path, row.duration, sound=row.has_audio)
@@ -262,7 +266,9 @@ def answer(args, queries, pool):
     The sound of a query finds videos, and its pictures find sounds, by the cosine of their
     features. Of equally near ones the first in the pool comes first.
     """
-    about, paths = pool["settings"], pool["paths"]
+    about = pool["settings"]
+    paths = [f"{path} [from {start:.2f} s]" if start else path
+             for path, start in zip(pool["paths"], pool["starts"])]
     note = ", includes training clips" if about["split"] in ("all", "train") else ""
     print(f"{about['checkpoint']}, pool of {len(paths)} clips{note}, "
           f"{about['clips_per_file']} clips per file, feature {args.feature}")
@@ -304,7 +310,8 @@ def draw(queries, pool, found, out):
             axis.set_title(f"{place}: {similarity:.3f}", fontsize=8)
             axis.set_xlabel(f"{pool['labels'][n]}\n{path[-30:]}", fontsize=7, parse_math=False)
             try:
-                axis.imshow(read(path, [pool["settings"]["seconds"] / 2], 0, 96)[0][0])
+                middle = pool["starts"][n] + pool["settings"]["seconds"] / 2
+                axis.imshow(read(path, [middle], 0, 96)[0][0])
             except (av.error.FFmpegError, OSError, ValueError):
                 axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8)
     figure.savefig(out, dpi=100)
