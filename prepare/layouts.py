@@ -46,7 +46,7 @@ class Clip(NamedTuple):
     # A file that has the id of a film for its name may be the clip alone. Then it is used whole, or
     # left out for this reason. None: it is the film.
     if_cut: str | None = None
-    source: str = ""                    # "list:line: ", for an error about start and end
+    source: str = ""                    # the list, for an error about start and end
 
 
 # ---- video files
@@ -240,11 +240,11 @@ def kinetics400(root, annotations=None):
 
 def kinetics_clips(annotations):
     """{id_start_end: [Clip], id: [Clip]} of the official lists. Test parts have no labels."""
-    def parse(_, cells):
+    def parse(path, cells):
         start, stop = int(cells["time_start"]), int(cells["time_end"])
         name, label = f"{cells['youtube_id']}_{start:06d}_{stop:06d}", cells.get("label", "")
         reason = "" if label else UNLABELLED
-        return Clip(label, SPLITS[cells["split"]], reason, name, start, stop)
+        return Clip(label, SPLITS[cells["split"]], reason, name, start, stop, source=f"{path}: ")
 
     what = "the official csv (train.csv, validate.csv, ...) or their folder"
     clips = read_lists(annotations, "*.csv", what, None, parse,
@@ -295,7 +295,8 @@ def vggsound(root, annotations=None):
             cells = *stem(name).rsplit("_", 1), label, path.stem
         video, start, label, split = cells
         start = int(start)
-        clip = Clip(label, SPLITS[split], "", f"{video}_{start:06d}", start, start + 10)
+        clip = Clip(label, SPLITS[split], "", f"{video}_{start:06d}", start, start + 10,
+                    source=f"{path}: ")
         return f"{video}_{start * 1000}_{start * 1000 + 10000}", clip
 
     is_whole = Path(annotations or "", "vggsound.csv").exists()
