@@ -35,15 +35,20 @@ from support.processes import (end_with_trainer, end_workers, loading_workers, r
 from support.reading import RATE, read
 
 class Row(namedtuple("Row", "path label split duration video_duration has_audio note "
-                     "start stop video_start video_stop", defaults=(0, None, 0, None))):
+                     "start stop video_start", defaults=(0, None, 0))):
     """A file, or a segment of it.
 
     duration: the s that pictures and sound both cover, or the pictures alone if the sound cannot be
     used (has_audio is False, and note tells why). start, stop: of the segment, by the clock of
-    `read_clip` with sound. video_start, video_stop: the same by its clock without sound.
+    `read_clip` with sound. video_start, video_stop: the same by its clock without sound. The stops
+    of a whole file are None.
     """
 
     __slots__ = ()
+
+    @property
+    def video_stop(self):
+        return None if self.stop is None else round(self.video_start + self.video_duration, 6)
 
     @property
     def name(self):
@@ -94,7 +99,7 @@ def make_row(line):
     places = ()
     if stop is not None:
         late = float(line.get("sound_start") or 0)      # the clock with sound begins so much later
-        places = max(0, start - late), min(duration, stop - late), start, stop
+        places = max(0, start - late), min(duration, stop - late), start
         duration, video_duration = max(0, places[1] - places[0]), stop - start
     # A class name is kept once and not once a row, because every worker has a copy of the rows.
     return Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]), duration,

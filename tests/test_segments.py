@@ -56,7 +56,7 @@ def test_draws_and_evaluation_stay_in_the_segment(listed):
     """A clip of 1 s at speed 4 fills the segment. No picture and no sound is from elsewhere."""
     rows, _ = listed("film.mkv a 2 6")
     clips, starts, spans = AudioVisualClips(rows, 8, 8, 16, max_speed=4), set(), set()
-    for epoch in range(30):
+    for epoch in range(60):
         video, audio, _ = clips[epoch, 0]
         times, seconds = shown(video), torch.stack([heard(wave) for wave in audio])
         assert 1.92 < times.min() and times.max() < 5.95
