@@ -34,20 +34,41 @@ from support.processes import (end_with_trainer, end_workers, loading_workers, r
                                world_size)
 from support.reading import RATE, read
 
-# duration: the s that pictures and sound both cover, or the pictures alone if the sound cannot be
-# used (has_audio is False, and note tells why).
-Row = namedtuple("Row", "path label split duration video_duration has_audio note")
+
+class Row(namedtuple("Row", "path label split duration video_duration has_audio note "
+                     "start stop video_start", defaults=(0, None, 0))):
+    """A file, or a segment of it.
+
+    duration: the s that pictures and sound both cover, or the pictures alone if the sound cannot be
+    used (has_audio is False, and note tells why). start, stop: of the segment, by the clock of
+    `read_clip` with sound. video_start, video_stop: the same by its clock without sound. The stops
+    of a whole file are None.
+    """
+
+    __slots__ = ()
+
+    @property
+    def video_stop(self):
+        return None if self.stop is None else round(self.video_start + self.video_duration, 6)
+
+    @property
+    def name(self):
+        """The path, or 'path [start-end s]', which tells apart the segments of a file."""
+        if self.video_stop is None:
+            return self.path
+        return scan.segment_name(self.path, self.video_start, self.video_stop)
 
 
 def read_manifest(path, split=None):
-    """Read the usable rows of a manifest.csv, and the other files as {path: reason}.
+    """Read the usable rows of a manifest.csv, and the others as {name: reason}, see Row.
 
     split: the part to read, None for all. A manifest without parts is read whole. Raises ValueError
     if the file is no manifest or has no such part.
     """
     path = Path(path)
     _, table = scan.read_table(path)
-    missing = {*Row._fields, "reason"} - table[0].keys() if table else {"rows"}
+    needed = {*Row._fields, "reason"} - Row._field_defaults.keys()
+    missing = needed - table[0].keys() if table else {"rows"}
     if missing:
         raise ValueError(f"{path} is no manifest of this version, it lacks "
                          f"{', '.join(sorted(missing))}: make one with python -m prepare.manifest")
@@ -58,15 +79,36 @@ def read_manifest(path, split=None):
                              f"{', '.join(map(repr, splits))}: give other data, or name one of "
                              "these parts with --split")
         table = [line for line in table if line["split"] == split]
+    rows, left_out = [], {}
+    for line in table:
+        reason = line["reason"]
+        try:
+            if not reason:
+                rows.append(make_row(line))
+        except ValueError as error:
+            reason = str(error)
+        if reason:
+            left_out[scan.segment_name(line["path"], line.get("start"), line.get("end"))] = reason
+    return rows, left_out
+
+
+def make_row(line):
+    """The Row of a usable line of a manifest, {column: text or value}. Raises ValueError if its
+    segment does not lie in the file."""
+    duration, video_duration = float(line["duration"]), float(line["video_duration"])
+    start, stop = scan.segment(line)
+    places = ()
+    if stop is not None:
+        late = float(line.get("sound_start") or 0)      # the clock with sound begins so much later
+        places = max(0, start - late), min(duration, stop - late), start
+        duration, video_duration = max(0, places[1] - places[0]), stop - start
     # A class name is kept once and not once a row, because every worker has a copy of the rows.
-    rows = [Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]),
-                float(line["duration"]), float(line["video_duration"]), line["has_audio"] == "1",
-                sys.intern(line["note"])) for line in table if not line["reason"]]
-    return rows, {line["path"]: line["reason"] for line in table if line["reason"]}
+    return Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]), duration,
+               video_duration, str(line["has_audio"]) == "1", sys.intern(line["note"]), *places)
 
 
 def find_rows(data, split, out):
-    """Find the usable rows of one part of a data set, and the other files as {path: reason}.
+    """Find the usable rows of one part of a data set, and the others as {name: reason}.
 
     data: manifest.csv | a folder, which process 0 scans | None: the built-in set, which process 0
     makes beside `out` if it is missing. split: the part to read. out: folder for the manifest.csv
@@ -92,7 +134,8 @@ def find_rows(data, split, out):
     return read_manifest(manifest, split)
 
 
-def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, window=None):
+def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, window=None,
+              stop=None):
     """Read all views of one clip, which covers [t0, t0 + max(tau) * frames / fps) of the file.
 
     Args:
@@ -103,17 +146,23 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
         frames, fps: T frames, 1/fps s apart at speed 1. The sound of a view lasts T / fps s.
         size: of the frames, a pair (H, W) or the shorter side alone, which keeps the aspect.
         window: the part of the picture that is read, see augment.py; None for all of it.
+        stop: the end of a segment in s, where the clip ends as if the file did; None: no segment.
     Returns:
         video (K, T, H, W, 3) uint8, audio (K, L) float32 at 24 kHz, L = 24000 frames / fps. Raises
         ValueError with the path and the cause if the file cannot give them.
     """
     times = torch.stack([frame_times(frames, fps, tau) for tau in tau_v])       # (K, T) s after t0
     times, index = times.unique(return_inverse=True)                            # (n,), (K, T)
+    times = t0 + times.double()
     L = round(RATE * frames / fps)
+    if stop is not None:                                # the last frame at speed 1 has this time
+        times = times.clamp(max=max(t0, stop - 1 / fps))
     try:
-        images, wave = read(path, (t0 + times).tolist(), max(tau_a, default=0) * L, size, window)
+        images, wave = read(path, times.tolist(), max(tau_a, default=0) * L, size, window)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    if stop is not None:
+        wave[max(0, round((stop - t0) * RATE)):] = 0
     views = np.stack([images[n] for n in index.flatten().tolist()])             # (K T, H, W, 3)
     video = torch.from_numpy(views).unflatten(0, index.shape)                   # (K, T, H, W, 3)
     audio = [speed_up_audio(torch.from_numpy(wave[:tau * L]), tau) for tau in tau_a]
@@ -121,17 +170,17 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
 
 
 def probe_file(path, label=""):
-    """The Row of a file that is in no manifest, and why it cannot be used ("" if it can)."""
+    """The Row of a file that is in no manifest, or None, and why it cannot be used (or "")."""
     line = scan.probe((path, label, ""))
-    return Row(*map(line.get, Row._fields)), line["reason"]
+    return None if line["reason"] else make_row(line), line["reason"]
 
 
 class AudioVisualClips(Dataset):
     """The co-augmented views of a clip to train on, or evenly spaced clips at speed 1 to evaluate.
 
     Args:
-        rows: from read_manifest. Files without sound or shorter than one clip go to the dict
-            `left_out` with their reason.
+        rows: from read_manifest. Those without sound or shorter than one clip go to the dict
+            `left_out`, {name: reason}.
         frames, fps, size: T frames, 1/fps s apart, size x size pixels.
         max_speed: S of §2.1. A file too short for S draws from the speeds that fit it.
         same_speed: True: video and sound share one drawn speed | False: independent ones.
@@ -153,9 +202,9 @@ class AudioVisualClips(Dataset):
         self.rows, self.left_out = [], {}
         for row in rows:
             if not row.has_audio:
-                self.left_out[row.path] = row.note or "no audio stream"
+                self.left_out[row.name] = row.note or "no audio stream"
             elif row.duration < self.seconds - 0.5 / fps:
-                self.left_out[row.path] = f"shorter than one clip of {self.seconds:.2f} s"
+                self.left_out[row.name] = f"shorter than one clip of {self.seconds:.2f} s"
             else:
                 self.rows.append(row)
 
@@ -169,7 +218,7 @@ class AudioVisualClips(Dataset):
 
     def read(self, row):
         """The evaluation clips of a file: video (n, T, H, W, 3) uint8, audio (n, L) float32."""
-        return evenly_spaced(self, row.path, row.duration, sound=True)
+        return evenly_spaced(self, row.path, row.duration, True, row.start, row.stop)
 
     def draw(self, row, generator):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
@@ -177,10 +226,10 @@ class AudioVisualClips(Dataset):
         K = 1 if self.max_speed == 1 else 2             # one view without co-augmentation
         tau_v, tau_a = (tau[:K] for tau in sample_speeds(S, generator, self.same_speed))
         room = row.duration - max(tau_v + tau_a) * self.seconds
-        t0 = max(0, room) * float(torch.rand((), generator=generator))
+        t0 = row.start + max(0, room) * float(torch.rand((), generator=generator))
         window, mirrored = random_crop(generator)
         video, audio = read_clip(row.path, t0, tau_v, tau_a, self.frames, self.fps, self.size,
-                                 window)
+                                 window, row.stop)
         return (video.flip(-2) if mirrored else video), audio
 
 
@@ -213,30 +262,32 @@ class ActionClips(Dataset):
 
     def read(self, row):
         """The evaluation clips of a file: video (n c, T, H, W, 3) uint8, and its label."""
-        video, _ = evenly_spaced(self, row.path, row.video_duration, sound=False)
+        video, _ = evenly_spaced(self, row.path, row.video_duration, False, row.video_start,
+                                 row.video_stop)
         return video, self.classes.index(row.label)
 
     def draw(self, row, generator):
         """One training clip: video (T, H, W, 3) uint8, and its label."""
         room = max(0, row.video_duration - self.frames / self.fps)
-        t0 = room * float(torch.rand((), generator=generator))
+        t0 = row.video_start + room * float(torch.rand((), generator=generator))
         window = random_resized_crop(generator)
         seed = int(torch.randint(2 ** 62, (), generator=generator))
         video, _ = read_clip(row.path, t0, (1,), (), self.frames, self.fps, (self.size, self.size),
-                             window)
+                             window, row.video_stop)
         return flip_jitter(video[0], seed).contiguous(), self.classes.index(row.label)
 
 
-def evenly_spaced(dataset, path, duration, sound):
-    """Read the evaluation clips of a file at speed 1, spaced evenly over `duration` s.
+def evenly_spaced(dataset, path, duration, sound, start=0, stop=None):
+    """Read the evaluation clips of a file at speed 1, spaced evenly over `duration` s from `start`.
 
     Each clip is cut dataset.crops times (1: the middle; 3: both ends of the longer side and the
-    middle). Returns video (clips * crops, T, H, W, 3) uint8 and audio (clips, L), empty without
-    `sound`. Raises ValueError with the path and the cause if the file fails.
+    middle). stop: see read_clip. Returns video (clips * crops, T, H, W, 3) uint8 and audio
+    (clips, L), empty without `sound`. Raises ValueError with the path and the cause if the file
+    fails.
     """
     T, fps, size, n = dataset.frames, dataset.fps, dataset.size, dataset.clips_per_file
     room, window = max(0, duration - T / fps), centre_crop if dataset.crops == 1 else centre_band
-    clips = [read_clip(path, t0, (1,), (1,) if sound else (), T, fps, size, window)
+    clips = [read_clip(path, start + t0, (1,), (1,) if sound else (), T, fps, size, window, stop)
              for t0 in (np.linspace(0, room, n) if n > 1 else [room / 2])]
     video, audio = (torch.cat(x) for x in zip(*clips))          # (clips, T, H', W', 3), (clips, L)
     places = (0.5,) if dataset.crops == 1 else (0, 0.5, 1)

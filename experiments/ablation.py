@@ -239,9 +239,9 @@ def embed_at(model, settings, clips, dtype, tau):
     log_mel = sound_input(settings.sound).to(next(model.parameters()).device)
     z = []
     for row in clips.rows:
-        t0 = max(0, row.duration - tau * clips.seconds) / 2
+        t0 = row.start + max(0, row.duration - tau * clips.seconds) / 2
         video, audio = read_clip(row.path, t0, (tau,), (tau,), clips.frames, clips.fps, clips.size,
-                                 centre_crop)                           # (1, T, H, W, 3), (1, L)
+                                 centre_crop, row.stop)                 # (1, T, H, W, 3), (1, L)
         z.append(embed(model, log_mel, dtype, "z", video[None], audio[None]))       # (2, 1, D)
     return torch.cat(z, 1)
 

@@ -75,7 +75,8 @@ def method(args):
     if len(rows) < 2:
         raise ValueError(f"the {args.split!r} part has no 2 classes with clips of "
                          f"{max(TAU_V + TAU_A) * T / fps:.1f} s")
-    read = [read_clip(row.path, 0, TAU_V, TAU_A, T, fps, size, centre_crop) for row in rows]
+    read = [read_clip(row.path, row.start, TAU_V, TAU_A, T, fps, size, centre_crop)
+            for row in rows]
     video = torch.stack([frames for frames, _ in read])                         # (N, K, T, H, W, 3)
     audio = LogMel()(torch.stack([wave for _, wave in read]))                   # (N, K, 1, M, F)
     ly_a, ly_v, *z = model(audio, normalize_frames(video))
@@ -86,7 +87,7 @@ def method(args):
     lam = cross_affinity(ly_a, ly_v, "clip", settings.affinity_temperature,
                          settings.raw_affinity)                                 # (N, K, K)
 
-    frames, _ = read_clip(rows[0].path, 0, TAU_V, (), T, fps, 128)          # sharper, to look at
+    frames, _ = read_clip(rows[0].path, rows[0].video_start, TAU_V, (), T, fps, 128)    # sharper
     canvas = plt.figure(figsize=METHOD_SIZE).add_axes((0, 0, 1, 1))         # its unit is an inch
     canvas.set(xlim=(0, METHOD_SIZE[0]), ylim=(0, METHOD_SIZE[1]))
     canvas.axis("off")
@@ -225,7 +226,7 @@ def views(clips, split, tau_v, tau_a, more=0):
         raise ValueError(f"no clip of the {split!r} part lasts {seconds:.1f} s, as this picture "
                          "needs")
     for row in tqdm(rows, desc="clips", unit="clip", file=sys.stderr):
-        t0 = max(0, row.duration - seconds) / 2
+        t0 = row.start + max(0, row.duration - seconds) / 2
         try:
             video, waves = read_clip(row.path, t0, tau_v, tau_a, frames, clips.fps, clips.size,
                                      centre_crop)
@@ -380,7 +381,8 @@ def neighbours(args):
 
     def frame(index):
         row = rows[index]
-        video, _ = read_clip(row.path, row.duration / 2, (1,), (), 1, settings.fps, 96)
+        middle = row.video_start + row.duration / 2
+        video, _ = read_clip(row.path, middle, (1,), (), 1, settings.fps, 96)
         return crop_at(video, 96)[0, 0]
 
     figure, axes = plt.subplots(len(queries), 6, figsize=(8, 1.5 * len(queries)), squeeze=False,

@@ -140,13 +140,14 @@ def make_pool(args, model, settings, clips, dtype):
     """The pool of the clips of --data, on every process."""
     audio, video, rows = extract(model, clips, dtype, "yz", settings.sound,
                                  max_failures=args.max_failures)        # (n, C + D) x 2
-    (y_audio, z_audio), (y_video, z_video) = audio.split([C, audio.shape[1] - C], 1), video.split([C, audio.shape[1] - C], 1)
+    widths = [C, audio.shape[1] - C]
+    (y_audio, z_audio), (y_video, z_video) = audio.split(widths, 1), video.split(widths, 1)
     about = {"checkpoint": str(args.checkpoint), "weights": checksum(model), "data": args.data,
              "split": args.split, "clips_per_file": args.clips,
              "seconds": settings.frames / settings.fps}
     return {"paths": [row.path for row in rows], "labels": [row.label for row in rows],
-            "settings": about, "y_audio": y_audio, "z_audio": z_audio, "y_video": y_video,
-            "z_video": z_video}
+            "starts": [row.video_start for row in rows], "settings": about, "y_audio": y_audio,
+            "z_audio": z_audio, "y_video": y_video, "z_video": z_video}
 
 
 def checksum(model):
@@ -175,6 +176,9 @@ def read_pool(args, model, device):
                     for kind in "yz" for modality in ASKS}
             pool |= {name: arrays[name].tolist() for name in ("paths", "labels")}
             pool["settings"] = json.loads(str(arrays["settings"]))
+            # An earlier version kept no segments of films.
+            pool["starts"] = (arrays["starts"].tolist() if "starts" in arrays
+                              else [0] * len(pool["paths"]))
             saved_by = pool["settings"]["weights"], pool["settings"]["checkpoint"]
     except OSError as error:
         raise ValueError(f"cannot read --pool {path}: {error.strerror or error}") from error
@@ -257,7 +261,9 @@ def answer(args, queries, pool):
 
     Of equally near ones the first in the pool comes first.
     """
-    about, paths = pool["settings"], pool["paths"]
+    about = pool["settings"]
+    paths = [f"{path} [from {start:.2f} s]" if start else path
+             for path, start in zip(pool["paths"], pool["starts"])]
     note = ", includes training clips" if about["split"] in ("all", "train") else ""
     print(f"{about['checkpoint']}, pool of {len(paths)} clips{note}, "
           f"{about['clips_per_file']} clips per file, feature {args.feature}")
@@ -298,7 +304,7 @@ def draw(queries, pool, found, out):
             axis.set_title(f"{place}: {similarity:.3f}", fontsize=8)
             axis.set_xlabel(f"{pool['labels'][n]}\n{path[-30:]}", fontsize=7, parse_math=False)
             try:
-                axis.imshow(read(path, [seconds / 2], 0, 96)[0][0])
+                axis.imshow(read(path, [pool["starts"][n] + seconds / 2], 0, 96)[0][0])
             except (av.error.FFmpegError, OSError, ValueError):
                 axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8)
     figure.savefig(out, dpi=100)

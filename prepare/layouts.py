@@ -4,8 +4,9 @@
 
 Each function in LAYOUTS knows one layout and the format of its official lists. It returns
 `entries`, a list of (path, Clip) for the video files below root in the order of their paths, and
-`notes`, a list of sentences for the summary of a scan. It raises ValueError if the folder, its
-videos or the official lists are missing, or if a line of a list has a wrong format.
+`notes`, a list of sentences for the summary of a scan. A file that holds several clips has several
+entries. It raises ValueError if the folder, its videos or the official lists are missing, or if a
+line of an official list has a wrong format.
 """
 
 import csv
@@ -39,7 +40,13 @@ class Clip(NamedTuple):
     label: str
     split: str                          # "" if it is unknown
     reason: str                         # why the clip is left out; "" if it can be used
-    name: str | Path                    # tells the clip from the others of its label and split
+    name: str | Path | tuple            # tells the clip from the others of its label and split
+    start: float | str = ""             # where it begins and ends in the file, s; "" for all of it
+    end: float | str = ""
+    # A file that has the id of a film for its name may be the clip alone. Then it is used whole, or
+    # left out for this reason. None: it is the film.
+    if_cut: str | None = None
+    source: str = ""                    # the list, for an error about start and end
 
 
 # ---- video files
@@ -145,23 +152,40 @@ def split_csv(line):
 def match(paths, notes, official, expected):
     """Look up the stem of each path in the official list.
 
-    official: {stem: Clip}, in which a clip may have several stems. expected: a sentence about the
+    official: {stem: [Clip]}, in which a clip may have several stems. expected: a sentence about the
     names, with {} for the name of a clip. It becomes a note if no file is in the list.
     Returns (entries, notes) as a layout does. The note about the list comes first.
     """
-    entries = [(path, official.get(stem(path), Clip("", "", UNLISTED, stem(path))))
-               for path in paths]
+    entries = [(path, clip) for path in paths
+               for clip in official.get(stem(path), [Clip("", "", UNLISTED, stem(path))])]
     if official and entries and all(clip.reason == UNLISTED for _, clip in entries):
-        example = next(iter(official.values())).name
+        example = next(iter(official.values()))[0].name
         note = f"{expected.format(example)}, found e.g. {paths[0].name!r}"
         return entries, [note, *notes]
-    absent = set(official.values()) - {clip for _, clip in entries}
-    splits = Counter(clip.split for clip in absent if not clip.reason)
+    found = {clip.name for _, clip in entries}
+    absent = {clip.name: clip.split for clips in official.values() for clip in clips
+              if clip.name not in found and not clip.reason}
+    splits = Counter(absent.values())
     note = f"{splits.total()} official entries not on disk"
     if splits:
         numbers = ", ".join(f"{number} of {split}" for split, number in sorted(splits.items()))
         note += f" ({numbers})"
     return entries, [note, *notes]
+
+
+def cut_and_uncut(clips, numbers):
+    """{stem: [Clip]} of the files that are clips, and of the uncut films {id: [Clip, ...]}.
+
+    clips: {stem: Clip with start and end}. numbers: how many follow the id in the name of a Clip.
+    """
+    official, films = {}, {}
+    for name, clip in clips.items():
+        official[name] = [clip._replace(start="", end="")]
+        films.setdefault(clip.name.rsplit("_", numbers)[0], {})[clip.name] = clip
+    for video, parts in films.items():                    # an id may have a _ too
+        reason = AMBIGUOUS if len(parts) > 1 else ""
+        official[video] = [clip._replace(if_cut=reason) for clip in parts.values()]
+    return official
 
 
 # ---- layouts
@@ -208,28 +232,27 @@ def draw_split(name, test_share, seed):
 
 def kinetics400(root, annotations=None):
     """id_start_end.mp4 anywhere below root, with the official csv files of
-    cvdfoundation/kinetics-dataset. id.mp4 is enough if the lists have only one clip of the id."""
+    cvdfoundation/kinetics-dataset. id.mp4 is the uncut film or, if the lists have one clip of the
+    id, the clip."""
     return match(*find_videos(root), kinetics_clips(annotations),
                  "kinetics400 expects names like '{}.mp4' (id_start_end)")
 
 
 def kinetics_clips(annotations):
-    """{id_start_end: Clip, id: Clip} of the official lists. That of a test part has no labels."""
-    def parse(_, cells):
+    """{id_start_end: [Clip], id: [Clip]} of the official lists. Test parts have no labels."""
+    def parse(path, cells):
         start, stop = int(cells["time_start"]), int(cells["time_end"])
         name, label = f"{cells['youtube_id']}_{start:06d}_{stop:06d}", cells.get("label", "")
-        return Clip(label, SPLITS[cells["split"]], "" if label else UNLABELLED, name)
+        reason = "" if label else UNLABELLED
+        return Clip(label, SPLITS[cells["split"]], reason, name, start, stop, source=f"{path}: ")
 
     what = "the official csv (train.csv, validate.csv, ...) or their folder"
     clips = read_lists(annotations, "*.csv", what, None, parse,
                        columns=("youtube_id", "time_start", "time_end", "split"))
-    official, by_id = {}, {}
+    official = {}
     for clip in sorted(clips, key=lambda clip: clip.reason):    # those with a label first
         official.setdefault(clip.name, clip)
-    for name, clip in official.items():
-        video = name.rsplit("_", 2)[0]                    # an id may have a _ too
-        by_id[video] = Clip("", "", AMBIGUOUS, video) if video in by_id else clip
-    return official | by_id
+    return cut_and_uncut(official, 2)
 
 
 def kinetics_sounds(root, annotations=None, classes=32):
@@ -247,8 +270,9 @@ def kinetics_sounds(root, annotations=None, classes=32):
                 entries.append((path, Clip(label, split, "", stem(path))))
     else:
         official = kinetics_clips(annotations)
-        wanted = {name: clip for name, clip in official.items()
-                  if clip.label in labels or clip.reason}
+        wanted = {name: [clip for clip in clips if clip.label in labels or clip.reason]
+                  for name, clips in official.items()}
+        wanted = {name: clips for name, clips in wanted.items() if clips}
         candidates = [path for path in paths
                       if stem(path) in wanted or stem(path) not in official]
         entries, notes = match(candidates, [], wanted,
@@ -256,13 +280,13 @@ def kinetics_sounds(root, annotations=None, classes=32):
     if not entries:
         raise ValueError(f"no video of the {classes} classes in {root}: "
                          "name folders by them or give --annotations")
-    passed_over = f"{len(paths) - len(entries)} files of other classes passed over"
-    return entries, [*notes, passed_over, *other_files]
+    passed_over = len(paths) - len({path for path, _ in entries})
+    return entries, [*notes, f"{passed_over} files of other classes passed over", *other_files]
 
 
 def vggsound(root, annotations=None):
-    """id_start.mp4 (in s) or id_start_end.mp4 (in ms) anywhere below root, with the official
-    vggsound.csv (id,start,"label",split; no header) or its train.csv and test.csv
+    """id_start.mp4 (in s), id_start_end.mp4 (in ms) or id.mp4 (uncut) anywhere below root, with the
+    official vggsound.csv (id,start,"label",split; no header) or its train.csv and test.csv
     (id_start.mp4,label)."""
     def parse(path, line):
         cells = split_csv(line)
@@ -270,14 +294,16 @@ def vggsound(root, annotations=None):
             name, label = cells
             cells = *stem(name).rsplit("_", 1), label, path.stem
         video, start, label, split = cells
-        clip = Clip(label, SPLITS[split], "", f"{video}_{int(start):06d}")
-        return f"{video}_{int(start) * 1000}_{int(start) * 1000 + 10000}", clip
+        start = int(start)
+        clip = Clip(label, SPLITS[split], "", f"{video}_{start:06d}", start, start + 10,
+                    source=f"{path}: ")
+        return f"{video}_{start * 1000}_{start * 1000 + 10000}", clip
 
     is_whole = Path(annotations or "", "vggsound.csv").exists()
     clips = read_lists(annotations, "vggsound.csv" if is_whole else "t*.csv",
                        "the official vggsound.csv",
                        'id,start,"label",split or id_start.mp4,label', parse)
-    official = dict(clips) | {clip.name: clip for _, clip in clips}
+    official = cut_and_uncut(dict(clips) | {clip.name: clip for _, clip in clips}, 1)
     return match(*find_videos(root), official, "vggsound expects names like '{}.mp4' (id_start)")
 
 
@@ -291,7 +317,7 @@ def ucf101(root, annotations=None, fold=1):
         label, name, number = re.fullmatch(r"(\w+)/(\w+)\.avi(?: (\d+))?\s*", line).groups()
         if numbers[label] != (number or numbers[label]):
             raise ValueError(line)
-        return name, Clip(label, path.name.split("list")[0], "", name)
+        return name, [Clip(label, path.name.split("list")[0], "", name)]
 
     what = "the folder of trainlist01-03.txt, testlist01-03.txt and classInd.txt (ucfTrainTestlist)"
     numbers = dict(read_lists(annotations, "classInd.txt", what, "'1 Class'", parse_class))
@@ -310,12 +336,44 @@ def hmdb51(root, annotations=None, fold=1):
     def parse(path, line):
         name, use = re.fullmatch(r"(.+)\.avi ([012])\s*", line).groups()
         reason = f"unused in fold {fold}" if use == "0" else ""
-        return stem(name), Clip(path.name.removesuffix(ending), splits[use], reason, stem(name))
+        return stem(name), [Clip(path.name.removesuffix(ending), splits[use], reason, stem(name))]
 
     what = "the folder of <class>_test_split[1-3].txt (testTrainMulti_7030_splits)"
     official = dict(read_lists(annotations, f"*{ending}", what, "'name.avi 0', 1 or 2", parse))
     return match(*find_videos(root), official, "hmdb51 expects names like '{}.avi'")
 
 
-LAYOUTS = {"folder": folder, "kinetics400": kinetics400, "kinetics-sounds": kinetics_sounds,
-           "vggsound": vggsound, "ucf101": ucf101, "hmdb51": hmdb51}
+def listed(root, annotations=None):
+    """The files and segments of a list in its order: path label [start end] [split] on each line,
+    divided by commas or, if the line has none, by blanks. Paths are below root or absolute."""
+    expected, root = "path label [start end] [split]", Path(root).resolve()
+    if annotations is None:
+        raise ValueError(f"this layout needs --annotations: give a list of lines {expected!r}")
+    try:
+        text = Path(annotations).read_text("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise ValueError(f"--annotations {annotations}: {error.strerror}: "
+                         f"give a list of lines {expected!r}") from error
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        source, path = f"{annotations}:{number}: ", re.split(r"[,\s]", line.strip())[0]
+        try:
+            cells = split_csv(line) if "," in line else line.split()
+            path, label, *more = [cell.strip() for cell in cells]
+            split = SPLITS[more.pop().lower()] if len(more) % 2 else ""
+            start, end = map(float, more) if more else ("", "")
+            clip = Clip(label, split, "", (path, start, end), start, end, source=source)
+        except (ValueError, LookupError, csv.Error):
+            reason = f"wrong line ({source}expected {expected!r}, got {line.strip()[:200]!r})"
+            clip = Clip("", "", reason, source)
+        if line.strip():
+            entries.append((root / path, clip))
+    if not entries:
+        raise ValueError(f"--annotations {annotations} is empty: "
+                         f"give a list of lines {expected!r}")
+    return entries, []
+
+
+LAYOUTS = {"folder": folder, "list": listed, "kinetics400": kinetics400,
+           "kinetics-sounds": kinetics_sounds, "vggsound": vggsound, "ucf101": ucf101,
+           "hmdb51": hmdb51}

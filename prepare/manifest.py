@@ -4,8 +4,10 @@
     python -m prepare.manifest folder ROOT --test-share 0.2      # draws a test part
     python -m prepare.manifest kinetics-sounds ROOT --annotations folder/of/csv --out ks.csv
     python -m prepare.manifest hmdb51 ROOT --annotations testTrainMulti_7030_splits --fold 1
+    python -m prepare.manifest list ROOT --annotations train.txt    # path label [start end] [split]
 
-The manifest has a row for each video file below ROOT; docs/data.md says what its columns mean.
+The manifest has a row for each video file below ROOT, or for each segment that a list names of it;
+docs/data.md says what its columns mean.
 Run the same command again to bring a manifest up to date: files whose stamp has not changed are not
 read again (with --verify, files that were verified). An interrupted scan leaves OUT.partial, and
 the same command continues from it.
@@ -15,7 +17,7 @@ import argparse
 import sys
 
 from prepare.layouts import LAYOUTS
-from prepare.scan import summary, survey
+from prepare.scan import segment_name, summary, survey
 
 
 def main():
@@ -24,7 +26,8 @@ def main():
     parser.add_argument("layout", choices=LAYOUTS, help="how the copy is laid out")
     parser.add_argument("root", help="the folder of the copy")
     parser.add_argument("--annotations",
-                        help="the official lists: a csv, or the folder of csv or txt files")
+                        help="the official lists: a csv, or the folder of csv or txt files; "
+                        "or a list of one's own")
     parser.add_argument("--fold", type=int, choices=(1, 2, 3),
                         help="the fold of ucf101 and hmdb51 (default 1)")
     parser.add_argument("--classes", type=int, choices=(32, 31),
@@ -50,6 +53,9 @@ def main():
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped: what was read is kept, run the same command to go on")
+    for row in [row for row in rows if row["reason"]][:10]:
+        print(f"left out: {segment_name(row['path'], row['start'], row['end'])}: {row['reason']}",
+              file=sys.stderr)
     text = f"{args['out']}: {summary(rows, notes)}"
     if all(row["reason"] for row in rows):
         sys.exit(f"error: {text}")                        # the manifest is written nevertheless

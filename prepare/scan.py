@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from inspect import signature
 from multiprocessing import Pipe, Process
@@ -24,12 +25,14 @@ from prepare.layouts import LAYOUTS
 from support.reading import (JOINABLE, Converter, Damage, MonoResampler, Shape, StampCheck, begin,
                              decode, demux, end, open_file, open_streams)
 
-COLUMNS = ("path", "label", "split", "duration", "video_duration", "fps", "width", "height",
-           "has_audio", "reason", "note", "stamp")
-NUMBERS = {"duration": float, "video_duration": float, "fps": float, "width": int, "height": int,
-           "has_audio": int}
+COLUMNS = ("path", "label", "split", "start", "end", "duration", "video_duration", "sound_start",
+           "fps", "width", "height", "has_audio", "reason", "note", "stamp")
+NUMBERS = {"duration": float, "video_duration": float, "sound_start": float, "fps": float,
+           "width": int, "height": int, "has_audio": int}
 PROBE_LIMIT, VERIFY_LIMIT = 20, 300     # s that one file may take: to probe it, to decode it whole
 SAVE_EVERY = 30                         # s between two saves of OUT.partial
+ROUNDED = 1                             # s; lists count whole ones, so an end may lie a bit outside
+CUT = 0.5                               # s by which a clip that was cut out may be too long
 COPY = "another copy of a clip that is used"
 READER = "r2"                           # change it when other files are read, refused or timed
 
@@ -43,7 +46,7 @@ def survey(layout, root, workers=2, out=None, verify=False, **options):
     the manifest to write; an earlier one saves the work for unchanged files. verify: decode every
     file to its end. options: annotations, fold, classes, test_share and seed, as far as the layout
     takes them.
-    Returns (rows, notes): a row {column: value} for each video file in the order of the paths, and
+    Returns (rows, notes): a row {column: value} for each entry of the layout in their order, and
     sentences for the summary. Raises ValueError if the layout takes no such option, if the layout
     finds no files or lists (see prepare.layouts), or if `out` is not a manifest.
     """
@@ -67,31 +70,66 @@ def probe_all(entries, workers, verify, out):
     """The rows of a layout's entries, in their order.
 
     A file that already has a reason to be left out is not opened, nor is a file whose row in `out`
-    or OUT.partial is still valid. Progress is saved in OUT.partial, so that an interrupted scan can
-    continue.
+    or OUT.partial is still valid. A file of several clips is opened once. Progress is saved in
+    OUT.partial, so that an interrupted scan can continue.
     """
-    unfinished, rows, to_probe, saved = Path(f"{out}.partial"), {}, [], time.monotonic()
+    unfinished, saved = Path(f"{out}.partial"), time.monotonic()
     earlier = read_rows(Path(out)) | read_rows(unfinished) if out else {}
-    for path, (label, split, reason, _) in entries:
-        if reason:
-            rows[path] = empty_row(path, label, split, reason)
-        elif row := reuse(earlier.get(str(path)), verify):
-            rows[path] = row | {"label": label, "split": split}
-        else:
-            to_probe.append((path, label, split))
+    files = {path: (path, clip.label, clip.split) for path, clip in entries if not clip.reason}
+    rows = {path: row for path in files if (row := reuse(earlier.get(str(path)), verify))}
+    to_probe = [file for path, file in files.items() if path not in rows]
     done = in_workers(partial(probe, verify=verify), to_probe, workers,
                       VERIFY_LIMIT if verify else PROBE_LIMIT)
     try:
-        for file, row, failure in tqdm(done, "scanning", len(entries), initial=len(rows),
+        for file, row, failure in tqdm(done, "scanning", len(files), initial=len(rows),
                                        unit="file", file=sys.stderr):
             rows[file[0]] = row or empty_row(*file, failure)
             if out and time.monotonic() - saved > SAVE_EVERY:
                 write(rows.values(), unfinished)
                 saved = time.monotonic()
     finally:
-        if out and len(rows) < len(entries):
+        if out and len(rows) < len(files):
             write(rows.values(), unfinished)
-    return [rows[path] for path, _ in entries]
+    return [empty_row(path, clip.label, clip.split, clip.reason) if clip.reason
+            else row_of(clip, rows[path]) for path, clip in entries]
+
+
+def row_of(clip, row):
+    """The row of a clip, from the row of its file."""
+    row = row | {"label": clip.label, "split": clip.split, "start": clip.start, "end": clip.end}
+    if clip.start == "" or row["reason"]:
+        return row
+    if clip.if_cut is not None and row["video_duration"] < clip.end - clip.start + CUT:
+        return row | {"start": "", "end": "", "reason": clip.if_cut}
+    try:
+        segment(row, clip.source)
+    except ValueError as error:
+        row["reason"] = str(error)
+    return row
+
+
+def segment(row, source=""):
+    """Where the clip of a row lies in its file: (start, stop), s after the pictures begin, or
+    (0, None) for the whole file.
+
+    An end less than ROUNDED behind the end of the pictures becomes this end. source: where the
+    segment was named, for the error. Raises ValueError if it does not lie in the file.
+    """
+    start, end = ("" if row.get(name) is None else row[name] for name in ("start", "end"))
+    if start == end == "":
+        return 0, None
+    length = float(row["video_duration"])
+    with suppress(ValueError):                            # of a cell that is no number
+        first, last = float(start or 0), float(length if end == "" else end)
+        if 0 <= first < min(last, length) and last < length + ROUNDED:
+            return first, min(last, length)
+    raise ValueError(f"its segment does not lie in the film ({source}expected 0 <= start < end <= "
+                     f"{length:.2f} s, got {start} to {end})")
+
+
+def segment_name(path, start, end):
+    """'path [start-end s]', or the path alone if the row is of the whole file."""
+    return f"{path} [{start}-{end} s]" if start or end else path
 
 
 def reuse(row, verify):
@@ -104,8 +142,8 @@ def reuse(row, verify):
     if not now or row["stamp"] not in valid:
         return None
     numbers = {name: kind(row[name]) if row[name] else "" for name, kind in NUMBERS.items()}
-    # Which of several copies is used is decided anew, because a copy may have gone.
-    return row | numbers | {"reason": "" if row["reason"] == COPY else row["reason"]}
+    # What was measured can be used. Which copy or segment is used is decided anew.
+    return row | numbers | {"reason": "" if row["duration"] else row["reason"]}
 
 
 def drop_copies(rows, names):
@@ -123,12 +161,14 @@ def drop_copies(rows, names):
 
 
 def summary(rows, notes=()):
-    """'800 files, 798 usable, 2 left out: 1 no video stream, ...; notes'.
+    """'800 files, 798 usable, 2 left out: 1 no video stream, ...; notes', or '9 clips of 2 files'.
 
     Reasons are counted without their part in brackets.
     """
     reasons = Counter(row["reason"].split(" (")[0] for row in rows if row["reason"])
-    text = f"{len(rows)} files, {len(rows) - reasons.total()} usable"
+    files = len({row["path"] for row in rows})
+    counted = f"{len(rows)} clips of {files} files" if files < len(rows) else f"{files} files"
+    text = f"{counted}, {len(rows) - reasons.total()} usable"
     if reasons:
         counts = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
         text += f", {reasons.total()} left out: {counts}"
@@ -138,7 +178,7 @@ def summary(rows, notes=()):
 # ---- the csv
 
 def read_rows(path):
-    """{path of a video: row} of an earlier manifest, with all values as text.
+    """{path of a video: row with a stamp} of an earlier manifest, with all values as text.
 
     It is empty if there is no earlier manifest or if columns are missing in it. Raises ValueError
     if the file is not a manifest.
@@ -148,7 +188,7 @@ def read_rows(path):
         raise ValueError(f"--out {path} is no manifest and would be written over: give another")
     if not set(COLUMNS) <= set(columns):                  # an earlier version of the scan wrote it
         return {}
-    return {row["path"]: row for row in rows}
+    return {row["path"]: row for row in rows if row["stamp"]}
 
 
 def read_table(path):
@@ -250,8 +290,9 @@ def measure(container, verify):
     if stop - start < 1e-3:
         raise ValueError("its length is not known")
     row = {"fps": round(float(video.average_rate or 0), 3), "width": video.width,
-           "height": video.height, "video_duration": round(stop - start, 3)}
+           "height": video.height, "video_duration": round(stop - start, 3), "sound_start": 0.0}
     if audio is not None:
+        row["sound_start"] = round(max(0.0, begin(audio) - start), 3)
         start, stop = max(start, begin(audio)), min(stop, stops[audio])
         if tracks[audio].problem:
             note = f"its sound cannot be read: {tracks[audio].problem}"

@@ -30,7 +30,7 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
-from prepare.scan import COLUMNS, READER, probe, read_table, write
+from prepare.scan import COLUMNS, READER, probe, read_table, segment_name, write
 from support.processes import at_least, bounded
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
                              open_file, open_streams, place_sound, rows, upright)
@@ -255,7 +255,7 @@ def read(manifest):
     if not Path(manifest).is_file():
         raise ValueError(f"no manifest {manifest}: {advice}")
     columns, rows = read_table(manifest)
-    if not rows or not set(COLUMNS) <= set(columns):
+    if not rows or not {"path", "label", "split", "has_audio", "reason", "note"} <= set(columns):
         raise ValueError(f"{manifest} is no manifest with rows: {advice}")
     if all(row["reason"] for row in rows):
         raise ValueError(f"{manifest} has no usable row, each has a reason: "
@@ -264,31 +264,34 @@ def read(manifest):
 
 
 def targets(rows, out):
-    """The path of each row's copy: out/split/label/stem.mp4. If several rows would have the same
-    path, theirs get a hash of the source's path, so that the order of the rows does not matter.
+    """{path of a source: path of its copy}: out/split/label/stem.mp4 by its first row. If several
+    sources would have the same, theirs get a hash of the source's path, so that the order of the
+    sources does not matter.
 
-    Raises ValueError if a copy would be outside of `out`, in the place of another one, or in the
+    Raises ValueError if a row is listed twice, or if a copy would be outside of `out` or in the
     place of a source.
     """
-    plain = [out / row["split"] / row["label"] / f"{Path(row['path']).stem}.mp4" for row in rows]
-    plain = [Path(os.path.normpath(path)) for path in plain]
-    number, paths = Counter(plain), {}                    # paths: a set that keeps its order
-    sources = {os.path.realpath(row["path"]) for row in rows}
-    for path, row in zip(plain, rows):
-        if number[path] > 1:
-            digest = hashlib.sha1(row["path"].encode()).hexdigest()
-            path = path.with_name(f"{path.stem}-{digest[:8]}.mp4")
+    copies, listed = {}, set()
+    for row in rows:
+        name = segment_name(row["path"], row.get("start"), row.get("end"))
+        if (name, row["split"], row["label"]) in listed:
+            raise ValueError(f"{name} is listed twice with label {row['label']!r}: leave one row")
+        listed.add((name, row["split"], row["label"]))
+        path = out / row["split"] / row["label"] / f"{Path(row['path']).stem}.mp4"
+        path = Path(os.path.normpath(path))
         if out not in path.parents:
             raise ValueError(f"label {row['label']!r} of {row['path']} leads out of {out}: "
                              "rename it in the manifest")
-        if path in paths:
-            raise ValueError(f"{row['path']} is listed twice with label {row['label']!r}: "
-                             "leave one row")
+        copies.setdefault(row["path"], path)
+    number, sources = Counter(copies.values()), set(map(os.path.realpath, copies))
+    for source, path in copies.items():
+        if number[path] > 1:
+            digest = hashlib.sha1(source.encode()).hexdigest()
+            path = copies[source] = path.with_name(f"{path.stem}-{digest[:8]}.mp4")
         if os.path.realpath(path) in sources:
             raise ValueError(f"the copy {path} would overwrite an original: "
                              "choose a folder outside of the data set")
-        paths[path] = None
-    return list(paths)
+    return copies
 
 
 def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
@@ -300,7 +303,9 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     """
     rows, out = read(manifest), Path(out).resolve()
     usable = [row for row in rows if not row["reason"]]
-    jobs = list(zip(usable, targets(usable, out)))
+    copy_paths = targets(usable, out)
+    by_source = {row["path"]: row for row in reversed(usable)}
+    jobs = [(by_source[source], path) for source, path in copy_paths.items()]
     if os.path.realpath(manifest) == str(out / "manifest.csv"):
         raise ValueError(f"the copy's manifest would overwrite {manifest}: "
                          f"choose another folder than {out}")
@@ -328,8 +333,11 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     except BrokenProcessPool as error:
         raise ValueError("a worker died (out of memory?): "
                          "run the same command again, with fewer workers") from error
-    next_copy = iter(copies)            # rows that were left out before keep their place and reason
-    write([row if row["reason"] else next(next_copy) for row in rows], out / "manifest.csv")
+    made = {row["path"]: copy for (row, _), copy in zip(jobs, copies)}
+    # Rows that were left out before stay as they were. The others are of the same part of the copy.
+    write([row if row["reason"] else made[row["path"]] | {
+        name: row.get(name, "") for name in ("label", "split", "start", "end")} for row in rows],
+        out / "manifest.csv")
     finished = [(Path(row["path"]), target) for (row, target), copy in zip(jobs, copies)
                 if copy["path"] == str(target)]
     before, after = (sum(pair[n].stat().st_size for pair in finished if pair[n].exists()) / 1e6

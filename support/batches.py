@@ -49,9 +49,9 @@ class TrainingBatches(Sampler):
 
 
 def draw_or_replace(dataset, epoch, index):
-    """Draw a training clip of the file `index`: (*dataset.draw(...), (path, failures)).
+    """Draw a training clip of the file `index`: (*dataset.draw(...), (name, failures)).
 
-    Another file replaces one that fails. path is the file that was read, and failures are the
+    Another file replaces one that fails. name tells the row that was read, and failures are the
     causes of the others. Raises ValueError if 10 files in a row fail.
     """
     seed = np.random.SeedSequence([dataset.seed, epoch, index]).generate_state(1)[0]
@@ -60,7 +60,7 @@ def draw_or_replace(dataset, epoch, index):
     while len(failures) < TRIES:
         row = dataset.rows[index]
         try:
-            return *dataset.draw(row, generator), (row.path, failures)
+            return *dataset.draw(row, generator), (row.name, failures)
         except ValueError as error:
             failures.append(str(error))
             index = int(torch.randint(len(dataset.rows), (), generator=generator))

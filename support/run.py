@@ -402,9 +402,9 @@ def clearly_more(failed, drawn, limit):
 
 
 def fingerprint(rows):
-    """Tell data sets apart: the number of files, and a checksum of their names and labels.
+    """Tell data sets apart: the number of clips, and a checksum of their names and labels.
 
     A data set that has moved to another folder keeps its fingerprint.
     """
-    names = "".join(f"{Path(row.path).name} {row.label} " for row in rows)
+    names = "".join(f"{Path(row.name).name} {row.label} " for row in rows)
     return f"{len(rows)} clips, sum {zlib.crc32(names.encode()):08x}"

@@ -133,6 +133,7 @@ def test_prepare_commands_run_as_written(tmp_path):
         (tmp_path / "ROOT" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(film, tmp_path / "ROOT" / name)
     for name, text in {
+            "train.txt": "clap/hands.avi clap 0.1 1.1 train\n",
             "folder/of/csv/train.csv": "label,youtube_id,time_start,time_end,split\n"
                                        "bowling,abcdefghijk,1,11,train\n",
             "vggsound.csv": 'abcdefghijk,1,"people, clapping",train\n',
@@ -144,7 +145,7 @@ def test_prepare_commands_run_as_written(tmp_path):
         (tmp_path / name).write_text(text)
     lines = [line for line in command_lines(DOCUMENTS["data.md"])
              if re.search(r"prepare\.(manifest (?!folder)|transcode)(?!.*--crop)", line)]
-    names = ["k400.csv", "ks.csv", "vgg.csv", "ucf101-1.csv", "hmdb51-1.csv", "k400.csv",
+    names = ["own.csv", "k400.csv", "ks.csv", "vgg.csv", "ucf101-1.csv", "hmdb51-1.csv", "k400.csv",
              "COPY/manifest.csv"]
     assert len(lines) == len(names)
     for line, name in zip(lines, names):
