@@ -431,7 +431,8 @@ def main():
     p.add_argument("what", choices=list(benches))
     p.add_argument("--rounds", type=int, default=15, help="measured rounds (15)")
     p.add_argument("--csv", help="file to add the results to (none)")
-    p.add_argument("--arch", default="r2plus1d_10", help="step, memory: video encoder (r2plus1d_10)")
+    p.add_argument("--arch", default="r2plus1d_10",
+                   help="step, memory: video encoder (r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32],
                    help="step, memory: clips, one or more sizes, the smallest first (32)")
     p.add_argument("--chunk", type=int, help="memory: embed so many clips at a time; step: beside "

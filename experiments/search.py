@@ -140,8 +140,8 @@ def make_pool(args, model, settings, clips, dtype):
     """The pool of the clips of --data, on every process."""
     audio, video, rows = extract(model, clips, dtype, "yz", settings.sound,
                                  max_failures=args.max_failures)        # (n, C + D) x 2
-    widths = [C, audio.shape[1] - C]
-    (y_audio, z_audio), (y_video, z_video) = audio.split(widths, 1), video.split(widths, 1)
+    y_audio, z_audio = audio.tensor_split([C], 1)
+    y_video, z_video = video.tensor_split([C], 1)
     about = {"checkpoint": str(args.checkpoint), "weights": checksum(model), "data": args.data,
              "split": args.split, "clips_per_file": args.clips,
              "seconds": settings.frames / settings.fps}

@@ -72,12 +72,12 @@ def find_videos(root):
                          "give the folder that holds the class folders of videos")
     paths, others, visited, hidden = [], [], set(), 0
     for directory, subdirectories, names in os.walk(root, followlinks=True):
-        hidden += sum(name.startswith(".") for name in subdirectories)
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         if os.path.realpath(directory) in visited:        # links may lead in circles
             subdirectories.clear()
             continue
         visited.add(os.path.realpath(directory))
+        hidden += sum(name.startswith(".") for name in subdirectories)
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if name.startswith("."):

@@ -55,7 +55,7 @@ def shrink(video, pictures, ticks, short_side, crop):
     def view(W, H):
         """See Cutter. The sides of the copy are even, because yuv420p needs that."""
         width, height, x, y = crop or (W, H, 0, 0)
-        if x + width > round(W) or y + height > round(H):
+        if crop and (x + width > round(W) or y + height > round(H)):
             raise ValueError(f"--crop {width}:{height}:{x}:{y} is not within its pictures of "
                              f"{round(W)} x {round(H)} pixels")
         scale = short_side / min(width, height)

@@ -205,7 +205,7 @@ def compare_two_processes_with_one():
     z = torch.randn(4 + rank(), 2, 4)
     with pytest.raises(ValueError, match="processes have .4, 5. clips: give all the same number"):
         soft_info_nce(None, None, z, z, affinity="none")
-    z = torch.full((4, 2, 4), torch.nan if rank() else 1)     # process 0 does not wait for process 1
+    z = torch.full((4, 2, 4), torch.nan if rank() else 1)       # process 0 does not wait for 1
     where = "z_a, z_v" if rank() else "a tensor of process 1"
     with pytest.raises(ValueError, match=f"^{where} holds NaN or infinity"):
         soft_info_nce(None, None, z, z, affinity="none")
