@@ -69,10 +69,8 @@ def test_a_batch_in_chunks():
 @pytest.mark.parametrize("precision, dtype, share", [
     ("fp32", torch.float32, 0), ("fp16", torch.float16, 2e-3)])
 def test_the_counted_memory_is_that_of_a_real_step(precision, dtype, share):
-    """To the byte: tensors with values hold as much for the backward pass as those without.
-
-    In half precision a fake BatchNorm holds statistics of 2 bytes and a real one of 4: 0.1 %.
-    """
+    """To the byte: tensors with values hold as much for the backward pass as those without. In half
+    precision they hold 0.1 % more, about as if BatchNorm's statistics had 4 bytes in place of 2."""
     (what, counted), = bench.memory(Namespace(arch="r2plus1d_10", frames=4, size=16, batch_size=[2],
                                               chunk=None, precision=precision))
     assert what == f"memory r2plus1d_10 B2 T4 16px {str(dtype)[6:]}"

@@ -218,13 +218,14 @@ def test_folder(tmp_path, files, notes):
 
 
 def test_links_are_followed(tmp_path):
-    for name in ("f/a/1.mp4", "elsewhere/4.mp4"):
+    for name in ("f/a/1.mp4", "f/.trash/2.mp4", "elsewhere/4.mp4"):
         write_text(tmp_path / name, "")
     (tmp_path / "f/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "f/a/circle").symlink_to(tmp_path / "f")
-    entries, _ = LAYOUTS["folder"](tmp_path / "f")
+    entries, notes = LAYOUTS["folder"](tmp_path / "f")
     assert [(path.name, clip.label) for path, clip in entries] == [
         ("1.mp4", "a"), ("4.mp4", "linked")]
+    assert "1 hidden folders and videos passed over" in notes
 
 
 # ---- a test part that is drawn

@@ -194,7 +194,7 @@ def test_turned_pictures(tmp_path, exif, turned, corners):
     jpeg = still(tmp_path / "plain.mov", frame_of(quarters(YUV), "yuvj420p"), "mjpeg")
     jpeg = remux(jpeg, tmp_path / f"a.{('mov', 'avi', 'mkv')[exif % 3]}", ["video"],
                  lambda data: data[:2] + mark + data[2:])
-    pixel = (Fraction(1), Fraction(64, 45), Fraction(9, 10))[exif % 3]
+    pixel = (Fraction(1), Fraction(64, 45), Fraction(8, 9))[exif % 3]
     film = still(tmp_path / "a.mp4", frame_of(quarters(YUV)), "libx264", turned=turned,
                  settings={"sample_aspect_ratio": pixel})
     for path, full, aspect in ((jpeg, True, 5 / 3), (film, False, 5 / 3 * pixel)):
