@@ -54,6 +54,9 @@ def test_speed_up_audio():
     assert speed_up_audio(wave, 2).equal(expected)
     speed_up_audio(wave, 5).sum().backward()
     assert wave.grad.isfinite().all()
+    for dtype, tau in ((torch.int16, 2), (torch.float32, 0), (torch.float32, 1.5)):
+        with pytest.raises(ValueError, match="give floats, and a whole speed of 1 or more"):
+            speed_up_audio(torch.zeros(24000, dtype=dtype), tau)
 
 
 def test_colours_and_mirror_of_fine_tuning(monkeypatch):

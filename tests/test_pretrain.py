@@ -180,6 +180,7 @@ def test_a_run_that_has_ended(trained, tree, tmp_path, capsys):
     ("few", [], "1 usable clips (1 left out) do not fill one global batch of 4: give a smaller "
      "--batch-per-process or more data"),
     ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
+    ("gone", ["--init", "gone.pt"], "no checkpoint gone.pt"),       # said before a scan
     ("few", ["--batch-per-process", "1"],
      "Eq. 1 contrasts a clip with other clips, but the global batch has 1: give it 2 or more"),
     ("with.csv", [], "10 files in a row failed, the last: ")])
