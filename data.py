@@ -17,8 +17,6 @@ because a forked copy of an open decoder does not work.
 
 import atexit
 import os
-import sys
-from collections import namedtuple
 from pathlib import Path
 
 import av
@@ -29,34 +27,11 @@ from torch.utils.data import DataLoader, Dataset
 from augment import (centre_band, centre_crop, crop_at, flip_jitter, frame_times, random_crop,
                      random_resized_crop, sample_speeds, speed_up_audio)
 from prepare import demo, scan
+from prepare.scan import Row, make_row
 from support.batches import TrainingBatches, collate, draw_or_replace, read_or_name
 from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once,
                                world_size)
 from support.reading import RATE, read
-
-
-class Row(namedtuple("Row", "path label split duration video_duration has_audio note "
-                     "start stop video_start", defaults=(0, None, 0))):
-    """A file, or a segment of it.
-
-    duration: the s that pictures and sound both cover, or the pictures alone if the sound cannot be
-    used (has_audio is False, and note tells why). start, stop: of the segment, by the clock of
-    `read_clip` with sound. video_start, video_stop: the same by its clock without sound. The stops
-    of a whole file are None.
-    """
-
-    __slots__ = ()
-
-    @property
-    def video_stop(self):
-        return None if self.stop is None else round(self.video_start + self.video_duration, 6)
-
-    @property
-    def name(self):
-        """The path, or 'path [start-end s]', which tells apart the segments of a file."""
-        if self.video_stop is None:
-            return self.path
-        return scan.segment_name(self.path, self.video_start, self.video_stop)
 
 
 def read_manifest(path, split=None):
@@ -90,21 +65,6 @@ def read_manifest(path, split=None):
         if reason:
             left_out[scan.segment_name(line["path"], line.get("start"), line.get("end"))] = reason
     return rows, left_out
-
-
-def make_row(line):
-    """The Row of a usable line of a manifest, {column: text or value}. Raises ValueError if its
-    segment does not lie in the file."""
-    duration, video_duration = float(line["duration"]), float(line["video_duration"])
-    start, stop = scan.segment(line)
-    places = ()
-    if stop is not None:
-        late = float(line.get("sound_start") or 0)      # the clock with sound begins so much later
-        places = max(0, start - late), min(duration, stop - late), start
-        duration, video_duration = max(0, places[1] - places[0]), stop - start
-    # A class name is kept once and not once a row, because every worker has a copy of the rows.
-    return Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]), duration,
-               video_duration, str(line["has_audio"]) == "1", sys.intern(line["note"]), *places)
 
 
 def find_rows(data, split, out):

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from contextlib import suppress
 from functools import partial
 from inspect import signature
@@ -130,6 +130,45 @@ def segment(row, source=""):
 def segment_name(path, start, end):
     """'path [start-end s]', or the path alone if the row is of the whole file."""
     return f"{path} [{start}-{end} s]" if start or end else path
+
+
+class Row(namedtuple("Row", "path label split duration video_duration has_audio note "
+                     "start stop video_start", defaults=(0, None, 0))):
+    """A file, or a segment of it.
+
+    duration: the s that pictures and sound both cover, or the pictures alone if the sound cannot be
+    used (has_audio is False, and note tells why). start, stop: of the segment, by the clock of
+    `read_clip` with sound. video_start, video_stop: the same by its clock without sound. The stops
+    of a whole file are None.
+    """
+
+    __slots__ = ()
+
+    @property
+    def video_stop(self):
+        return None if self.stop is None else round(self.video_start + self.video_duration, 6)
+
+    @property
+    def name(self):
+        """The path, or 'path [start-end s]', which tells apart the segments of a file."""
+        if self.video_stop is None:
+            return self.path
+        return segment_name(self.path, self.video_start, self.video_stop)
+
+
+def make_row(line):
+    """The Row of a usable line of a manifest, {column: text or value}. Raises ValueError if its
+    segment does not lie in the file."""
+    duration, video_duration = float(line["duration"]), float(line["video_duration"])
+    start, stop = segment(line)
+    places = ()
+    if stop is not None:
+        late = float(line.get("sound_start") or 0)      # the clock with sound begins so much later
+        places = max(0, start - late), min(duration, stop - late), start
+        duration, video_duration = max(0, places[1] - places[0]), stop - start
+    # A class name is kept once and not once a row, because every worker has a copy of the rows.
+    return Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]), duration,
+               video_duration, str(line["has_audio"]) == "1", sys.intern(line["note"]), *places)
 
 
 def reuse(row, verify):
