@@ -11,8 +11,8 @@ A view at speed tau covers tau times the source in the same number of frames and
     view 0          |x x x x x x x|
     view 1, tau = 3 |x     x     x     x     x     x     x     |
 
-Symbols: B clips, K views, T frames, H, W pixels, L samples. Only the loading processes open videos,
-because a forked copy of an open decoder does not work.
+Symbols: B clips, K views, T frames, H, W pixels, L samples. A video is opened by the process that
+reads it, because a forked copy of an open decoder does not work.
 """
 
 import atexit
@@ -115,7 +115,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
     times, index = times.unique(return_inverse=True)                            # (n,), (K, T)
     times = t0 + times.double()
     L = round(RATE * frames / fps)
-    if stop is not None:                                # the last frame at speed 1 has this time
+    if stop is not None:                                # no frame is later than 1/fps before stop
         times = times.clamp(max=max(t0, stop - 1 / fps))
     try:
         images, wave = read(path, times.tolist(), max(tau_a, default=0) * L, size, window)

@@ -24,7 +24,6 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from augment import normalize_frames
 from data import ActionClips, find_rows, make_loader, probe_file
 from models import C, video_encoder
-from support.batches import evaluation_batches
+from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_encoder, read_state
 from support.classification import (answers, fit_linear, report, say_torchvision, shared_classes,
                                     subset, top_1_and_5, write_classes, write_predictions)
@@ -184,24 +183,19 @@ def evaluate(model, clips, dtype, workers=None, max_failures=0.05):
         logits = model.head(y)                                          # (clips * crops, classes)
         hits = top_1_and_5(logits, label).mean(0)                       # (2,)
         results[index] = torch.cat([logits.softmax(1).mean(0), hits, y.new_ones(1)])
-    dist.all_reduce(results)            # one process has filled each index, the others have zeros
-    if not torch.isfinite(results).all():
-        raise ValueError("scores are not finite: the training has diverged, try a lower --lr")
-    found = results[:, -1].nonzero().flatten().tolist()
-    results = results[found].cpu()                                      # (n, classes + 3)
-    return results[:, :-3], results[:, -3:-1], [clips.rows[n] for n in found]
+    results, read = gather_results(results, "scores")
+    results = results.cpu()                                             # (n, classes + 2)
+    return results[:, :-2], results[:, -2:], [clips.rows[n] for n in read]
 
 
 def linear_probe(encoder, clips, args, dtype):
     """The linear classifier on the frozen encoder's features, and how many videos failed."""
     device, views = next(encoder.parameters()).device, clips.clips_per_file
-    y = torch.zeros(len(clips), views, C, device=device)                # (n, clips, C)
-    labels = torch.full((len(clips),), -1, device=device)               # (n,), or -1
-    for index, label, rows in features(encoder, clips, dtype, args.workers, args.max_failures):
-        y[index], labels[index] = rows, label
-    dist.all_reduce(y)
-    dist.all_reduce(labels, dist.ReduceOp.MAX)
-    y, labels = y[labels >= 0], labels[labels >= 0]
+    results = torch.zeros(len(clips), views, C + 2, device=device)      # last: label, was it read?
+    for index, label, y in features(encoder, clips, dtype, args.workers, args.max_failures):
+        results[index] = torch.cat([y, y.new_tensor([[label, 1]]).expand(views, 2)], 1)
+    results, _ = gather_results(results, "features")                    # (n, clips, C + 1)
+    y, labels = results[..., :-1], results[:, 0, -1].long()             # (n, clips, C), (n,)
     if len(labels.unique()) < len(clips.classes):
         raise ValueError("all training videos of a class failed: mend or replace those named above")
     return fit_linear(y.flatten(0, 1), labels.repeat_interleave(views)), len(clips) - len(y)

@@ -114,8 +114,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
         raw_affinity: True: l(y) as it is in Eq. 2 | False: of unit length.
         detach_affinity: True: no gradient through lam | False: as printed.
         one_way: True: audio -> video alone, as printed | False: the mean of both directions.
-        check: True: refuse NaN, infinity, and processes with different B, for which a GPU has to be
-            waited for | False: the caller sees to that.
+        check: True: refuse NaN, infinity, and processes with different B. A GPU then stops for a
+            moment at each call | False: the caller sees to that.
     Returns:
         A scalar: the loss of this process's clips against all videos. The mean of the losses, and
         of the gradients of the weights as DDP takes it, over the processes are those of the global

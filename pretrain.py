@@ -29,11 +29,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from augment import LogMel, normalize_frames
 from data import AudioVisualClips, find_rows, make_loader
-from loss import all_gather, double_sum, soft_info_nce
+from loss import all_gather, double_sum, positions, soft_info_nce
 from models import SvaCLR
 from support.checkpoints import load_audio_encoder, load_encoder
 from support.layers import trainable
-from support.processes import (at_least, autocast, choose_precision, launch, positive, rank, say,
+from support.processes import (at_least, autocast, choose_precision, launch, positive, say,
                                say_left_out, world_size)
 from support.run import Run, add_run_flags, lock_folder
 
@@ -195,8 +195,7 @@ def top1(z_a, z_v):
     """Accuracy at speed 1: the share of local sounds whose nearest video is their own."""
     z_a, z_v = (normalize(z[:, 0].float(), dim=1) for z in (z_a, z_v))  # (B, D) x 2
     s = z_a @ all_gather(z_v).T                                         # (B, N)
-    own = rank() * len(s) + torch.arange(len(s), device=s.device)       # (B,)
-    return (s.argmax(1) == own).float().mean()
+    return (s.argmax(1) == positions(z_a)).float().mean()
 
 
 def step_in_chunks(embed, objective, net, scaler, batch, n):

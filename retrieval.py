@@ -17,14 +17,13 @@ import argparse
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from augment import normalize_frames
 from data import AudioVisualClips, find_rows, make_loader
 from models import C, SvaCLR
 from prepare.weights import sound_input
-from support.batches import evaluation_batches
+from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_svaclr
 from support.processes import at_least, autocast, choose_precision, launch, say, share
 from support.tables import check_size, results_path, write_table
@@ -94,26 +93,13 @@ def extract(model, clips, dtype, feature="z", sound=None, workers=None, max_fail
     device = next(model.parameters()).device
     log_mel, widths = sound_input(sound).to(device), {"y": C, "z": model.h_v[-1].out_features}
     D = sum(widths[kind] for kind in feature)
-    results = torch.zeros(2, len(clips), D + 1, device=device)          # last: was it read?
+    results = torch.zeros(len(clips), 2, D + 1, device=device)          # last: was it read?
     loader = make_loader(clips, 8, workers)
     for frames, waves, index in evaluation_batches(loader, max_failures):
         x = embed(model, log_mel, dtype, feature, frames, waves)        # (2, B, D)
-        results[:, index] = F.pad(x, (0, 1), value=1)
-    (audio, video), read = gather_features(results)                     # (n, D) x 2
-    return audio, video, [clips.rows[n] for n in read]
-
-
-def gather_features(results):
-    """The features of the files that any process has read, (A, n, D), and the files' n indices.
-
-    results: (A, N, D + 1) of all N files, zeros but for those that this process has read. Its last
-    column is 1 for these. Raises ValueError if a feature is not finite.
-    """
-    dist.all_reduce(results)
-    if not torch.isfinite(results).all():
-        raise ValueError("features are not finite: the checkpoint's training has diverged")
-    read = results[0, :, -1].nonzero().flatten()                        # (n,)
-    return results[:, read, :-1], read.tolist()
+        results[index] = F.pad(x, (0, 1), value=1).transpose(0, 1)
+    results, read = gather_results(results, "features")                 # (n, 2, D)
+    return *results.unbind(1), [clips.rows[n] for n in read]            # (n, D) x 2
 
 
 def ranks(query, gallery, labels, chunk=256):
@@ -176,7 +162,8 @@ def find_part(args, split, trained_on):
     if args.data == "":
         raise ValueError(f"--checkpoint {args.checkpoint} does not say what data it is to be "
                          "measured on: give --data")
-    rows, left_out = find_rows(args.data, None if split == "all" else split, folder / "retrieval")
+    out = folder / "retrieval" if args.data else folder     # the built-in set lies beside OUT
+    rows, left_out = find_rows(args.data, None if split == "all" else split, out)
     if split != "all" and rows and not any(row.split for row in rows):
         raise ValueError(f"--data {args.data} has no parts (its split column is empty), so its "
                          "clips may be those of the training: make parts with python -m "

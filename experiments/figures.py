@@ -431,7 +431,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     try:
         draw[args.what](args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
 
 

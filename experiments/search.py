@@ -29,8 +29,8 @@ from data import ActionClips, evenly_spaced, probe_file
 from finetune import features
 from models import C, SvaCLR, video_encoder
 from prepare.weights import sound_input
-from retrieval import (RANKS, average, chance, embed, extract, find_part, gather_features, load,
-                       parser)
+from retrieval import RANKS, average, chance, embed, extract, find_part, load, parser
+from support.batches import gather_results
 from support.checkpoints import load_encoder, load_svaclr, read_state, write_atomic
 from support.classification import say_torchvision
 from support.processes import at_least, choose_precision, launch, rank, say
@@ -345,11 +345,11 @@ def encode(args, f, rows, clip):
     device = next(f.parameters()).device
     dtype, _ = choose_precision("auto", device)
     clips = ActionClips(rows, sorted({row.label for row in rows}), **clip, views=(args.clips, 1))
-    results = torch.zeros(1, len(rows), C + 1, device=device)           # last: was it read?
+    results = torch.zeros(len(rows), C + 1, device=device)              # last: was it read?
     for index, _, y in features(f, clips, dtype, None, args.max_failures):      # y: (clips, C)
-        results[0, index] = F.pad(average(y), (0, 1), value=1)
-    (y_v,), found = gather_features(results)
-    return y_v, [rows[n].label for n in found]
+        results[index] = F.pad(average(y), (0, 1), value=1)
+    y_v, read = gather_results(results, "features")                     # (n, C)
+    return y_v, [rows[n].label for n in read]
 
 
 def video_ranks(query, gallery, labels, gallery_labels, chunk=256):

@@ -43,6 +43,8 @@ def main():
     parser.add_argument("--verify", action="store_true",
                         help="decode every file to its end: slow, finds all damage")
     args = vars(parser.parse_args())
+    if args["workers"] < 1:
+        parser.error(f"--workers {args['workers']}: give 1 or more")
     if args["test_share"] is not None and args["layout"] != "folder":
         parser.error(f"--test-share is for the layout folder: {args['layout']} has official parts")
     if args["seed"] is not None and args["test_share"] is None:

@@ -355,7 +355,7 @@ part_of_picture = bounded(lambda text: tuple(map(int, text.split(":"))),
 
 
 def main():
-    """Run the command. An error becomes one line on stderr and exit status 1."""
+    """Run the command. An error, or Ctrl-C, becomes one line on stderr and exit status 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("manifest", help="of the originals, from python -m prepare.manifest")
     parser.add_argument("out", help="the folder of the copy")
@@ -365,13 +365,15 @@ def main():
                         help="the part of each picture to keep, in pixels (default: all of it)")
     parser.add_argument("--gop", type=at_least(1), default=15,
                         help="frames from keyframe to keyframe (default 15)")
-    parser.add_argument("--workers", type=at_least(1), default=os.cpu_count(),
+    parser.add_argument("--workers", type=at_least(1), default=len(os.sched_getaffinity(0)),
                         help="processes (default: one per core)")
     args = parser.parse_args()
     try:
         line = run(**vars(args))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped: finished copies are kept, run the same command to go on")
     print(f"{args.out}: {line}")
 
 

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
@@ -120,3 +121,18 @@ def evaluation_batches(loader, max_failures):
             yield video, second, [index for index, cause in sources if not cause]
     causes = sum(gather(causes), [])
     stop_if_too_many()
+
+
+def gather_results(results, what):
+    """Put together what all processes have found about the N files of an evaluation.
+
+    results: (N, ..., D + 1), zeros but for the files that this process has read, whose last numbers
+    are 1. Each file has one place, so none counts twice. what: words for the error.
+    Returns (n, ..., D) of the n files that were read, and their indices. Raises ValueError if a
+    number is not finite.
+    """
+    dist.all_reduce(results)
+    if not torch.isfinite(results).all():
+        raise ValueError(f"{what} are not finite: the training has diverged, try a lower --lr")
+    read = results.flatten(1)[:, -1].nonzero().flatten()                # (n,)
+    return results[read][..., :-1], read.tolist()

@@ -34,7 +34,7 @@ from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run
 
 LOG_EVERY = 10                                  # steps
 REQUEUE = 75                                    # exit status after a scheduler's signal
-# A resumed run may change these settings. The classes are part of the data, which it may not.
+# A resumed run may change these settings. (The classes belong to the data, which are compared.)
 CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips",
               "classes"}
 MARK = "requeue"                                # left in OUT by a run that a signal has ended
@@ -121,7 +121,7 @@ class Run:
     """Training from the first step, or from the last checkpoint, to the last step.
 
     Args:
-        args: the settings, a Namespace. Read are out, seed, epochs, save_every, keep_every and
+        args: the settings, a Namespace. Read are out, epochs, save_every, keep_every and
             max_failures.
         loader: a DataLoader of data.make_loader with epochs.
         model, optimizer, scaler: saved in the checkpoint and continued from it.

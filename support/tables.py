@@ -10,7 +10,7 @@ from support.processes import rank
 def results_path(checkpoint):
     """The retrieval.json beside a checkpoint.pt, or retrieval-<name>.json for other names.
 
-    "none" and "torchvision" have no place: theirs is runs/.
+    The results of "none" and "torchvision", which are no files, lie in runs/.
     """
     named = checkpoint in ("none", "torchvision")
     path = Path("runs", checkpoint) if named else Path(checkpoint)

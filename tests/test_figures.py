@@ -80,19 +80,16 @@ def test_curves(brief, tmp_path):
     ("curves", "gone", "no .*log.jsonl: give the --out folder of a run of pretrain.py"),
     ("affinity", "short", "no clip of the 'test' part lasts 2.0 s, as this picture needs"),
     ("method", "short", "the 'test' part has no 2 classes with clips of 1.5 s"),
-    ("ratios", "m.csv", "none of the clips can be read: see the causes above"),
-    ("affinity", "first", "none of the clips to be shown can be read: see the causes above")])
+    ("ratios", "m.csv", "none of the clips can be read: see the causes above")])
 def test_bad_input(what, data, sentence, tree, brief, tmp_path):
     if data == "short":
         make_video(tmp_path / "short" / "test" / "c" / "a.mp4", 1.2, 10)
-    elif data == "first":
-        data = without_films(tree, tmp_path, 0)
     else:
         without_films(tree, tmp_path, *range(24))
     words = [tmp_path / data] if what == "curves" else ["--checkpoint", brief, "--data",
                                                         tmp_path / data]
     with pytest.raises(SystemExit, match=f"error: {sentence}"):
-        draw(what, *words, *["--show", 1] if what == "affinity" else [], "--out", tmp_path / "x")
+        draw(what, *words, "--out", tmp_path / "x")
 
 
 def test_roles_are_those_of_eq_1():
