@@ -76,7 +76,7 @@ def average(x):
     return F.normalize(F.normalize(x.float(), dim=-1).mean(-2), dim=-1)
 
 
-def extract(model, clips, dtype, feature="z", sound=None, workers=None, max_failures=0.05):
+def extract(model, clips, dtype, feature="z", sound=None, max_failures=0.05):
     """Features of all clips on every process: audio (n, D), video (n, D), and their n rows.
 
     Features are kept by index, so no clip counts twice with any number of processes.
@@ -94,8 +94,7 @@ def extract(model, clips, dtype, feature="z", sound=None, workers=None, max_fail
     log_mel, widths = sound_input(sound).to(device), {"y": C, "z": model.h_v[-1].out_features}
     D = sum(widths[kind] for kind in feature)
     results = torch.zeros(len(clips), 2, D + 1, device=device)          # last: was it read?
-    loader = make_loader(clips, 8, workers)
-    for frames, waves, index in evaluation_batches(loader, max_failures):
+    for frames, waves, index in evaluation_batches(make_loader(clips, 8), max_failures):
         x = embed(model, log_mel, dtype, feature, frames, waves)        # (2, B, D)
         results[index] = F.pad(x, (0, 1), value=1).transpose(0, 1)
     results, read = gather_results(results, "features")                 # (n, 2, D)

@@ -38,6 +38,7 @@ REQUEUE = 75                                    # exit status after a scheduler'
 CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips",
               "classes"}
 MARK = "requeue"                                # left in OUT by a run that a signal has ended
+# What a checkpoint holds, see Run.save and Run.resume.
 STATE = ("settings", "fingerprint", "position", "step", "world_size", "replaced", "skipped",
          "log_bytes", "model", "optimizer", "scaler")
 
@@ -312,10 +313,10 @@ class Run:
         if rank() == 0:
             log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
             position = (self.args.epochs, 0) if last else (self.epoch, self.used)
-            values = (vars(self.args), self.fingerprint, position, self.step, world_size(),
-                      self.replaced, self.skipped, log_bytes, self.model.state_dict(),
-                      self.optimizer.state_dict(), self.scaler.state_dict())
-            state = dict(zip(STATE, values, strict=True))
+            state = dict(settings=vars(self.args), fingerprint=self.fingerprint, position=position,
+                         step=self.step, world_size=world_size(), replaced=self.replaced,
+                         skipped=self.skipped, log_bytes=log_bytes, model=self.model.state_dict(),
+                         optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
             self.write(state, self.path.name)
             self.saved_step = self.step
             if keep:

@@ -70,7 +70,7 @@ def test_a_batch_in_chunks():
     ("fp32", torch.float32, 0), ("fp16", torch.float16, 2e-3)])
 def test_the_counted_memory_is_that_of_a_real_step(precision, dtype, share):
     """To the byte: tensors with values hold as much for the backward pass as those without. In half
-    precision they hold 0.1 % more, about as if BatchNorm's statistics had 4 bytes in place of 2."""
+    precision they hold 0.1 % more (findings/fake-batchnorm-saves-half.sh)."""
     (what, counted), = bench.memory(Namespace(arch="r2plus1d_10", frames=4, size=16, batch_size=[2],
                                               chunk=None, precision=precision))
     assert what == f"memory r2plus1d_10 B2 T4 16px {str(dtype)[6:]}"
