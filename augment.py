@@ -53,10 +53,10 @@ def speed_up_audio(wave, tau):
     the Nyquist limit are removed first by a windowed sinc, so they are not folded back. Raises
     ValueError if the wave holds integers, or if tau is not an integer >= 1.
     """
-    if not wave.is_floating_point() or tau < 1 or tau != int(tau):
+    if not wave.is_floating_point() or not tau >= 1 or tau % 1:
         raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau}: give floats, and a "
                          "whole speed of 1 or more")
-    return wave if tau == 1 else windowed_sinc(tau, wave.dtype, wave.device)(wave)
+    return wave if tau == 1 else windowed_sinc(int(tau), wave.dtype, wave.device)(wave)
 
 
 @functools.cache

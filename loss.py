@@ -99,7 +99,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
 
         loss = mean over i of sum_{p,q} lam[i,p,q] L[i,p,q]
 
-    Under torch.distributed each process gives its own clips, and this function gathers the others.
+    Under torch.distributed each process gives its own clips, and this function gathers the others,
+    so all processes have to call it.
 
     Args:
         ly_a, ly_v: (B, K, C) l(y) of this process's clips, which is the encoder output y for the
@@ -199,10 +200,11 @@ def check_inputs(tensors, eta, affinity_temperature, check):
             raise ValueError(f"{shapes}: {name} of sound and video differ in width: {advice}")
     if check:
         diverged = [name for name, x in named.items() if not x.isfinite().all()]
-        state = torch.tensor([[len(tensors[0]), len(diverged)]], device=tensors[0].device)
-        B, faults = all_gather(state).T.tolist()    # of each process: all raise, so none waits
-        if len(set(B)) > 1:
-            raise ValueError(f"the processes have {B} clips: give all the same number "
+        B, K = tensors[0].shape[:2]
+        state = torch.tensor([[B, K, len(diverged)]], device=tensors[0].device)
+        B, K, faults = all_gather(state).T.tolist()     # of each process: all raise, so none waits
+        if len({*zip(B, K)}) > 1:
+            raise ValueError(f"the processes have {B} clips of {K} views: give all the same number "
                              "(drop_last=True of a DataLoader)")
         if any(faults):
             where = ", ".join(diverged) or f"a tensor of process {faults.index(max(faults))}"

@@ -4,9 +4,9 @@
     ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
 
 This file needs torch and torchvision alone. For other encoders replace model.f or model.g, which
-have to give C numbers for a view. To train in several processes on GPUs, give BatchNorm the
-statistics of all (paper silent; GDT): nn.SyncBatchNorm.convert_sync_batchnorm(model). For CPUs see
-support/layers.py.
+have to give C numbers for a view (or change C). To train in several processes on GPUs, give
+BatchNorm the statistics of all: nn.SyncBatchNorm.convert_sync_batchnorm(model) (paper silent; GDT).
+For CPUs see support/layers.py.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
 encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.
@@ -86,7 +86,8 @@ class SvaCLR(nn.Module):
         self.l = Mapping(mapping)
 
     def forward(self, audio, video):
-        if audio.dim() != 5 or video.dim() != 6 or audio.shape[:2] != video.shape[:2]:
+        if (audio.dim() != 5 or video.dim() != 6 or audio.shape[:2] != video.shape[:2]
+                or audio.shape[2] != 1 or video.shape[2] != 3):
             raise ValueError(f"audio {tuple(audio.shape)}, video {tuple(video.shape)}: give "
                              "(B, K, 1, M, F) and (B, K, 3, T, H, W), with the same B and K")
         views = video.shape[:2]                                         # (B, K)

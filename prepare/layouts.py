@@ -68,7 +68,7 @@ def find_videos(root):
     """
     root = Path(root).resolve()
     if not root.is_dir():
-        raise ValueError(f"no folder {root}: "
+        raise ValueError(f"{root} is no folder: "
                          "give the folder that holds the class folders of videos")
     paths, others, visited, hidden = [], [], set(), 0
     for directory, subdirectories, names in os.walk(root, followlinks=True):

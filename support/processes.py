@@ -81,8 +81,13 @@ def start():
 
     The environment variables of torchrun (RANK, LOCAL_RANK, WORLD_SIZE) decide. Without them the
     group has one process. On CPUs the processes of one machine share its cores out among them.
-    Raises ValueError on all processes if two of them would share a GPU.
+    Raises ValueError on all processes if two of them would share a GPU, and if srun has started
+    several that do not know of each other.
     """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))          # of this srun
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"srun has started {tasks} processes without RANK and WORLD_SIZE, so each "
+                         "would train alone: see the section Slurm of docs/running.md")
     with signals_blocked():                     # the fork server's processes inherit that
         if multiprocessing.get_start_method() == "forkserver":
             # It imports for all loading processes, while this process reads the data.

@@ -253,6 +253,7 @@ def test_each_protocol_runs_with_both_encoders(tmp_path):
     assert len(outs) == 10                      # no run writes over another
 
 
+@pytest.mark.slow
 def test_results_are_those_of_the_scripts(tree, brief, tmp_path, capsys):
     flags = ["--data", str(tree), "--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps",
              "8", "--linear", "--train-clips", "1", "--test-clips", "1", "--workers", "1",

@@ -54,7 +54,9 @@ def test_speed_up_audio():
     assert speed_up_audio(wave, 2).equal(expected)
     speed_up_audio(wave, 5).sum().backward()
     assert wave.grad.isfinite().all()
-    for dtype, tau in ((torch.int16, 2), (torch.float32, 0), (torch.float32, 1.5)):
+    assert speed_up_audio(wave, torch.tensor(2)).equal(expected)
+    for dtype, tau in ((torch.int16, 2), (torch.float32, 0), (torch.float32, 1.5),
+                       (torch.float32, math.nan)):
         with pytest.raises(ValueError, match="give floats, and a whole speed of 1 or more"):
             speed_up_audio(torch.zeros(24000, dtype=dtype), tau)
 

@@ -16,6 +16,7 @@ def load(source, arch="r2plus1d_18"):
     return load_encoder(source, video_encoder(arch), arch)
 
 
+@pytest.mark.slow
 def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
     torch.manual_seed(0)
     model = SvaCLR("r2plus1d_10")

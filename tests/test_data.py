@@ -190,8 +190,8 @@ def test_data_that_cannot_be_found(tmp_path):
     for sentence, job, *arguments in (
             ("no 'val' part, it has 'test', 'train'", read_manifest, tmp_path / "m.csv", "val"),
             ("no video in .*empty", scan.scan, tmp_path / "empty"),
-            ("no folder .*gone", scan.scan, tmp_path / "gone"),
-            ("--data .*no folder .*gone", find_rows, tmp_path / "gone", "train", tmp_path),
+            ("gone is no folder", scan.scan, tmp_path / "gone"),
+            ("--data .*gone is no folder", find_rows, tmp_path / "gone", "train", tmp_path),
             ("--data .*gone.csv: no such manifest", find_rows, tmp_path / "gone.csv", "train",
              tmp_path)):
         with pytest.raises(ValueError, match=sentence):

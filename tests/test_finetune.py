@@ -341,6 +341,7 @@ def test_the_input_of_torchvisions_weights_is_said(capsys):
     assert meta.transforms().crop_size == [112, 112]
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
     encoder, state = tmp_path / "encoder.pt", video_encoder("r2plus1d_10").state_dict()
     torch.save(state, encoder)
@@ -355,6 +356,7 @@ def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
     assert "made with other settings (encoder was " in error_of(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_bad_input(ucf, tmp_path, capsys):
     with open(ucf / "ucf101-1.csv", newline="") as file:
         rows = list(csv.DictReader(file))

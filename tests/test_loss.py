@@ -203,7 +203,10 @@ def compare_two_processes_with_one():
     """In each of two processes."""
     start()
     z = torch.randn(4 + rank(), 2, 4)
-    with pytest.raises(ValueError, match="processes have .4, 5. clips: give all the same number"):
+    with pytest.raises(ValueError, match="processes have .4, 5. clips of .2, 2. views: give "):
+        soft_info_nce(None, None, z, z, affinity="none")
+    z = torch.randn(4, 2 + rank(), 4)
+    with pytest.raises(ValueError, match="processes have .4, 4. clips of .2, 3. views: give "):
         soft_info_nce(None, None, z, z, affinity="none")
     z = torch.full((4, 2, 4), torch.nan if rank() else 1)       # process 0 does not wait for 1
     where = "z_a, z_v" if rank() else "a tensor of process 1"

@@ -26,6 +26,14 @@ def two(tmp_path, body):
     return run(script=write_script(tmp_path / "two.py", body), processes=2).stdout.split()
 
 
+def test_srun_without_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    with pytest.raises(ValueError, match="has started 8 processes without RANK and WORLD_SIZE"):
+        processes.start()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    processes.start()
+
+
 def test_restarts_without_a_store_of_their_own_are_warned_of(monkeypatch, capsys):
     torch.distributed.destroy_process_group()
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")

@@ -114,6 +114,7 @@ def test_files_that_fail_leave_the_pool(tree, brief, tmp_path):
                      f"last: {tmp_path}/two/bad13.mp4: Invalid", done.stderr)
 
 
+@pytest.mark.slow
 def test_bad_input(tree, brief, tmp_path, capsys):
     rows, data = rows_of(tree, "test"), {}
     for name, changed in (("parts", rows_of(tree)), ("no parts", rows_of(tree, split="")),

@@ -130,6 +130,7 @@ def test_the_processes_end_with_their_parent():
     parent.communicate(timeout=5)       # stdout closes when the last process that has it ends
 
 
+@pytest.mark.slow
 def test_a_hang_is_named_and_tried_again(put, tmp_path, monkeypatch):
     put("r/a/1.mp4")
     put("r/a/3.mp4")

@@ -104,6 +104,7 @@ def test_pool_has_the_features_of_each_file(tree, brief, pool, monkeypatch, caps
     assert arrays["paths"][nearest] in capsys.readouterr().out.split("'")[1]
 
 
+@pytest.mark.slow
 def test_a_saved_pool_answers_as_the_videos_do(tree, brief, pool):
     """The same lines, to the digit. They are the cosines of the npz, in descending order."""
     film, arrays = rows_of(tree, "test")[5]["path"], np.load(pool)
@@ -178,6 +179,7 @@ def test_clips_of_a_query(tmp_path):
         sound_clips(path, "", 1, 0.5)                   # in the middle
 
 
+@pytest.mark.slow
 def test_figure_of_queries(tree, brief, pool, tmp_path):
     """A line for each query. Films that have gone leave empty places."""
     arrays = dict(np.load(pool))
@@ -196,6 +198,7 @@ def test_figure_of_queries(tree, brief, pool, tmp_path):
         assert drawn > 0.4 if saved == pool else drawn < 0.1
 
 
+@pytest.mark.slow
 def test_bad_input(tree, brief, pool, tmp_path, capsys):
     """Each gets its sentence before the work."""
     for name in ("text.mp4", "text.npz"):

@@ -104,6 +104,7 @@ def converted(gdt, tmp_path_factory):
     return folder / "checkpoint.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper, prefix, zipped", [
     ("model", "", True), ("state_dict", "module.", False), (None, "module.", True)])
 def test_gdt_gives_the_same_outputs(gdt, tmp_path, monkeypatch, wrapper, prefix, zipped):
@@ -160,6 +161,7 @@ def test_scripts_take_gdt_with_its_sound_input(converted, tree, tmp_path, monkey
                                 "give a checkpoint.pt of pretrain.py")
 
 
+@pytest.mark.slow
 def test_selavi_is_for_videos_alone(gdt, tree, tmp_path, capsys):
     """Its ten heads predict clusters, so they are dropped, and retrieval refuses the result."""
     tensors = {name: x for name, x in gdt.state_dict().items() if not name.startswith("mlp")}
