@@ -31,7 +31,7 @@ def sample_speeds(max_speed, generator=None, same=False):
 
     Both are lists of two integers. View 0 is the given pair (§2), at speed 1. View 1 draws from
     {1, ..., max_speed}, uniformly (paper silent) and independently for video and audio, or once for
-    both (`same`).
+    both (`same`). For a film of few clips give the number of clips that it lasts, if that is less.
     """
     tau_v, tau_a = torch.randint(1, max_speed + 1, (2,), generator=generator).tolist()
     return [1, tau_v], [1, tau_v if same else tau_a]
@@ -56,7 +56,8 @@ def speed_up_audio(wave, tau):
     if not wave.is_floating_point() or not tau >= 1 or tau % 1:
         raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau}: give floats, and a "
                          "whole speed of 1 or more")
-    return wave if tau == 1 else windowed_sinc(int(tau), wave.dtype, wave.device)(wave)
+    with torch.autocast(wave.device.type, enabled=False):
+        return wave if tau == 1 else windowed_sinc(int(tau), wave.dtype, wave.device)(wave)
 
 
 @functools.cache

@@ -190,8 +190,7 @@ def check_inputs(tensors, eta, affinity_temperature, check):
         raise ValueError(f"{shapes}: give each three axes, (clips, views, width); for one view "
                          "that is z_a[:, None]")
     if len({x.shape[:2] for x in tensors}) > 1:
-        raise ValueError(f"{shapes}: sound and video must have the same clips and views, the first "
-                         "two axes")
+        raise ValueError(f"{shapes}: all must have the same clips and views, the first two axes")
     for name, pair, advice in (
             ("z", tensors[:2], "end both projectors in the same width"),
             ("l(y)", tensors[2:], "Eq. 2 multiplies them, so use an l that maps both encoder "

@@ -22,6 +22,7 @@ C = 512
 
 def video_encoder(arch="r2plus1d_18"):
     """Build f: (n, 3, T, H, W) -> (n, 512), with torchvision's names and without its head `fc`.
+    f.load_state_dict(weights, strict=False) takes torchvision's weights, all but fc.
 
     arch: "r2plus1d_18" (§2.3; Tables 1 and 2) | "r3d_18" (Table 2) | "r2plus1d_10", which has one
     block per stage instead of two and is for CPUs (not in the paper).

@@ -196,7 +196,8 @@ def evaluate(args, device):
     """§3.3: extract the features of the part, rank both ways, report."""
     model, settings, clips, left_out = load(args)
     check_size(len(clips), args.split, left_out, max(RANKS))            # before the work
-    dtype, _ = choose_precision("auto", device)
+    dtype, reason = choose_precision("auto", device)
+    say(f"{len(clips)} files on {device.type}, {str(dtype)[6:]} ({reason})")
     audio, video, rows = extract(model.to(device), clips, dtype, args.feature, settings.sound,
                                  max_failures=args.max_failures)        # (n, D) x 2
     failed = dict.fromkeys(range(len(clips) - len(rows)), "failed")

@@ -104,6 +104,9 @@ def start():
         torch.set_num_threads(cores_per_process())
     if not dist.is_initialized():
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if cuda and alone and torch.cuda.device_count() > 1:
+            say(f"{torch.cuda.device_count()} GPUs are visible, and this run uses one: start it "
+                "with torchrun --nproc_per_node=N to use N")
         store = dict(store=dist.HashStore(), rank=0, world_size=1) if alone else {}
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **store)
         if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and UNSHARED not in os.environ:

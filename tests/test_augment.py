@@ -55,6 +55,8 @@ def test_speed_up_audio():
     speed_up_audio(wave, 5).sum().backward()
     assert wave.grad.isfinite().all()
     assert speed_up_audio(wave, torch.tensor(2)).equal(expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert speed_up_audio(wave, 2).equal(expected)
     for dtype, tau in ((torch.int16, 2), (torch.float32, 0), (torch.float32, 1.5),
                        (torch.float32, math.nan)):
         with pytest.raises(ValueError, match="give floats, and a whole speed of 1 or more"):

@@ -153,9 +153,9 @@ def with_nan(x):
      "z_a (5, 4), z_v (5, 4), ly_a (5, 2, 6), ly_v (5, 2, 6): give each three axes, (clips, views, "
      "width); for one view that is z_a[:, None]"),
     ([None, None, None, lambda z: z[:4]], "z_a (5, 2, 4), z_v (4, 2, 4), ly_a (5, 2, 6), ly_v "
-     "(5, 2, 6): sound and video must have the same clips and views, the first two axes"),
-    ([lambda y: y[:, :1], None, None, None], "ly_a (5, 1, 6), ly_v (5, 2, 6): sound and video must "
-     "have the same clips and views"),
+     "(5, 2, 6): all must have the same clips and views, the first two axes"),
+    ([lambda y: y[:, :1], None, None, None],
+     "ly_a (5, 1, 6), ly_v (5, 2, 6): all must have the same clips and views"),
     ([None, lambda y: y[..., :5], None, None], "ly_a (5, 2, 6), ly_v (5, 2, 5): l(y) of sound and "
      "video differ in width: Eq. 2 multiplies them, so use an l that maps both encoder outputs to "
      "one width"),

@@ -68,6 +68,19 @@ def test_a_process_takes_a_gpu_that_it_sees(visible, local_rank, index, gpu, mon
     assert chosen == [torch.device("cuda", index)]
 
 
+def test_gpus_that_stay_idle_are_named(gpu, monkeypatch, capsys):
+    gpu(is_available=True, device_count=8, set_device=None)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(processes.dist, "init_process_group", lambda *_, **__: None)
+    for name in ("refuse_old_gpu", "refuse_shared_gpus"):
+        monkeypatch.setattr(processes, name, lambda device: None)
+    for W in ("1", "8"):
+        monkeypatch.setenv("WORLD_SIZE", W)
+        processes.start()
+        said = "8 GPUs are visible, and this run uses one" in capsys.readouterr().out
+        assert said == (W == "1")
+
+
 def test_processes_that_would_share_a_gpu_are_refused(gpu, monkeypatch):
     gpu(get_device_properties=Namespace(uuid="a"))
     monkeypatch.setattr(processes, "gather", lambda own: [own, "b", "c"])
