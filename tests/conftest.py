@@ -26,6 +26,7 @@ from importlib import import_module
 from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "passive"       # many processes share the cores: none may spin
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # the tests are of CPUs, also where a GPU is
 
 import av
 import numpy as np
