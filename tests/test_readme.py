@@ -54,6 +54,17 @@ def test_snippets_of_the_loss(capsys):
 
 
 @pytest.mark.slow
+def test_snippet_of_the_encoders(brief):
+    code, = re.findall(r"```\n(import torch\n.*?)```", README, re.DOTALL)
+    frames = torch.zeros(2, 4, 16, 16, 3, dtype=torch.uint8)
+    names = {"frames": frames, "wave": torch.zeros(2, 24000)}
+    exec(code.replace("runs/k400", str(brief.parent))
+         .replace("video_encoder()", 'video_encoder("r2plus1d_10")'), names)
+    assert names["y_v"].shape == names["y_a"].shape == (2, 512)
+    assert names["y_v"].norm() > 0 and not names["f"].training
+
+
+@pytest.mark.slow
 def test_snippet_of_two_processes(tmp_path):
     """The losses of the two processes of docs/readings.md are those of one with all clips."""
     code, = re.findall(r"```python\n(.*?)```", DOCUMENTS["readings.md"], re.DOTALL)
