@@ -133,6 +133,7 @@ def gather_results(results, what):
     """
     dist.all_reduce(results)
     if not torch.isfinite(results).all():
-        raise ValueError(f"{what} are not finite: the training has diverged, try a lower --lr")
+        raise ValueError(f"{what} are not finite: the training has diverged, train anew with a "
+                         "lower --lr")
     read = results.flatten(1)[:, -1].nonzero().flatten()                # (n,)
     return results[read][..., :-1], read.tolist()
