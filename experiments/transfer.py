@@ -7,7 +7,7 @@ With each seed it runs pretrain.py, retrieval.py and finetune.py by four protoco
 pre-trained encoder and from random weights. experiments/results/transfer.csv gets a line per
 result, and transfer.md the means over seeds. Seeds whose results are in the csv are left out, so
 the same command continues after an interruption. After a change of the scripts' own settings,
-delete the csv. Pre-training warms up for one epoch, as it did when the kept results were measured.
+delete the csv.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def commands(seed, folder):
     run = folder / f"s{seed}"
     sources = {"pre-trained": str(run / "checkpoint.pt"), "random": "none"}
     common = ["--seed", str(seed), "--out"]
-    runs = [("pretrain.py", ["--warmup", "1", *common, str(run)], None),
+    runs = [("pretrain.py", [*common, str(run)], None),
             ("retrieval.py", ["--checkpoint", sources["pre-trained"]], None)]
     for n, (name, flags) in enumerate(PROTOCOLS.items()):
         for encoder, source in sources.items():
