@@ -160,10 +160,7 @@ def encode(source, target, short_side, gop, sound, crop=None):
     with open_file(source) as container, open_file(source) as sound_container:
         video, audio = open_streams(container, sound=False)
         if sound:
-            try:
-                _, audio = open_streams(sound_container)
-            except ValueError as error:
-                raise SoundError(str(error)) from error
+            _, audio = open_streams(sound_container)
         ticks = ticks_later(video, audio)
         frames = shrink(video, pictures(container, video), ticks, short_side, crop)
         first = next(frames, None)
@@ -215,7 +212,7 @@ def packets_of(stream, frames):
 
 
 def copy_file(job, short_side, gop, crop):
-    """(manifest row, target) -> the row of the copy and "done", "skipped" or "failed"."""
+    """(manifest row, target) -> the copy's row and "done" or "skipped", or None and the cause."""
     row, target = job
     source, temporary = Path(row["path"]), target.with_name(f"{os.getpid()}.part")
     sound, note = row["has_audio"] == "1", row["note"]
@@ -240,12 +237,7 @@ def copy_file(job, short_side, gop, crop):
     except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
         if os.path.exists(temporary):
             temporary.unlink()
-        return failed(row, getattr(error, "strerror", None) or error)
-
-
-def failed(row, cause):
-    """What copy_file returns for a row that cannot be transcoded."""
-    return row | {"reason": f"cannot be transcoded: {cause}"}, "failed"
+        return None, getattr(error, "strerror", None) or str(error)
 
 
 # ---- all files
@@ -291,8 +283,8 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     if os.path.realpath(manifest) == str(out / "manifest.csv"):
         raise ValueError(f"the copy's manifest would overwrite {manifest}: "
                          f"choose another folder than {out}")
-    settings = {"reader": READER, "short_side": short_side, "gop": gop,
-                "crop": crop and list(crop)}
+    settings = {"reader": READER, "short_side": short_side, "gop": gop}
+    settings |= {"crop": list(crop)} if crop else {}
     settings_file = out / "transcode.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
         raise ValueError(f"{out} was made with {settings_file.read_text()}, "
@@ -305,11 +297,12 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     copy_one = partial(copy_file, short_side=short_side, gop=gop, crop=crop)
     for (row, _), result, failure in tqdm(in_workers(copy_one, jobs, workers, LIMIT),
                                           "transcoding", len(jobs), unit="file", file=sys.stderr):
-        copy, state = result or failed(row, failure)
+        copy, state = result or (None, failure)
+        if copy is None:
+            copy, state = row | {"reason": f"cannot be transcoded: {state}"}, "failed"
+            tqdm.write(f"{copy['path']}: {copy['reason']}", file=sys.stderr)
         copies[row["path"]] = copy
         states[state] += 1
-        if state == "failed":
-            tqdm.write(f"{copy['path']}: {copy['reason']}", file=sys.stderr)
     # Rows that were left out before stay as they were. The others are of the same part of the copy.
     part = "label", "split", "start", "end"
     rows = [row if row["reason"] else copies[row["path"]] | {name: row[name] for name in part}

@@ -51,29 +51,24 @@ UNEVEN = np.random.default_rng(0).integers(900, 18000, 60).cumsum() + 38889
     ("a.mp4", 15, {"gop": 100}), ("a.mp4", 8, {"fps": 24000 / 1001, "gop": 5}),
     ("a.mkv", 1, {"start": 1.5, "layout": "stereo"}), ("a.avi", 15, {"codec": "mpeg4", "gop": 100}),
     ("a.mp4", 15, {"ticks": UNEVEN.tolist(), "time_base": Fraction(1, 90000), "seconds": 5,
-                   "muxer": {"movie_timescale": "90000"}}),
-    ("a.mp4", 15, {"tone": None})])
+                   "muxer": {"movie_timescale": "90000"}})])
 def test_all_frames_keep_their_times(tmp_path, name, gop, film):
-    """The copy has keyframes of its own, and mono sound if there is sound. read_clip sees no
-    difference."""
+    """The copy has keyframes of its own and mono sound. read_clip sees no difference."""
     film = {"seconds": 4, "size": (180, 136), "tone": 50} | film
     path = make_video(tmp_path / name, **film)
     copy, row = transcode_one(path, tmp_path, gop=gop)
     (frames, keys), (source_frames, _) = read_frames(copy), read_frames(path)
     assert frames == source_frames and len(frames) >= 60
     assert np.diff(np.flatnonzero(keys + [True])).max() == gop
-    has_sound = film["tone"] is not None
     with av.open(copy) as container:
-        assert container.streams.video[0].codec.name == "h264"
-        assert [(audio.rate, audio.channels, audio.codec.name)
-                for audio in container.streams.audio] == [(24000, 1, "aac")] * has_sound
-    assert row["has_audio"] == str(int(has_sound))
-    speeds = (1, 3) if has_sound else ()
+        video, audio = container.streams
+        assert (video.codec.name, audio.codec.name, audio.channels) == ("h264", "aac", 1)
+    assert row["has_audio"] == "1"
     for t0 in (0, 0.77):
         (video, audio), (video_copy, audio_copy) = (
-            read_clip(file, t0, (1, 3), speeds, 12, 12, 64) for file in (path, copy))
+            read_clip(file, t0, (1, 3), (1, 3), 12, 12, 64) for file in (path, copy))
         assert (read_barcode(video) == read_barcode(video_copy)).all()
-        assert not speeds or np.corrcoef(audio.flatten(), audio_copy.flatten())[0, 1] > 0.98
+        assert np.corrcoef(audio.flatten(), audio_copy.flatten())[0, 1] > 0.98
 
 
 @pytest.mark.parametrize("suffix, video_start, sound_start", [
@@ -106,11 +101,10 @@ def test_sight_and_sound_stay_together(tmp_path, suffix, video_start, sound_star
         assert read_barcode(video)[0, 0] == pytest.approx(30 * (zero - video_start), abs=0.51)
 
 
-@pytest.mark.parametrize("before", [1, 40])
-def test_stamps_below_0(tmp_path, before):
-    """FFmpeg gives such stamps to a transport stream that begins so many s before its clock wraps,
-    after 26.5 h. The copy has all pictures, and its sound stays beside them."""
-    path = make_video(tmp_path / "a.ts", 6, 25, start=2 ** 33 / 90000 - before - 1.4,
+def test_stamps_below_0(tmp_path):
+    """FFmpeg gives such stamps to a transport stream that begins just before its clock wraps, after
+    26.5 h. The copy has all pictures, and its sound stays beside them."""
+    path = make_video(tmp_path / "a.ts", 6, 25, start=2 ** 33 / 90000 - 3 - 1.4,
                       wave=lambda t: 0.5 * np.sin(2 * np.pi * 1000 * t) * (t >= 2))
     copy, row = transcode_one(path, tmp_path)
     assert float(row["video_duration"]) == pytest.approx(6, abs=0.05)
@@ -204,10 +198,7 @@ def test_a_killed_run_leaves_no_broken_copy(tmp_path):
 
 
 def test_failures_are_named_and_left_out(put, tmp_path, capsys):
-    """A name may have 255 bytes. A copy whose name would be longer is left out too."""
     folder, out = tmp_path / "in" / "x", tmp_path / "out"
-    longest = make_video(folder / ("y" * 251 + ".ts"), 1, 25)
-    shutil.copy(longest, folder / ("x" * 252 + ".ts"))
     broken, cut = (make_video(folder / f"{name}.mp4", 4, 30, tone=None,
                               muxer={"movflags": "faststart"}) for name in ("broken", "cut"))
     put("in/x/fine.mp4")
@@ -221,18 +212,15 @@ def test_failures_are_named_and_left_out(put, tmp_path, capsys):
     with av.open(str(cut)) as container:                   # cut between packets: the rest decodes
         length = [packet.pos for packet in container.demux(video=0) if packet.size][60]
     cut.write_bytes(cut.read_bytes()[:length])
-    for words in ("2 done, 0 skipped (already there), 3 failed; 6 files, 2 usable, 4 left out: 1 ",
-                  "0 done, 2 skipped"):
+    for words in ("1 done, 0 skipped (already there), 2 failed; 4 files, 1 usable, 3 left out: 1 ",
+                  "0 done, 1 skipped"):
         assert words in transcode.run(tmp_path / "in.csv", out, 32)
-        copies = {out / "x" / "fine.mp4", out / "x" / ("y" * 251 + ".mp4")}
-        assert set(out.rglob("*.mp4")) == copies and not list(tmp_path.rglob("*.part"))
+        assert [*out.rglob("*.mp4"), *out.rglob("*.part")] == [out / "x" / "fine.mp4"]
         usable, left_out = read_manifest(out / "manifest.csv")
-        assert {row.path for row in usable} == set(map(str, copies)) and len(left_out) == 4
+        assert [row.path for row in usable] == [str(out / "x" / "fine.mp4")]
+        assert left_out.keys() == {str(broken), str(cut), str(folder / "unlisted.mp4")}
         assert left_out[str(broken)].startswith("cannot be transcoded: damaged frames (first at ")
         assert "over 1 s before its header says" in left_out[str(cut)]
-        assert left_out[str(folder / "unlisted.mp4")] == "not in the list"
-        assert left_out[str(folder / ("x" * 252 + ".ts"))] == (
-            "cannot be transcoded: File name too long")
     assert f"{broken}: cannot be transcoded" in capsys.readouterr().err
     line = transcode.run(tmp_path / "in.csv", tmp_path / "other", crop=(40, 32, 100, 56))
     assert "--crop 40:32:100:56 is not within its pictures of 36 x 28 pixels" in line
