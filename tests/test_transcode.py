@@ -241,9 +241,7 @@ def test_wrong_input_gives_one_sentence(put, tmp_path, name, folder, words):
     assert not (tmp_path / "out").exists() and source.read_bytes() == content
 
 
-@pytest.mark.parametrize("flag, words", [
-    ("--short-side=15", "whole number of "), ("--crop=1:2:3", "width:height:x:y in pixels"),
-    ("--crop=0:2:3:4", "width:height:x:y in pixels")])
-def test_flags_out_of_bounds(flag, words):
+@pytest.mark.parametrize("flag", ("--short-side=15", "--crop=1:2:3", "--crop=0:2:3:4"))
+def test_flags_out_of_bounds(flag):
     status, _, stderr = command(transcode, "in.csv", "out", flag)
-    assert status == 2 and " is not " in stderr and words in stderr
+    assert status == 2 and f"'{flag.split('=')[1]}' is not " in stderr
