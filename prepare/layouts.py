@@ -239,9 +239,8 @@ def kinetics_sounds(root, annotations=None, classes=32):
                 entries.append((path, Entry(label, split, "", stem(path))))
     else:
         official = kinetics_clips(annotations)
-        wanted = {name: [clip for clip in clips if clip.label in labels or clip.reason]
-                  for name, clips in official.items()}
-        wanted = {name: clips for name, clips in wanted.items() if clips}
+        wanted = {name: kept for name, clips in official.items()
+                  if (kept := [clip for clip in clips if clip.label in labels or clip.reason])}
         candidates = [path for path in paths
                       if stem(path) in wanted or stem(path) not in official]
         entries, notes = match(candidates, [], wanted)

@@ -75,39 +75,27 @@ VGG = {"--0PQM4-hqg_000030.mp4": ("waterfall burbling", "train", ""),
        "bothAAAAAAA_000007.mp4": ("waves", "train", ""),
        "bothAAAAAAA_7000_17000.mp4": ("waves", "train", scan.COPY),
        "-1pRmoJIGQc_11000_21000.mp4": UNLISTED, "unlistedAAA_000030.mp4": UNLISTED}
-UCF_LISTS = {"classInd.txt": "37 HandstandPushups\r\n101 YoYo\r\n"}
-HMDB_NAMES = ("#20_Rhythm_clap_u_nm_np1_fr_goo_0", "Dr. No.txt (1.5) [b]+c 50%_d_clap",
-              "(Rad)Schlag_die_Bank!_clap_f_cm_np1_le_med_0")
-HMDB_LISTS = {}
-for fold in (1, 2, 3):
-    UCF_LISTS |= {
-        f"trainlist0{fold}.txt": "HandstandPushups/v_HandStandPushups_g01_c01.avi 37\r\n" + "".join(
-            f"YoYo/v_YoYo_g0{n}_c01.avi 101\r\n" for n in (1, 2, 3) if n != fold),
-        f"testlist0{fold}.txt":
-            f"YoYo/v_YoYo_g0{fold}_c01.avi\r\nYoYo/v_YoYo_g25_c09.avi\r\n"}
-    HMDB_LISTS |= {
-        f"clap_test_split{fold}.txt": "".join(
-            f"{name}.avi {(fold + i) % 3} \n" for i, name in enumerate(HMDB_NAMES)),
-        f"brush_hair_test_split{fold}.txt":
-            "x;'&_1.avi 2 \ngone.avi 1 \ngone_unused.avi 0 \n"}
-
-
-def ucf(fold):
-    """The rows of a copy of UCF101 in a fold. A film and its conversion count once."""
-    rows = {f"YoYo/v_YoYo_g0{n}_c01.avi": ("YoYo", "test" if n == fold else "train", "")
-            for n in (1, 2, 3)}
-    return rows | {"v_HandStandPushups_g01_c01.mp4": ("HandstandPushups", "train", ""),
-                   "YoYo/v_YoYo_g01_c01.mp4": (*rows["YoYo/v_YoYo_g01_c01.avi"][:2], scan.COPY),
-                   "v_Other_g01_c01.avi": UNLISTED}
-
-
-def hmdb(fold):
-    """The rows of a copy of HMDB51 in a fold."""
-    use = [("clap", "", f"unused in fold {fold}"), ("clap", "train", ""), ("clap", "test", "")]
-    rows = {f"clap/{name}.{suffix}": use[(fold + n) % 3]
-            for n, (name, suffix) in enumerate(zip(HMDB_NAMES, ("avi", "avi", "mp4")))}
-    return rows | {"brush_hair/x;'&_1.avi": ("brush_hair", "test", ""),
-                   "brush_hair/extra.avi": UNLISTED}
+UCF_LISTS = {
+    "trainlist01.txt": "HandstandPushups/v_HandStandPushups_g01_c01.avi 37\r\n"
+                       "YoYo/v_YoYo_g02_c01.avi 101\r\n",
+    "testlist01.txt": "YoYo/v_YoYo_g01_c01.avi\r\n",
+    "trainlist02.txt": "HandstandPushups/v_HandStandPushups_g01_c01.avi 37\r\n"
+                       "YoYo/v_YoYo_g01_c01.avi 101\r\n",
+    "testlist02.txt": "YoYo/v_YoYo_g02_c01.avi\r\nYoYo/v_YoYo_g25_c09.avi\r\n"}
+UCF = {"v_HandStandPushups_g01_c01.mp4": ("HandstandPushups", "train", ""),
+       "YoYo/v_YoYo_g01_c01.avi": ("YoYo", "train", ""),
+       "YoYo/v_YoYo_g01_c01.mp4": ("YoYo", "train", scan.COPY),
+       "YoYo/v_YoYo_g02_c01.avi": ("YoYo", "test", ""), "v_Other_g01_c01.avi": UNLISTED}
+HMDB_LISTS = {
+    "clap_test_split1.txt": "#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi 2 \n",
+    "clap_test_split3.txt": "#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi 1 \n"
+                            "Dr. No.txt (1.5) [b]+c 50%_d_clap.avi 2 \n"
+                            "(Rad)Schlag_die_Bank!_clap_f_cm_np1_le_med_0.avi 0 \n",
+    "brush_hair_test_split3.txt": "x;'&_1.avi 2 \ngone.avi 1 \ngone_unused.avi 0 \n"}
+HMDB = {"clap/#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi": ("clap", "train", ""),
+        "clap/Dr. No.txt (1.5) [b]+c 50%_d_clap.mp4": ("clap", "test", ""),
+        "(Rad)Schlag_die_Bank!_clap_f_cm_np1_le_med_0.avi": ("clap", "", "unused in fold 3"),
+        "brush_hair/x;'&_1.avi": ("brush_hair", "test", ""), "brush_hair/extra.avi": UNLISTED}
 
 
 def lay_out(put, tmp_path, files, lists):
@@ -130,8 +118,8 @@ def lay_out(put, tmp_path, files, lists):
      FOLDERS | {"more/Strumming Guitar/5.mp4": PASSED_OVER}, [f"3 {OTHERS}"]),
     ("vggsound", {}, VGG_LISTS, VGG, [f"1 {ABSENT}, e.g. 'goneAAAAAAA_000001'"]),
     ("vggsound", {}, VGG_EVALUATION, VGG, [f"1 {ABSENT}, e.g. 'goneAAAAAAA_000001'"]),
-    ("ucf101", {"fold": 2}, UCF_LISTS, ucf(2), [f"1 {ABSENT}, e.g. 'v_YoYo_g25_c09'"]),
-    ("hmdb51", {"fold": 3}, HMDB_LISTS, hmdb(3), [f"1 {ABSENT}, e.g. 'gone'"])])
+    ("ucf101", {"fold": 2}, UCF_LISTS, UCF, [f"1 {ABSENT}, e.g. 'v_YoYo_g25_c09'"]),
+    ("hmdb51", {"fold": 3}, HMDB_LISTS, HMDB, [f"1 {ABSENT}, e.g. 'gone'"])])
 def test_layout(put, tmp_path, layout, options, lists, files, notes):
     root, folder = lay_out(put, tmp_path, files, lists)
     annotations = {"annotations": folder} if lists else {}
@@ -239,29 +227,29 @@ def test_wrong_commands(tmp_path, monkeypatch, args, message):
 
 @pytest.mark.parametrize("words, lists, summary", [
     ("ucf101 root --annotations lists --fold 2", UCF_LISTS,
-     "6 files, 4 usable, 2 left out: 1 another copy of a clip that is used, 1 not in the official "
+     "5 files, 3 usable, 2 left out: 1 another copy of a clip that is used, 1 not in the official "
      f"list; 1 {ABSENT}, e.g. 'v_YoYo_g25_c09'"),
     ("folder root --test-share 0.5", {},
-     "6 files, 6 usable; 4 files in train and 2 in test, drawn with seed 0"),
+     "5 files, 5 usable; 3 files in train and 2 in test, drawn with seed 0"),
     ("kinetics400 root --annotations lists/l.csv",
      {"l.csv": K400 + "bowling,--07WQ2iBlw,1,11,train\n"},
-     "6 files, 0 usable, 6 left out: 6 not in the official list; "
+     "5 files, 0 usable, 5 left out: 5 not in the official list; "
      f"1 {ABSENT}, e.g. '--07WQ2iBlw_000001_000011'")])
 def test_command(put, tmp_path, monkeypatch, files_read, words, lists, summary):
     """The command prints a summary, or ends with it as an error if no file can be used. Another
     fold changes the labels without reading. A single csv may be named without its folder."""
-    lay_out(put, tmp_path, ucf(2), lists)
+    lay_out(put, tmp_path, UCF, lists)
     monkeypatch.chdir(tmp_path)
     if "--fold" in words:
         command(manifest, *words.replace("2", "1").split(), "--out", "new/m.csv")
     status, stdout, stderr = command(manifest, *words.split(), "--out", "new/m.csv")
-    assert os.listdir("new") == ["m.csv"] and len(files_read) in (0, 5, 6)
+    assert os.listdir("new") == ["m.csv"] and len(files_read) in (0, 4, 5)
     with open("new/m.csv") as file:
         rows = list(csv.DictReader(file))
-    assert rows[0].keys() == set(scan.COLUMNS) and len(rows) == 6
+    assert rows[0].keys() == set(scan.COLUMNS) and len(rows) == 5
     if status:
         assert stderr.splitlines()[-1] == f"error: new/m.csv: {summary}"
-        assert stderr.count("left out: /") == 6 and stdout == ""
+        assert stderr.count("left out: /") == 5 and stdout == ""
     else:
         assert stdout == f"new/m.csv: {summary}\n"
     if "--fold" in words:
