@@ -42,7 +42,7 @@ KINETICS = {
     SURFING: ("surfing water", "val", ""),
     "flat-tap01_000044_000054.mp4": ("tap dancing", "test", ""),
     "0/replacedAAA_000001_000011.mp4": ("playing guitar", "train", "empty file"),
-    "train/playing_guitar/replacedAAA_000001_000011.mp4": ("playing guitar", "train", scan.COPY),
+    "playing_guitar/replacedAAA_000001_000011.mp4": ("playing guitar", "train", scan.COPY),
     "replacement/for_k400/replacedAAA_000001_000011.mp4": ("playing guitar", "train", ""),
     "test/singing/unlistedAAA_000001_000011.mp4": UNLISTED,
     "once_-AAAA_.mp4": ("bowling", "train", ""),

@@ -133,8 +133,8 @@ def test_a_hang_is_named_and_tried_again(put, tmp_path, monkeypatch):
 def test_reasons(put, films, tmp_path):
     """Only --verify finds damage that headers hide."""
     folder = tmp_path / "r/a"
-    for kind in ("mp4", "silent"):
-        put(f"r/a/{kind}.mp4", kind)
+    for name, kind in (("mp4.mp4", "mp4"), ("silent.mp4", "silent"), ("mpg.mpg", "mpg")):
+        put(f"r/a/{name}", kind)
     put("r/a/empty.mp4").write_bytes(b"")
     write_text(folder / "text.mp4", "no film")
     (folder / "gone.mp4").symlink_to(tmp_path / "gone")
@@ -153,9 +153,9 @@ def test_reasons(put, films, tmp_path):
     (folder / "damaged.mp4").write_bytes(data)
     rows = scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
     usable, left_out = read_manifest(tmp_path / "m.csv")
-    assert len(usable) == 5 and len(left_out) == 6
+    assert len(usable) == 6 and len(left_out) == 6
     expected = {
-        "mp4.mp4": (1, ""), "silent.mp4": (0, ""),
+        "mp4.mp4": (1, ""), "silent.mp4": (0, ""), "mpg.mpg": (1, ""),
         "empty.mp4": (0, "empty file"), "title.mp4": (1, ""), "cut.mkv": (1, ""),
         "damaged.mp4": (1, ""), "text.mp4": (0, "cannot be read: Invalid data found when "
                                                 "processing input"),
@@ -163,6 +163,8 @@ def test_reasons(put, films, tmp_path):
         "sound.mp4": (0, "no video stream"), "cover.mp4": (0, "no video stream"),
         "latin1_\udce9.mp4": (0, "its name is not UTF-8")}
     assert by_name(rows, "has_audio", "reason") == expected
+    length, = by_name(rows, "video_duration")["mpg.mpg"]   # which no header tells
+    assert length == pytest.approx(1, abs=0.05)
     verified = by_name(scan.scan(tmp_path / "r", verify=True), "has_audio", "reason")
     assert "it stops too early (at " in verified.pop("cut.mkv")[1]
     assert verified.pop("damaged.mp4")[1].startswith("cannot be read to the end: ")
