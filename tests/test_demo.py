@@ -14,7 +14,6 @@ def test_a_clip_depends_on_seed_and_name_alone(tmp_path):
         # Free memory has other contents each time, and none of it may come into the files.
         sizes = np.random.default_rng().integers(100, 1e5, 300)
         held = [np.random.bytes(size) for size in sizes][::2]
-        (tmp_path / root / "train" / "bell").mkdir(parents=True)
         demo.make_clip(tmp_path / root, seed, ("train", "bell", 3))
         contents.append((tmp_path / root / "train" / "bell" / "003.mp4").read_bytes())
         assert len(held) == 150
