@@ -25,7 +25,7 @@ PASSED_OVER = None                      # in place of a row
 # part came without labels; then a label in another list counts.
 KINETICS_LISTS = {
     "train.csv": K400 + "playing guitar,-a_b-c_d--1,3,13,train\n"
-                 "strumming guitar,strummingAA,0,10,train\nplaying guitar,replacedAAA,1,11,train\n"
+                 "strumming guitar,strummingAA,0,10,train\nplaying guitar,twoFilesAAA,1,11,train\n"
                  "bowling,goneAAAAAAA,5,15,train\nyoga,goneAAAAAAB,5,15,train\n"
                  "bowling,once_-AAAA_,1,11,train\nbowling,twiceAAAAAA,5,15,train\n"
                  "bowling,bothAAAAAAA,1,11,train\n",
@@ -41,9 +41,9 @@ KINETICS = {
     STRUMMING: ("strumming guitar", "train", ""),
     SURFING: ("surfing water", "val", ""),
     "flat-tap01_000044_000054.mp4": ("tap dancing", "test", ""),
-    "0/replacedAAA_000001_000011.mp4": ("playing guitar", "train", "empty file"),
-    "playing_guitar/replacedAAA_000001_000011.mp4": ("playing guitar", "train", scan.COPY),
-    "replacement/for_k400/replacedAAA_000001_000011.mp4": ("playing guitar", "train", ""),
+    "0/twoFilesAAA_000001_000011.mp4": ("playing guitar", "train", "empty file"),
+    "playing_guitar/twoFilesAAA_000001_000011.mp4": ("playing guitar", "train", scan.COPY),
+    "replacement/for_k400/twoFilesAAA_000001_000011.mp4": ("playing guitar", "train", ""),
     "test/singing/unlistedAAA_000001_000011.mp4": UNLISTED,
     "once_-AAAA_.mp4": ("bowling", "train", ""),
     "twiceAAAAAA_000005_000015.mp4": ("bowling", "train", ""),
