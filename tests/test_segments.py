@@ -49,6 +49,7 @@ def listed(root, tmp_path, monkeypatch):
     return read
 
 
+@pytest.mark.slow
 def test_draws_and_evaluation_stay_in_the_segment(listed):
     """A clip of 1 s at speed 4 fills the segment. No picture and no sound is from elsewhere."""
     rows, _ = listed("film.mkv a 2 6")
