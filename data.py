@@ -41,7 +41,7 @@ def read_manifest(path, split=None):
     if the file is no manifest or has no such part.
     """
     path = Path(path)
-    _, table = scan.read_table(path)
+    table = scan.read_table(path)
     needed = {*Row._fields, "reason"} - Row._field_defaults.keys()
     missing = needed - table[0].keys() if table else {"rows"}
     if missing:

@@ -19,9 +19,6 @@ keeps and one that it breaks, as with the cow of the paper's Fig. 1. The films h
 Physics: between two landings T seconds apart the body flies a parabola whose height is ~ T^2. A
 landing excites modes A_k exp(-t / tau_k) sin(2 pi ratio_k f t). A noisy material is noise that
 passes through the same modes.
-
-The links and kinds were decided before any training, contrast and sizes after one trial, in which
-the video encoder learnt nothing in six minutes from bodies and walls of any colour.
 """
 
 import argparse
@@ -153,6 +150,7 @@ def write(path, film, wave):
     """Write one mp4 of H.264, with a keyframe each second, and AAC. The file gets its name when it
     is complete, so that two runs may build the set at once. The encoder has one thread, so that the
     same film gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.part")
     with av.open(str(temporary), "w", format="mp4") as out:
         # The code of mbtree (x264 in av 18.1, AVX-512) lets old contents of memory into the bytes.
@@ -198,8 +196,6 @@ def build(root, seed=0, workers=None):
         return root
     names = [(split, kind, n) for split, number in (("train", TRAIN), ("test", TEST))
              for kind in KINDS for n in range(number)]
-    for split, kind, _ in names:
-        (root / split / kind).mkdir(parents=True, exist_ok=True)
     # Ctrl-C ends this process, which then ends the pool.
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=signal.signal,
                              initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:

@@ -3,7 +3,7 @@
     entries, notes = LAYOUTS["ucf101"](root, annotations="ucfTrainTestlist", fold=1)
 
 Each function in LAYOUTS knows one layout and the format of its official lists. It returns
-`entries`, a list of (path, Clip) for the video files below root in the order of their paths, and
+`entries`, a list of (path, Entry) for the video files below root in the order of their paths, and
 `notes`, a list of sentences for the summary of a scan. A file that holds several clips has several
 entries. It raises ValueError if the folder, its videos or the official lists are missing, or if a
 line of an official list has a wrong format.
@@ -23,7 +23,6 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "
           "validation": "val", "test": "test", "testing": "test"}
 UNLISTED = "not in the official list"
 AMBIGUOUS = "its name is an id with several clips in the official list"
-UNLABELLED = "no label in the official list"
 # The last class is not among the first 31, which is the other number of classes in use.
 KINETICS_SOUNDS = (
     "blowing nose,blowing out candles,bowling,chopping wood,dribbling basketball,laughing,"
@@ -34,8 +33,8 @@ KINETICS_SOUNDS = (
     "tapping guitar,tapping pen,tickling,strumming guitar").split(",")
 
 
-class Clip(NamedTuple):
-    """What the official lists or the folders say about a clip. Equal clips are one clip."""
+class Entry(NamedTuple):
+    """What the official lists or the folders say about a clip. Equal entries are one clip."""
 
     label: str
     split: str                          # "" if it is unknown
@@ -63,39 +62,26 @@ def find_videos(root):
     """Find the video files below root, also through links, that neither are hidden nor lie in a
     hidden folder, such as the trash.
 
-    Returns their paths, sorted and absolute, and notes about hidden folders and videos and about
-    all other files that are not hidden. Raises ValueError if root is not a folder or has no video.
+    Returns their paths, sorted and absolute, and notes about how many others were passed over.
+    Raises ValueError if root is not a folder or has no video.
     """
     root = Path(root).resolve()
     if not root.is_dir():
         raise ValueError(f"{root} is no folder: "
                          "give the folder that holds the class folders of videos")
-    paths, others, visited, hidden = [], [], set(), 0
+    paths, visited, others = [], set(), 0
     for directory, subdirectories, names in os.walk(root, followlinks=True):
         if os.path.realpath(directory) in visited:        # links may lead in circles
             subdirectories.clear()
             continue
         visited.add(os.path.realpath(directory))
-        hidden += sum(name.startswith(".") for name in subdirectories)
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                hidden += suffix in SUFFIXES
-            elif suffix in SUFFIXES:
-                paths.append(Path(directory, name))
-            else:
-                # What follows the last dot is not always a suffix, as in '1. notes'.
-                is_suffix = re.fullmatch(r"\.\w{1,9}", suffix, re.ASCII)
-                others.append(suffix if is_suffix else "without suffix")
-    notes = []
-    if others:
-        kinds = [f"{number} {kind}" for kind, number in Counter(sorted(others)).most_common(5)]
-        if len(set(others)) > 5:
-            kinds.append("...")
-        notes.append(f"{len(others)} other files passed over ({', '.join(kinds)})")
-    if hidden:
-        notes.append(f"{hidden} hidden folders and videos passed over")
+        visible = sorted(name for name in subdirectories if not name.startswith("."))
+        videos = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES
+                  and not name.startswith(".")]
+        others += len(subdirectories) + len(names) - len(visible) - len(videos)
+        subdirectories[:] = visible
+        paths += [Path(directory, name) for name in videos]
+    notes = [f"{others} other or hidden files and folders passed over"] if others else []
     if not paths:
         expected = f"[train|val|test/]class/*.mp4 (or {', '.join(sorted(SUFFIXES - {'.mp4'}))})"
         raise ValueError("; ".join([f"no video in {root}: expected {expected}", *notes]))
@@ -104,43 +90,30 @@ def find_videos(root):
 
 # ---- official lists
 
-def read_lists(annotations, pattern, what, expected, parse, columns=()):
+def read_lists(annotations, pattern, expected, parse):
     """A list of parse(path, line) for all lines of the official lists that are not blank.
 
     The lists are the files in the folder `annotations` that match the pattern, or the csv file
-    `annotations` itself. what, expected: the words in an error for the lists, and for the right
-    format of a line. columns: those that a header, the first line of each list, must name. With
-    columns `parse` gets {column: cell} instead of a line, and `expected` is the header.
-    Raises ValueError if there is no list, or with the file and the number of a wrong line.
+    `annotations` itself. expected: the right format of a line, for an error. Raises ValueError if
+    there is no list, or with the file and the number of a wrong line.
     """
-    if annotations is None:
-        raise ValueError(f"this layout needs --annotations: give {what}")
     lists, values = Path(annotations), []
-    paths = sorted(lists.glob(pattern)) if lists.is_dir() else []
+    paths = sorted(lists.glob(pattern))
     if lists.is_file() and lists.suffix == Path(pattern).suffix == ".csv":
         paths = [lists]
     if not paths:
-        problem = f"has no {pattern}"
-        if not lists.is_dir():
-            problem = "is of another kind" if lists.exists() else "does not exist"
-        raise ValueError(f"--annotations {lists} {problem}: give {what}")
+        raise ValueError(f"--annotations {lists} has no {pattern}: give the official lists that "
+                         "docs/data.md names")
     for path in paths:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline().strip().replace('"', "").split(",") if columns else []
-            if not set(columns) <= set(header):
-                raise ValueError(f"{path}:1: expected the columns {','.join(columns)}, "
-                                 f"got {','.join(header)[:200]!r}")
-            for number, line in enumerate(file, 2 if columns else 1):
-                text = line.strip()
+            for number, line in enumerate(file, 1):
                 try:
-                    if text and columns:
-                        line = dict(zip(header, split_csv(line), strict=True))
-                    if text:
+                    if line.strip():
                         values.append(parse(path, line))
                 # A regular expression that does not match gives an AttributeError.
                 except (ValueError, LookupError, AttributeError, csv.Error):
-                    raise ValueError(f"{path}:{number}: expected {expected or ','.join(header)}, "
-                                     f"got {text[:200]!r}") from None
+                    raise ValueError(f"{path}:{number}: expected {expected}, "
+                                     f"got {line.strip()[:200]!r}") from None
     return values
 
 
@@ -149,34 +122,25 @@ def split_csv(line):
     return next(csv.reader([line], strict=True))
 
 
-def match(paths, notes, official, expected):
+def match(paths, notes, official):
     """Look up the stem of each path in the official list.
 
-    official: {stem: [Clip]}, in which a clip may have several stems. expected: a sentence about the
-    names, with {} for the name of a clip. It becomes a note if no file is in the list.
-    Returns (entries, notes) as a layout does. The note about the list comes first.
+    official: {stem: [Entry]}, in which a clip may have several stems. Returns (entries, notes) as a
+    layout does. The note about the list comes first.
     """
-    entries = [(path, clip) for path in paths
-               for clip in official.get(stem(path), [Clip("", "", UNLISTED, stem(path))])]
-    if official and entries and all(clip.reason == UNLISTED for _, clip in entries):
-        example = next(iter(official.values()))[0].name
-        note = f"{expected.format(example)}, found e.g. {paths[0].name!r}"
-        return entries, [note, *notes]
-    found = {clip.name for _, clip in entries}
-    absent = {clip.name: clip.split for clips in official.values() for clip in clips
-              if clip.name not in found and not clip.reason}
-    splits = Counter(absent.values())
-    note = f"{splits.total()} official entries not on disk"
-    if splits:
-        numbers = ", ".join(f"{number} of {split}" for split, number in sorted(splits.items()))
-        note += f" ({numbers})"
-    return entries, [note, *notes]
+    entries = [(path, entry) for path in paths
+               for entry in official.get(stem(path), [Entry("", "", UNLISTED, stem(path))])]
+    usable = {entry.name for clips in official.values() for entry in clips if not entry.reason}
+    absent = usable - {entry.name for _, entry in entries}
+    example = f", e.g. {min(absent)!r}" if absent else ""
+    return entries, [f"{len(absent)} official entries not on disk{example}", *notes]
 
 
 def cut_and_uncut(clips, numbers):
-    """{stem: [Clip]} of the files that are clips, and of the uncut films {id: [Clip, ...]}.
+    """{stem: [Entry]} of the files that are clips, and of the uncut films {id: [Entry, ...]}.
 
-    clips: {stem: Clip with start and end}. numbers: how many follow the id in the name of a Clip.
+    clips: {stem: Entry with start and end}. numbers: how many follow the id in the name of an
+    Entry.
     """
     official, films = {}, {}
     for name, clip in clips.items():
@@ -204,21 +168,23 @@ def folder(root, test_share=None, seed=0):
         notes.append(f"{', '.join(sorted(splits))} counted among the classes, because "
                      f"{min(tops - splits.keys())} beside it is no part")
         splits = {}
-    for path in paths:
-        *folders, _ = path.relative_to(root).parts
-        split = splits[folders.pop(0)] if folders and folders[0] in splits else ""
-        entries.append((path, Clip("/".join(folders) or root.name, split, "", path)))
-    if test_share is None:
-        return entries, notes
-    if not 0 < test_share < 1:
+    if test_share is not None and splits:
+        raise ValueError(f"{root} has parts of its own ({', '.join(sorted(splits))}): leave out "
+                         "--test-share")
+    if test_share is not None and not 0 < test_share < 1:
         raise ValueError(f"--test-share {test_share}: give a share above 0 and below 1, e.g. 0.2")
-    if own := sorted({clip.split for _, clip in entries} - {""}):
-        raise ValueError(f"{root} has parts of its own ({', '.join(own)}): leave out --test-share")
-    entries = [(path, clip._replace(split=draw_split(path.relative_to(root), test_share, seed)))
-               for path, clip in entries]
-    counts = Counter(clip.split for _, clip in entries)
-    return entries, [f"{counts['train']} files in train and {counts['test']} in test, drawn with "
-                     f"seed {seed}", *notes]
+    for path in paths:
+        name = path.relative_to(root)
+        *folders, _ = name.parts
+        split = splits[folders.pop(0)] if folders and folders[0] in splits else ""
+        if test_share is not None:
+            split = draw_split(name, test_share, seed)
+        entries.append((path, Entry("/".join(folders) or root.name, split, "", path)))
+    if test_share is not None:
+        counts = Counter(entry.split for _, entry in entries)
+        notes.insert(0, f"{counts['train']} files in train and {counts['test']} in test, drawn "
+                     f"with seed {seed}")
+    return entries, notes
 
 
 def draw_split(name, test_share, seed):
@@ -230,27 +196,30 @@ def draw_split(name, test_share, seed):
     return "test" if int.from_bytes(digest[:8]) < test_share * 2 ** 64 else "train"
 
 
-def kinetics400(root, annotations=None):
-    """id_start_end.mp4 anywhere below root, with the official csv files of
-    cvdfoundation/kinetics-dataset. id.mp4 is the uncut film or, if the lists have one clip of the
-    id, the clip."""
-    return match(*find_videos(root), kinetics_clips(annotations),
-                 "kinetics400 expects names like '{}.mp4' (id_start_end)")
+def kinetics400(root, annotations):
+    """id_start_end.mp4, or id.mp4 for an uncut film, with the csv files of
+    cvdfoundation/kinetics-dataset."""
+    return match(*find_videos(root), kinetics_clips(annotations))
 
 
 def kinetics_clips(annotations):
-    """{id_start_end: [Clip], id: [Clip]} of the official lists. Test parts have no labels."""
-    def parse(path, cells):
-        start, stop = int(cells["time_start"]), int(cells["time_end"])
-        name, label = f"{cells['youtube_id']}_{start:06d}_{stop:06d}", cells.get("label", "")
-        reason = "" if label else UNLABELLED
-        return Clip(label, SPLITS[cells["split"]], reason, name, start, stop, source=f"{path}: ")
+    """{id_start_end: [Entry], id: [Entry]} of the official lists. Test parts have no labels."""
+    columns, headers = ("youtube_id", "time_start", "time_end", "split"), {}
 
-    what = "the official csv (train.csv, validate.csv, ...) or their folder"
-    clips = read_lists(annotations, "*.csv", what, None, parse,
-                       columns=("youtube_id", "time_start", "time_end", "split"))
+    def parse(path, line):
+        cells = split_csv(line)
+        cells = dict(zip(headers.setdefault(path, cells), cells, strict=True))
+        video, start, stop, split = (cells[name] for name in columns)
+        if video == "youtube_id":                         # the header
+            return None
+        start, stop, label = int(start), int(stop), cells.get("label", "")
+        reason = "" if label else "no label in the official list"
+        return Entry(label, SPLITS[split], reason, f"{video}_{start:06d}_{stop:06d}", start, stop,
+                     source=f"{path}: ")
+
+    clips = read_lists(annotations, "*.csv", f"the columns {','.join(columns)} and label", parse)
     official = {}
-    for clip in sorted(clips, key=lambda clip: clip.reason):    # those with a label first
+    for clip in sorted(filter(None, clips), key=lambda clip: clip.reason):  # labelled ones first
         official.setdefault(clip.name, clip)
     return cut_and_uncut(official, 2)
 
@@ -267,16 +236,14 @@ def kinetics_sounds(root, annotations=None, classes=32):
             label = next((name for name in folders if name in labels), None)
             split = next((SPLITS[name] for name in folders if name in SPLITS), "")
             if label:
-                entries.append((path, Clip(label, split, "", stem(path))))
+                entries.append((path, Entry(label, split, "", stem(path))))
     else:
         official = kinetics_clips(annotations)
-        wanted = {name: [clip for clip in clips if clip.label in labels or clip.reason]
-                  for name, clips in official.items()}
-        wanted = {name: clips for name, clips in wanted.items() if clips}
+        wanted = {name: kept for name, clips in official.items()
+                  if (kept := [clip for clip in clips if clip.label in labels or clip.reason])}
         candidates = [path for path in paths
                       if stem(path) in wanted or stem(path) not in official]
-        entries, notes = match(candidates, [], wanted,
-                               "kinetics-sounds expects names like '{}.mp4' (id_start_end)")
+        entries, notes = match(candidates, [], wanted)
     if not entries:
         raise ValueError(f"no video of the {classes} classes in {root}: "
                          "name folders by them or give --annotations")
@@ -284,7 +251,7 @@ def kinetics_sounds(root, annotations=None, classes=32):
     return entries, [*notes, f"{passed_over} files of other classes passed over", *other_files]
 
 
-def vggsound(root, annotations=None):
+def vggsound(root, annotations):
     """id_start.mp4 (in s), id_start_end.mp4 (in ms) or id.mp4 (uncut) anywhere below root, with the
     official vggsound.csv (id,start,"label",split; no header) or its train.csv and test.csv
     (id_start.mp4,label)."""
@@ -295,40 +262,32 @@ def vggsound(root, annotations=None):
             cells = *stem(name).rsplit("_", 1), label, path.stem
         video, start, label, split = cells
         start = int(start)
-        clip = Clip(label, SPLITS[split], "", f"{video}_{start:06d}", start, start + 10,
-                    source=f"{path}: ")
+        clip = Entry(label, SPLITS[split], "", f"{video}_{start:06d}", start, start + 10,
+                     source=f"{path}: ")
         return f"{video}_{start * 1000}_{start * 1000 + 10000}", clip
 
-    is_whole = Path(annotations or "", "vggsound.csv").exists()
+    is_whole = Path(annotations, "vggsound.csv").exists()
     clips = read_lists(annotations, "vggsound.csv" if is_whole else "t*.csv",
-                       "the official vggsound.csv",
                        'id,start,"label",split or id_start.mp4,label', parse)
     official = cut_and_uncut(dict(clips) | {clip.name: clip for _, clip in clips}, 1)
-    return match(*find_videos(root), official, "vggsound expects names like '{}.mp4' (id_start)")
+    return match(*find_videos(root), official)
 
 
-def ucf101(root, annotations=None, fold=1):
+def ucf101(root, annotations, fold=1):
     """v_Class_gNN_cNN.avi anywhere below root, or converted to another container, with the official
-    trainlist01.txt, testlist01.txt (or 02, 03, by the fold) and classInd.txt."""
-    def parse_class(_, line):
-        return re.fullmatch(r"(\d+) (\w+)\s*", line).group(2, 1)
-
+    trainlist01.txt and testlist01.txt (or 02, 03, by the fold)."""
     def parse(path, line):
-        label, name, number = re.fullmatch(r"(\w+)/(\w+)\.avi(?: (\d+))?\s*", line).groups()
-        if numbers[label] != (number or numbers[label]):
-            raise ValueError(line)
-        return name, [Clip(label, path.name.split("list")[0], "", name)]
+        label, name = re.fullmatch(r"(\w+)/(\w+)\.avi(?: \d+)?\s*", line).groups()
+        return name, [Entry(label, path.name.split("list")[0], "", name)]
 
-    what = "the folder of trainlist01-03.txt, testlist01-03.txt and classInd.txt (ucfTrainTestlist)"
-    numbers = dict(read_lists(annotations, "classInd.txt", what, "'1 Class'", parse_class))
     official = {}
     for split in ("train", "test"):
-        official |= read_lists(annotations, f"{split}list{fold:02d}.txt", what,
-                               "'Class/v_Class_g01_c01.avi' with a class of classInd.txt", parse)
-    return match(*find_videos(root), official, "ucf101 expects names like '{}.avi'")
+        official |= read_lists(annotations, f"{split}list{fold:02d}.txt",
+                               "'Class/v_Class_g01_c01.avi' or the same and a number", parse)
+    return match(*find_videos(root), official)
 
 
-def hmdb51(root, annotations=None, fold=1):
+def hmdb51(root, annotations, fold=1):
     """*.avi anywhere below root, or converted to another container, with the official
     <class>_test_split1.txt (or 2, 3, by the fold), in which 1 is train, 2 test and 0 unused."""
     ending, splits = f"_test_split{fold}.txt", {"0": "", "1": "train", "2": "test"}
@@ -336,25 +295,17 @@ def hmdb51(root, annotations=None, fold=1):
     def parse(path, line):
         name, use = re.fullmatch(r"(.+)\.avi ([012])\s*", line).groups()
         reason = f"unused in fold {fold}" if use == "0" else ""
-        return stem(name), [Clip(path.name.removesuffix(ending), splits[use], reason, stem(name))]
+        return stem(name), [Entry(path.name.removesuffix(ending), splits[use], reason, stem(name))]
 
-    what = "the folder of <class>_test_split[1-3].txt (testTrainMulti_7030_splits)"
-    official = dict(read_lists(annotations, f"*{ending}", what, "'name.avi 0', 1 or 2", parse))
-    return match(*find_videos(root), official, "hmdb51 expects names like '{}.avi'")
+    official = dict(read_lists(annotations, f"*{ending}", "'name.avi 0', 1 or 2", parse))
+    return match(*find_videos(root), official)
 
 
-def listed(root, annotations=None):
+def listed(root, annotations):
     """The files and segments of a list in its order: path label [start end] [split] on each line,
     divided by commas or, if the line has none, by blanks. Paths are below root or absolute."""
-    expected, root = "path label [start end] [split]", Path(root).resolve()
-    if annotations is None:
-        raise ValueError(f"this layout needs --annotations: give a list of lines {expected!r}")
-    try:
-        text = Path(annotations).read_text("utf-8-sig", "surrogateescape")
-    except OSError as error:
-        raise ValueError(f"--annotations {annotations}: {error.strerror}: "
-                         f"give a list of lines {expected!r}") from error
-    entries = []
+    entries, root = [], Path(root).resolve()
+    text = Path(annotations).read_text("utf-8-sig", "surrogateescape")
     for number, line in enumerate(text.split("\n"), 1):
         source, path = f"{annotations}:{number}: ", re.split(r"[,\s]", line.strip())[0]
         try:
@@ -362,15 +313,13 @@ def listed(root, annotations=None):
             path, label, *more = [cell.strip() for cell in cells]
             split = SPLITS[more.pop().lower()] if len(more) % 2 else ""
             start, end = map(float, more) if more else ("", "")
-            clip = Clip(label, split, "", (path, start, end), start, end, source=source)
+            entry = Entry(label, split, "", (path, start, end), start, end, source=source)
         except (ValueError, LookupError, csv.Error):
-            reason = f"wrong line ({source}expected {expected!r}, got {line.strip()[:200]!r})"
-            clip = Clip("", "", reason, source)
+            reason = (f"wrong line ({source}expected 'path label [start end] [split]', "
+                      f"got {line.strip()[:200]!r})")
+            entry = Entry("", "", reason, source)
         if line.strip():
-            entries.append((root / path, clip))
-    if not entries:
-        raise ValueError(f"--annotations {annotations} is empty: "
-                         f"give a list of lines {expected!r}")
+            entries.append((root / path, entry))
     return entries, []
 
 

@@ -7,10 +7,8 @@
     python -m prepare.manifest list ROOT --annotations train.txt    # path label [start end] [split]
 
 The manifest has a row for each video file below ROOT, or for each segment that a list names of it;
-docs/data.md says what its columns mean.
-Run the same command again to bring a manifest up to date: files whose stamp has not changed are not
-read again (with --verify, files that were verified). An interrupted scan leaves OUT.partial, and
-the same command continues from it.
+docs/data.md says what its columns mean. The same command brings a manifest up to date, and
+continues an interrupted scan from OUT.partial.
 """
 
 import argparse
@@ -22,43 +20,39 @@ from prepare.scan import segment_name, summary, survey
 
 def main():
     """Run the command. The exit status is 1, with a sentence on stderr, if no file can be used."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     argument_default=argparse.SUPPRESS)
     parser.add_argument("layout", choices=LAYOUTS, help="how the copy is laid out")
     parser.add_argument("root", help="the folder of the copy")
     parser.add_argument("--annotations",
-                        help="the official lists: a csv, or the folder of csv or txt files; "
-                        "or a list of one's own")
+                        help="a list: the official csv, the folder of official lists, or one's own")
     parser.add_argument("--fold", type=int, choices=(1, 2, 3),
                         help="the fold of ucf101 and hmdb51 (default 1)")
     parser.add_argument("--classes", type=int, choices=(32, 31),
                         help="the number of classes of kinetics-sounds (default 32)")
     parser.add_argument("--test-share", type=float, metavar="SHARE",
-                        help="draw this share of the files for the test part, in the layout folder "
-                        "without parts (default none)")
-    parser.add_argument("--seed", type=int, help="another seed draws another test part (default 0)")
+                        help="of the files for a test part, of folder without parts (default none)")
+    parser.add_argument("--seed", type=int, help="of --test-share: another one draws another part "
+                        "(default 0)")
     parser.add_argument("--out", default="manifest.csv",
                         help="the csv to write (default manifest.csv)")
     parser.add_argument("--workers", type=int, default=2,
                         help="the number of processes that read files (default 2)")
     parser.add_argument("--verify", action="store_true",
                         help="decode every file to its end: slow, finds all damage")
-    args = vars(parser.parse_args())
-    if args["workers"] < 1:
-        parser.error(f"--workers {args['workers']}: give 1 or more")
-    if args["test_share"] is not None and args["layout"] != "folder":
-        parser.error(f"--test-share is for the layout folder: {args['layout']} has official parts")
-    if args["seed"] is not None and args["test_share"] is None:
-        parser.error("--seed draws a test part: give --test-share too, e.g. --test-share 0.2")
+    args = parser.parse_args()
+    if args.workers < 1:
+        parser.error(f"--workers {args.workers}: give 1 or more")
     try:
-        rows, notes = survey(**{name: value for name, value in args.items() if value is not None})
+        rows, notes = survey(**vars(args))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: what was read is kept, run the same command to go on")
+        sys.exit("stopped: run the same command to go on")
     for row in [row for row in rows if row["reason"]][:10]:
         print(f"left out: {segment_name(row['path'], row['start'], row['end'])}: {row['reason']}",
               file=sys.stderr)
-    text = f"{args['out']}: {summary(rows, notes)}"
+    text = f"{args.out}: {summary(rows, notes)}"
     if all(row["reason"] for row in rows):
         sys.exit(f"error: {text}")                        # the manifest is written nevertheless
     print(text)

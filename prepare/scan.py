@@ -22,13 +22,11 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
-from support.reading import (JOINABLE, Converter, Damage, MonoResampler, Shape, StampCheck, begin,
-                             decode, demux, end, open_file, open_streams)
+from support.reading import (Converter, Damage, MonoResampler, Shape, StampCheck, begin, decode,
+                             demux, end, open_file, open_streams)
 
 COLUMNS = ("path", "label", "split", "start", "end", "duration", "video_duration", "sound_start",
            "fps", "width", "height", "has_audio", "reason", "note", "stamp")
-NUMBERS = {"duration": float, "video_duration": float, "sound_start": float, "fps": float,
-           "width": int, "height": int, "has_audio": int}
 PROBE_LIMIT, VERIFY_LIMIT = 20, 300     # s that one file may take: to probe it, to decode it whole
 SAVE_EVERY = 30                         # s between two saves of OUT.partial
 ROUNDED = 1                             # s; lists count whole ones, so an end may lie a bit outside
@@ -47,14 +45,19 @@ def survey(layout, root, workers=2, out=None, verify=False, **options):
     file to its end. options: annotations, fold, classes, test_share and seed, as far as the layout
     takes them.
     Returns (rows, notes): a row {column: value} for each entry of the layout in their order, and
-    sentences for the summary. Raises ValueError if the layout takes no such option, if the layout
-    finds no files or lists (see prepare.layouts), or if `out` is not a manifest.
+    sentences for the summary. Values of rows that are reused are texts. Raises ValueError if the
+    layout takes no such option or needs another, if it finds no files or lists (see
+    prepare.layouts), or if `out` is not a manifest.
     """
-    for name in options.keys() - signature(LAYOUTS[layout]).parameters:
+    known = signature(LAYOUTS[layout]).parameters
+    for name in options.keys() - known:
         raise ValueError(f"layout {layout} takes no --{name.replace('_', '-')}")
+    annotations = known.get("annotations")
+    if annotations and annotations.default is annotations.empty and "annotations" not in options:
+        raise ValueError(f"layout {layout} needs --annotations: docs/data.md says which lists")
     entries, notes = LAYOUTS[layout](root, **options)
     rows = probe_all(entries, workers, verify, out)
-    drop_copies(rows, [clip.name for _, clip in entries])
+    drop_copies(rows, [entry.name for _, entry in entries])
     if out:
         write(rows, out)
         Path(f"{out}.partial").unlink(missing_ok=True)
@@ -69,40 +72,37 @@ def scan(root, workers=2, layout="folder", **options):
 def probe_all(entries, workers, verify, out):
     """The rows of a layout's entries, in their order.
 
-    A file that already has a reason to be left out is not opened, nor is a file whose row in `out`
-    or OUT.partial is still valid. A file of several clips is opened once. Progress is saved in
-    OUT.partial, so that an interrupted scan can continue.
+    A file that has a reason to be left out is not opened, nor is one whose row in `out` or
+    OUT.partial is still valid. A file of several clips is opened once.
     """
     unfinished, saved = Path(f"{out}.partial"), time.monotonic()
     earlier = read_rows(Path(out)) | read_rows(unfinished) if out else {}
-    files = {path: (path, clip.label, clip.split) for path, clip in entries if not clip.reason}
+    files = {path: (path, entry.label, entry.split)
+             for path, entry in entries if not entry.reason}
     rows = {path: row for path in files if (row := reuse(earlier.get(str(path)), verify))}
     to_probe = [file for path, file in files.items() if path not in rows]
     done = in_workers(partial(probe, verify=verify), to_probe, workers,
                       VERIFY_LIMIT if verify else PROBE_LIMIT)
-    try:
-        for file, row, failure in tqdm(done, "scanning", len(files), initial=len(rows),
-                                       unit="file", file=sys.stderr):
-            rows[file[0]] = row or empty_row(*file, failure)
-            if out and time.monotonic() - saved > SAVE_EVERY:
-                write(rows.values(), unfinished)
-                saved = time.monotonic()
-    finally:
-        if out and len(rows) < len(files):
+    for file, row, failure in tqdm(done, "scanning", len(files), initial=len(rows), unit="file",
+                                   file=sys.stderr):
+        rows[file[0]] = row or empty_row(*file, failure)
+        if out and time.monotonic() - saved > SAVE_EVERY:
             write(rows.values(), unfinished)
-    return [empty_row(path, clip.label, clip.split, clip.reason) if clip.reason
-            else row_of(clip, rows[path]) for path, clip in entries]
+            saved = time.monotonic()
+    return [empty_row(path, entry.label, entry.split, entry.reason) if entry.reason
+            else row_of(entry, rows[path]) for path, entry in entries]
 
 
-def row_of(clip, row):
-    """The row of a clip, from the row of its file."""
-    row = row | {"label": clip.label, "split": clip.split, "start": clip.start, "end": clip.end}
-    if clip.start == "" or row["reason"]:
+def row_of(entry, row):
+    """The row of an entry, from the row of its file."""
+    row = row | {name: getattr(entry, name) for name in ("label", "split", "start", "end")}
+    if entry.start == "" or row["reason"]:
         return row
-    if clip.if_cut is not None and row["video_duration"] < clip.end - clip.start + CUT:
-        return row | {"start": "", "end": "", "reason": clip.if_cut}
+    if entry.if_cut is not None and (
+            float(row["video_duration"]) < entry.end - entry.start + CUT):
+        return row | {"start": "", "end": "", "reason": entry.if_cut}
     try:
-        segment(row, clip.source)
+        segment(row, entry.source)
     except ValueError as error:
         row["reason"] = str(error)
     return row
@@ -115,7 +115,7 @@ def segment(row, source=""):
     An end less than ROUNDED behind the end of the pictures becomes this end. source: where the
     segment was named, for the error. Raises ValueError if it does not lie in the file.
     """
-    start, end = ("" if row.get(name) is None else row[name] for name in ("start", "end"))
+    start, end = row["start"], row["end"]
     if start == end == "":
         return 0, None
     length = float(row["video_duration"])
@@ -163,7 +163,7 @@ def make_row(line):
     start, stop = segment(line)
     places = ()
     if stop is not None:
-        late = float(line.get("sound_start") or 0)      # the clock with sound begins so much later
+        late = float(line["sound_start"])               # the clock with sound begins so much later
         places = max(0, start - late), min(duration, stop - late), start
         duration, video_duration = max(0, places[1] - places[0]), stop - start
     # A class name is kept once and not once a row, because every worker has a copy of the rows.
@@ -172,17 +172,16 @@ def make_row(line):
 
 
 def reuse(row, verify):
-    """An earlier row with its numbers converted, or None if the file must be read again.
+    """An earlier row, or None if there is none or the file must be read again.
 
-    row: None if there is no earlier row. verify: reuse rows of verified files only.
+    verify: reuse rows of verified files only.
     """
-    now = stamp(row["path"]) if row else ""
+    now = version_of(row["path"]) if row else ""
     valid = {f"{now}:verified"} if verify else {now, f"{now}:verified"}
     if not now or row["stamp"] not in valid:
         return None
-    numbers = {name: kind(row[name]) if row[name] else "" for name, kind in NUMBERS.items()}
     # What was measured can be used. Which copy or segment is used is decided anew.
-    return row | numbers | {"reason": "" if row["duration"] else row["reason"]}
+    return row | {"reason": "" if row["duration"] else row["reason"]}
 
 
 def drop_copies(rows, names):
@@ -217,24 +216,21 @@ def summary(rows, notes=()):
 # ---- the csv
 
 def read_rows(path):
-    """{path of a video: row with a stamp} of an earlier manifest, with all values as text.
-
-    It is empty if there is no earlier manifest or if columns are missing in it. Raises ValueError
-    if the file is not a manifest.
-    """
-    columns, rows = read_table(path) if path.exists() else (COLUMNS, [])
-    if not {"path", "label", "reason"} <= set(columns):
-        raise ValueError(f"--out {path} is no manifest and would be written over: give another")
-    if not set(COLUMNS) <= set(columns):                  # an earlier version of the scan wrote it
-        return {}
+    """{path of a video: row with a stamp} of an earlier manifest, if there is one."""
+    rows = read_table(path) if path.exists() else []
     return {row["path"]: row for row in rows if row["stamp"]}
 
 
 def read_table(path):
-    """The columns and the rows of a csv file, with all values as text."""
+    """The rows of a manifest, with all values as text. Raises ValueError if it is none."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
-        return table.fieldnames or [], list(table)
+        missing = set(COLUMNS) - set(table.fieldnames or ())
+        if missing:
+            raise ValueError(f"{path} is no manifest of this version, it lacks "
+                             f"{', '.join(sorted(missing))}: give another file, or make one with "
+                             "python -m prepare.manifest")
+        return list(table)
 
 
 def write(rows, out):
@@ -255,8 +251,8 @@ def empty_row(path, label, split, reason=""):
                                          "has_audio": 0, "reason": reason}
 
 
-def stamp(path):
-    """'bytes:mtime in ns:READER' of a file, or '' if the disk cannot tell."""
+def version_of(path):
+    """'bytes:mtime in ns:READER' of a file, for the column stamp, or '' if the disk cannot tell."""
     try:
         return "{0.st_size}:{0.st_mtime_ns}:{1}".format(os.stat(path), READER)
     except OSError:
@@ -272,7 +268,7 @@ def probe(file, verify=False):
     next scan should read the file again.
     """
     path, failure = file[0], "cannot be read to the end" if verify else "cannot be read"
-    row = empty_row(*file) | {"stamp": stamp(path) + ":verified" * verify}
+    row = empty_row(*file) | {"stamp": version_of(path) + ":verified" * verify}
     try:
         str(path).encode()
         with open(path, "rb") as data:
@@ -292,7 +288,7 @@ def probe(file, verify=False):
 
 def measure(container, verify):
     """The measured columns of an open file, after decoding the first frame of each stream or, with
-    verify, all frames. The stamps of JOINABLE files are checked to the end in either case.
+    verify, all frames. If no header tells where a stream ends, all its packets are looked at.
 
     support.reading.read can read a verified file at every place. If only the sound cannot be used,
     `note` says why and has_audio is 0, because the pictures can be used without it. Raises
@@ -306,25 +302,19 @@ def measure(container, verify):
     if audio is not None and audio.codec_context is None:
         audio, note = None, "no decoder for its sound"
     tracks = {stream: Track(stream) for stream in (video, audio) if stream is not None}
-    to_end = verify or container.format.name in JOINABLE
+    stops = {stream: end(container, stream) for stream in tracks}
+    to_end = verify or None in stops.values()
     for packet in demux(container, list(tracks)):
         track = tracks[packet.stream]
         if not track.problem:
             track.add(packet, verify or track.stop is None)
         if not to_end and all(track.problem or track.stop is not None for track in tracks.values()):
             break
-    stops = {stream: end(container, stream) for stream in tracks}
     for stream, track in tracks.items():
         track.finish(verify, stops[stream])
+        stops[stream] = track.reached if stops[stream] is None else stops[stream]
     if tracks[video].problem:
         raise ValueError(tracks[video].problem)
-    unknown = [stream for stream in tracks if stops[stream] is None]
-    if to_end:
-        stops |= {stream: tracks[stream].reached for stream in unknown}
-    elif unknown:
-        stops |= last_packets(container, unknown)
-    # A stream whose end nothing tells ends where it begins.
-    stops = {stream: begin(stream) if stop is None else stop for stream, stop in stops.items()}
     start, stop = begin(video), stops[video]
     if stop - start < 1e-3:
         raise ValueError("its length is not known")
@@ -343,23 +333,22 @@ def measure(container, verify):
 
 
 class Track:
-    """What a scan learns about one stream: `reached` and `stop`, when its last packet and its last
-    decoded frame end (s; None before the first one), and `problem`, why the stream cannot be used
-    ("" if it can)."""
+    """What a scan learns about one stream: `reached`, when its last packet so far ends (s), `stop`,
+    when its last decoded frame ends (s, or None), and `problem`, why the stream cannot be used."""
 
     def __init__(self, stream):
         self.stream, self.tick, self.stop, self.problem = stream, float(stream.time_base), None, ""
         self.damaged, self.shape, self.formats = Damage(), Shape(stream), {"mono", "stereo"}
-        self.stamps, self.reached = StampCheck(stream), None
+        self.time_stamps, self.reached = StampCheck(stream), begin(stream)
 
     def add(self, packet, to_decode):
         """Check a packet, and decode it and check its frames, as support.reading.read would."""
         is_video = self.stream.type == "video"
         try:
-            self.stamps.check(packet)
+            self.time_stamps.check(packet)
             if packet.pts is not None:
-                reached = (packet.pts + (packet.duration or 0)) * self.tick
-                self.reached = reached if self.reached is None else max(reached, self.reached)
+                self.reached = max(self.reached,
+                                   (packet.pts + (packet.duration or 0)) * self.tick)
             for frame in decode(self.stream, [packet] * to_decode, self.damaged):
                 if frame.pts is None and is_video:
                     raise ValueError("it has no time stamps")
@@ -396,42 +385,17 @@ class Track:
             self.problem = f"it stops too early (at {self.stop:.2f} s of {stated:.2f} s)"
 
 
-def last_packets(container, streams):
-    """{stream: when its last packet ends, s}. A stream without packets is not in it."""
-    stops, seconds = {}, 2.0                              # seconds: how much of the end is read
-    first, by_index = min(map(begin, streams)), {stream.index: stream for stream in streams}
-    while len(stops) < len(streams):
-        start = first
-        if container.duration:
-            start = max(first, first + container.duration / av.time_base - seconds)
-        if start > first:
-            container.seek(int(start * av.time_base))
-        else:                                             # an flv may not seek to its beginning
-            container = open_file(container.name.removeprefix("file:"))
-        for packet in demux(container, [container.streams[index] for index in by_index]):
-            if packet.pts is not None:
-                stream = by_index[packet.stream.index]
-                stop = (packet.pts + (packet.duration or 0)) * float(stream.time_base)
-                stops[stream] = max(stops.get(stream, stop), stop)
-        if start == first:
-            container.close()
-            break
-        seconds *= 8
-    return stops
-
-
 # ---- worker processes
 
 def in_workers(work, items, workers, limit):
     """Yield (item, work(item), "") as the items are finished. If a process dies or takes more than
     `limit` s, yield (item, None, reason) instead.
 
-    FFmpeg may loop or crash, and Python cannot stop it from inside: the timeout of av.open covers
-    only waiting for data. So a process that takes too long is killed from outside, and a new
-    process continues with the next item.
+    FFmpeg may loop or crash, and Python cannot stop it from inside. So a process that takes too
+    long is killed from outside, and a new one continues with the next item.
     """
-    waiting, processes = list(reversed(items)), {}        # processes: pipe -> process
-    idle, busy = [], {}                                   # pipes; pipe -> (item, deadline)
+    waiting, idle, busy = list(reversed(items)), [], {}     # busy: pipe -> (item, deadline)
+    processes = {}                                          # pipe -> process
     try:
         while waiting or busy:
             while waiting and len(busy) < workers:
@@ -446,20 +410,21 @@ def in_workers(work, items, workers, limit):
                 busy[pipe] = waiting.pop(), time.monotonic() + limit
                 pipe.send(busy[pipe][0])
             patience = min(deadline for _, deadline in busy.values()) - time.monotonic()
-            for pipe in wait(list(busy), max(0, patience)):
-                item, _ = busy.pop(pipe)
+            wait(list(busy), max(0, patience))
+            for pipe, (item, deadline) in list(busy.items()):
+                result, failure, answered = None, f"takes over {limit} s", pipe.poll()
                 try:
-                    result = pipe.recv()
+                    if answered:
+                        result, failure = pipe.recv(), ""
                 except (EOFError, ConnectionResetError):
-                    yield item, None, "crashes the decoder"
-                else:
-                    idle.append(pipe)
-                    yield item, result, ""
-            now = time.monotonic()
-            for pipe in [pipe for pipe, (_, deadline) in busy.items() if deadline < now]:
-                item, _ = busy.pop(pipe)
-                processes[pipe].kill()
-                yield item, None, f"takes over {limit} s"
+                    failure = "crashes the decoder"
+                if answered or deadline < time.monotonic():
+                    del busy[pipe]
+                    if failure:
+                        processes.pop(pipe).kill()
+                    else:
+                        idle.append(pipe)
+                    yield item, result, failure
     finally:
         for process in processes.values():
             process.kill()
@@ -469,8 +434,6 @@ def answer(parent_end, worker_end, work):
     """Answer each item from the pipe with work(item) until the parent has gone."""
     parent_end.close()                                    # so the death of the parent ends the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)          # the parent handles Ctrl-C for all
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):
+        while True:
             worker_end.send(work(worker_end.recv()))
-        except (EOFError, BrokenPipeError):
-            return

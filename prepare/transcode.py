@@ -16,8 +16,6 @@ import json
 import os
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from functools import partial
 from heapq import merge
@@ -30,12 +28,13 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
-from prepare.scan import COLUMNS, READER, probe, read_table, segment_name, write
+from prepare.scan import READER, in_workers, probe, read_table, summary, write
 from support.processes import at_least, bounded
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
                              open_file, open_streams, place_sound, rows, upright)
 
 PRIMING = 1024                          # samples that the AAC encoder puts before the first one
+LIMIT = 24 * 3600                       # s that one film may take
 H264 = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "flags": "+cgop", "threads": "1"}
 
 
@@ -161,10 +160,7 @@ def encode(source, target, short_side, gop, sound, crop=None):
     with open_file(source) as container, open_file(source) as sound_container:
         video, audio = open_streams(container, sound=False)
         if sound:
-            try:
-                _, audio = open_streams(sound_container)
-            except ValueError as error:
-                raise SoundError(str(error)) from error
+            _, audio = open_streams(sound_container)
         ticks = ticks_later(video, audio)
         frames = shrink(video, pictures(container, video), ticks, short_side, crop)
         first = next(frames, None)
@@ -216,8 +212,7 @@ def packets_of(stream, frames):
 
 
 def copy_file(job, short_side, gop, crop):
-    """(manifest row, target) -> the row of the copy and "done", "skipped" or "failed". There is no
-    target if it failed."""
+    """(manifest row, target) -> the copy's row and "done" or "skipped", or None and the cause."""
     row, target = job
     source, temporary = Path(row["path"]), target.with_name(f"{os.getpid()}.part")
     sound, note = row["has_audio"] == "1", row["note"]
@@ -242,56 +237,38 @@ def copy_file(job, short_side, gop, crop):
     except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
         if os.path.exists(temporary):
             temporary.unlink()
-        reason = f"cannot be transcoded: {getattr(error, 'strerror', None) or error}"
-        return {name: row.get(name, "") for name in COLUMNS} | {"reason": reason}, "failed"
+        return None, getattr(error, "strerror", None) or str(error)
 
 
 # ---- all files
 
-def read(manifest):
-    """All rows of a manifest.csv. Raises ValueError if the file is not a manifest, or if no row of
-    it can be used."""
-    advice = "make one with python -m prepare.manifest"
-    if not Path(manifest).is_file():
-        raise ValueError(f"no manifest {manifest}: {advice}")
-    columns, rows = read_table(manifest)
-    if not rows or not {"path", "label", "split", "has_audio", "reason", "note"} <= set(columns):
-        raise ValueError(f"{manifest} is no manifest with rows: {advice}")
-    if all(row["reason"] for row in rows):
-        raise ValueError(f"{manifest} has no usable row, each has a reason: "
-                         "look at its last columns")
-    return rows
+def plan(rows, out):
+    """What to copy: [(row, path of the copy)] with the first row of each source, in their order.
 
-
-def targets(rows, out):
-    """{path of a source: path of its copy}: out/split/label/stem.mp4 by its first row. If several
-    sources would have the same, theirs get a hash of the source's path, so that the order of the
-    sources does not matter.
-
-    Raises ValueError if a row is listed twice, or if a copy would be outside of `out` or in the
-    place of a source.
+    A copy is out/split/label/stem.mp4. If several sources would have the same, theirs get a hash of
+    the source's path, so that the order of the sources does not matter. Raises ValueError if a copy
+    would be outside of `out` or in the place of a source.
     """
-    copies, listed = {}, set()
+    first, jobs = {}, []
     for row in rows:
-        name = segment_name(row["path"], row.get("start"), row.get("end"))
-        if (name, row["split"], row["label"]) in listed:
-            raise ValueError(f"{name} is listed twice with label {row['label']!r}: leave one row")
-        listed.add((name, row["split"], row["label"]))
-        path = out / row["split"] / row["label"] / f"{Path(row['path']).stem}.mp4"
-        path = Path(os.path.normpath(path))
-        if out not in path.parents:
-            raise ValueError(f"label {row['label']!r} of {row['path']} leads out of {out}: "
-                             "rename it in the manifest")
-        copies.setdefault(row["path"], path)
-    number, sources = Counter(copies.values()), set(map(os.path.realpath, copies))
-    for source, path in copies.items():
+        first.setdefault(row["path"], row)
+    paths = {source: Path(os.path.normpath(out / row["split"] / row["label"]
+                                           / f"{Path(source).stem}.mp4"))
+             for source, row in first.items()}
+    number, originals = Counter(paths.values()), set(map(os.path.realpath, first))
+    for source, row in first.items():
+        path = paths[source]
         if number[path] > 1:
             digest = hashlib.sha1(source.encode()).hexdigest()
-            path = copies[source] = path.with_name(f"{path.stem}-{digest[:8]}.mp4")
-        if os.path.realpath(path) in sources:
+            path = path.with_name(f"{path.stem}-{digest[:8]}.mp4")
+        if out not in path.parents:
+            raise ValueError(f"label {row['label']!r} of {source} leads out of {out}: "
+                             "rename it in the manifest")
+        if os.path.realpath(path) in originals:
             raise ValueError(f"the copy {path} would overwrite an original: "
                              "choose a folder outside of the data set")
-    return copies
+        jobs.append((row, path))
+    return jobs
 
 
 def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
@@ -299,13 +276,10 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
 
     short_side: of the pictures in pixels, 16 or more. gop: frames from keyframe to keyframe, 1 or
     more. workers: processes, 1 or more. crop: see shrink. Raises ValueError if the manifest or
-    the folder is not as it should be, or if a process dies.
+    the folder is not as it should be.
     """
-    rows, out = read(manifest), Path(out).resolve()
-    usable = [row for row in rows if not row["reason"]]
-    copy_paths = targets(usable, out)
-    by_source = {row["path"]: row for row in reversed(usable)}
-    jobs = [(by_source[source], path) for source, path in copy_paths.items()]
+    rows, out = read_table(manifest), Path(out).resolve()
+    jobs = plan([row for row in rows if not row["reason"]], out)
     if os.path.realpath(manifest) == str(out / "manifest.csv"):
         raise ValueError(f"the copy's manifest would overwrite {manifest}: "
                          f"choose another folder than {out}")
@@ -319,33 +293,23 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     settings_file.write_text(json.dumps(settings))
     for temporary in out.rglob("*.part"):                 # a killed run leaves such files
         temporary.unlink(missing_ok=True)
-    copies, states, failures = [], Counter(), Counter()
+    copies, states = {}, Counter()
     copy_one = partial(copy_file, short_side=short_side, gop=gop, crop=crop)
-    try:
-        with ProcessPoolExecutor(workers) as pool:
-            for copy, state in tqdm(pool.map(copy_one, jobs), "transcoding", total=len(jobs),
-                                    unit="file", file=sys.stderr):
-                copies.append(copy)
-                states[state] += 1
-                if state == "failed":
-                    failures[copy["reason"]] += 1
-                    tqdm.write(f"{copy['path']}: {copy['reason']}", file=sys.stderr)
-    except BrokenProcessPool as error:
-        raise ValueError("a worker died (out of memory?): "
-                         "run the same command again, with fewer workers") from error
-    made = {row["path"]: copy for (row, _), copy in zip(jobs, copies)}
+    for (row, _), result, failure in tqdm(in_workers(copy_one, jobs, workers, LIMIT),
+                                          "transcoding", len(jobs), unit="file", file=sys.stderr):
+        copy, state = result or (None, failure)
+        if copy is None:
+            copy, state = row | {"reason": f"cannot be transcoded: {state}"}, "failed"
+            tqdm.write(f"{copy['path']}: {copy['reason']}", file=sys.stderr)
+        copies[row["path"]] = copy
+        states[state] += 1
     # Rows that were left out before stay as they were. The others are of the same part of the copy.
-    write([row if row["reason"] else made[row["path"]] | {
-        name: row.get(name, "") for name in ("label", "split", "start", "end")} for row in rows],
-        out / "manifest.csv")
-    finished = [(Path(row["path"]), target) for (row, target), copy in zip(jobs, copies)
-                if copy["path"] == str(target)]
-    before, after = (sum(pair[n].stat().st_size for pair in finished if pair[n].exists()) / 1e6
-                     for n in (0, 1))
-    causes = ", ".join(f"{n} {reason}" for reason, n in failures.most_common())
-    return (f"{len(jobs)} files: {states['done']} done, {states['skipped']} skipped (already there"
-            f"), {states['failed']} failed{': ' if causes else ''}{causes}; "
-            f"{before:.1f} MB -> {after:.1f} MB")
+    part = "label", "split", "start", "end"
+    rows = [row if row["reason"] else copies[row["path"]] | {name: row[name] for name in part}
+            for row in rows]
+    write(rows, out / "manifest.csv")
+    return (f"{states['done']} done, {states['skipped']} skipped (already there), "
+            f"{states['failed']} failed; {summary(rows)}")
 
 
 # An argparse type: "width:height:x:y" -> four whole numbers.

@@ -30,15 +30,6 @@ NAMES = {"f.": "video_network.base.", "g.": "audio_network.base.",
          "h_v.3.": "mlp_v.block_forward.8.", "h_a.3.": "mlp_a.block_forward.8."}
 UNUSED = {"gdt": r"(video|audio)_network\.base\.fc\.",
           "selavi": r"(video|audio)_network\.base\.fc\.|mlp_[va]\d*\."}
-# What a file is, told by how the name of one of its tensors begins, and what to do with it.
-LOOKS = {"f.": ("a checkpoint of this project", "our scripts take it as it is"),
-         "stem.": ("a video encoder of torchvision or of this project",
-                   "finetune.py takes it as it is"),
-         "text_network.": ("GDT for video and text, which has no audio encoder",
-                           "give its weights for video and audio"),
-         "video_pooling.": ("STiCA, which pools over time by a network", "give GDT's weights"),
-         "mlp_v0.": ("SeLaVi", "give selavi in place of gdt"),
-         "mlp_v.": ("GDT", "give gdt in place of selavi")}
 
 
 class GDTLogMel(nn.Module):
@@ -83,35 +74,18 @@ OBJECTS = [(Ignored, "argparse.Namespace"), (Ignored, "torch.optim.lr_scheduler.
            (lambda *_: {}, "collections.defaultdict")]
 
 
-def read(path):
-    """The tensors of a published file by their names, without the prefix of a parallel run.
-
-    They lie under "model" or "state_dict", or bare. Raises ValueError if the file cannot be read.
-    """
-    if not Path(path).exists():
-        raise ValueError(f"no file {path}: docs/data.md says where the published weights are")
-    with torch.serialization.safe_globals(OBJECTS):
-        state = read_state(path)
-    tensors = state.get("model", state.get("state_dict", state))
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise ValueError(f"{path} does not hold named tensors: give a file of GDT or SeLaVi")
-    return {str(name).removeprefix("module."): x for name, x in tensors.items()}
-
-
 def convert(peer, path):
     """Our tensors by their names, from a published file.
 
-    peer: "gdt" | "selavi". Raises ValueError if the file is of another model or cannot be read, or
+    peer: "gdt" | "selavi". The tensors lie under "model" or "state_dict", or bare, and may have the
+    prefix of a parallel run. Raises ValueError if the file cannot be read or is of another model:
     if a tensor is missing, has another shape or is left over.
     """
-    tensors, title = read(path), TITLES[peer]
-    looks = (LOOKS[start] for start in LOOKS for name in tensors if name.startswith(start))
-    look, advice = next(looks, (title, ""))
-    if look != title:
-        raise ValueError(f"{path} looks like {look}, not like {title}: {advice}")
-    if not any(name.startswith("video_network.") for name in tensors):
-        raise ValueError(f"{path} is of an unknown model, its first tensors are "
-                         f"{', '.join(list(tensors)[:3]) or 'none'}: give a file of {title}")
+    with torch.serialization.safe_globals(OBJECTS):
+        state = read_state(path)
+    tensors = state.get("model", state.get("state_dict", state))
+    tensors = {str(name).removeprefix("module."): x for name, x in tensors.items()
+               if torch.is_tensor(x)}
     bias = ("h_v.0.bias", "h_a.0.bias")                     # GDT's first linear layer has none
     ours = {name: x for name, x in SvaCLR().state_dict().items()
             if name not in bias and (peer == "gdt" or name.startswith(("f.", "g.")))}
@@ -120,35 +94,12 @@ def convert(peer, path):
     used = {name: x for name, x in tensors.items() if not re.match(UNUSED[peer], name)}
     faults = misfit({their: ours[our] for their, our in names.items()}, used)
     if faults:
-        raise ValueError(f"{path} is not {title} with R(2+1)D-18 and ResNet-9 as published: it "
-                         f"{faults}")
+        raise ValueError(f"{path} is not {TITLES[peer]} with R(2+1)D-18 and ResNet-9 as published: "
+                         f"it {faults}")
     weights = {our: tensors[their] for their, our in names.items()}
     if peer == "gdt":
         weights |= {name: torch.zeros(len(weights["h_v.0.weight"])) for name in bias}
     return weights
-
-
-def save(peer, path, out):
-    """Write the checkpoint of a published file. Returns the number of its tensors.
-
-    Raises ValueError, see convert, or if `out` exists or its folder cannot be made; OSError if it
-    cannot be written.
-    """
-    out = Path(out)
-    if out.exists():
-        raise ValueError(f"--out {out} exists already: give another, or delete it first")
-    weights = convert(peer, path)
-    # Clips as GDT and SeLaVi saw them. "sound": see sound_input. SeLaVi's g is not used.
-    settings = {"arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
-                "data": "", "sound": "gdt" if peer == "gdt" else None, "peer": TITLES[peer],
-                "source": Path(path).name}
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}): give another"
-                         ) from error
-    write_atomic(serialise({"settings": settings, "model": weights}), out)
-    return len(weights)
 
 
 def main():
@@ -158,12 +109,20 @@ def main():
     parser.add_argument("file", help="the published file")
     parser.add_argument("--out", help="the checkpoint.pt to write (default PEER/checkpoint.pt)")
     args = parser.parse_args()
-    out = args.out or f"{args.peer}/checkpoint.pt"
+    out = Path(args.out or f"{args.peer}/checkpoint.pt")
+    # Clips as GDT and SeLaVi saw them. "sound": see sound_input. SeLaVi's g is not used.
+    settings = {"arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
+                "data": "", "sound": "gdt" if args.peer == "gdt" else None,
+                "peer": TITLES[args.peer], "source": Path(args.file).name}
     try:
-        count = save(args.peer, args.file, out)
+        if out.exists():
+            raise ValueError(f"--out {out} exists already: give another, or delete it first")
+        weights = convert(args.peer, args.file)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(serialise({"settings": settings, "model": weights}), out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{out}: {count} tensors of {TITLES[args.peer]}")
+    print(f"{out}: {len(weights)} tensors of {TITLES[args.peer]}")
 
 
 if __name__ == "__main__":
