@@ -77,15 +77,11 @@ def find_rows(data, split, out):
         if not source.exists():
             raise ValueError(f"--data {source}: no such manifest")
         return read_manifest(source, split)
-    manifest = Path(out) / "manifest.csv"
-
-    def make_manifest():
-        if data is None:
-            demo.build(source)
-        scan.scan(source, len(os.sched_getaffinity(0)), out=manifest)
-
+    manifest, cores = Path(out) / "manifest.csv", len(os.sched_getaffinity(0))
     try:
-        run_once(make_manifest)
+        if data is None:
+            run_once(lambda: demo.build(source))
+        run_once(lambda: scan.scan(source, cores, out=manifest))
     except ValueError as error:
         raise ValueError(f"--data {source}: {error}") from None
     return read_manifest(manifest, split)

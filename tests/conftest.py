@@ -6,8 +6,6 @@ In a film the picture tells its number, and the sound tells its pitch.
 import io
 import json
 import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import re
 import runpy
@@ -22,6 +20,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
 from importlib import import_module
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "passive"       # many processes share the cores: none may spin
@@ -37,7 +36,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-from experiments import frames                  # noqa: E402
 from experiments.frames import barcode          # noqa: E402
 from prepare import scan                        # noqa: E402
 from support import processes                   # noqa: E402
@@ -59,9 +57,9 @@ def pytest_configure(config):
 def server():
     """A server that has imported torch forks the processes of a Job, which saves each of them 4 s.
     It imports while the first tests run."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "torchvision", "torchaudio", "av",
-                                            "pytest"])
-    multiprocessing.forkserver.ensure_running()
+    forkserver.set_forkserver_preload(["torch._dynamo", "torchvision", "torchaudio", "av",
+                                       "pytest"])
+    forkserver.ensure_running()
 
 
 class Job:
@@ -111,7 +109,7 @@ def work(words, environment, cwd, outputs, method, core):
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(method, force=True)    # for the loading processes
-    multiprocessing.resource_tracker._resource_tracker.__init__()       # one of its own, as there
+    resource_tracker._resource_tracker.__init__()           # one of its own, as there
     for number, name in enumerate(outputs, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     for stream in (sys.stdout, sys.stderr):     # the lines of several processes stay whole
@@ -214,11 +212,6 @@ def process_group():
     """The functions of a script expect a process group, which launch ends."""
     if not dist.is_initialized():
         processes.start()
-
-
-def read_barcode(video):
-    """(..., H, W, 3) uint8 -> (...) the numbers, a tensor."""
-    return torch.as_tensor(frames.read_barcode(video))
 
 
 def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, codec="libx264",

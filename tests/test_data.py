@@ -4,12 +4,13 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import make_video, peak_hz, read_barcode, remux, write_text
+from conftest import make_video, peak_hz, remux, write_text
 
 import data
 from augment import centre_band, crop_at
 from data import (ActionClips, AudioVisualClips, Row, evenly_spaced, find_rows, make_loader,
                   read_clip, read_manifest)
+from experiments.frames import read_barcode
 from prepare import scan
 from support.batches import TrainingBatches, evaluation_batches
 
@@ -235,7 +236,7 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     assert not three[0].equal(three[1]) and not three[1].equal(three[2])
 
 
-@pytest.mark.parametrize("workers", (0, 2))
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_files_that_fail_leave_an_evaluation(put, tmp_path, workers, capfd):
     """Of the batches of three, one fails as a whole and one in part: the rest comes as it is."""
     for n in range(8):
