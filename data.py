@@ -11,8 +11,7 @@ A view at speed tau covers tau times the source in the same number of frames and
     view 0          |x x x x x x x|
     view 1, tau = 3 |x     x     x     x     x     x     x     |
 
-Symbols: B clips, K views, T frames, H, W pixels, L samples. A video is opened by the process that
-reads it, because a forked copy of an open decoder does not work.
+Symbols: B clips, K views, T frames, H, W pixels, L samples.
 """
 
 import atexit
@@ -56,24 +55,22 @@ def read_manifest(path, split=None):
         table = [line for line in table if line["split"] == split]
     rows, left_out = [], {}
     for line in table:
-        reason = line["reason"]
         try:
-            if not reason:
-                rows.append(make_row(line))
+            if line["reason"]:
+                raise ValueError(line["reason"])
+            rows.append(make_row(line))
         except ValueError as error:
-            reason = str(error)
-        if reason:
-            left_out[scan.segment_name(line["path"], line.get("start"), line.get("end"))] = reason
+            name = scan.segment_name(line["path"], line.get("start"), line.get("end"))
+            left_out[name] = str(error)
     return rows, left_out
 
 
 def find_rows(data, split, out):
-    """Find the usable rows of one part of a data set, and the others as {name: reason}.
+    """Find the rows of one part of a data set, as `read_manifest` returns them.
 
     data: manifest.csv | a folder, which process 0 scans | None: the built-in set, which process 0
-    makes beside `out` if it is missing. split: the part to read. out: folder for the manifest.csv
-    of a scan; a later scan reads only changed files. Raises ValueError on all processes if the data
-    cannot be found or scanned.
+    makes beside `out` if it is missing. out: folder for the manifest.csv of a scan; a later scan
+    reads only changed files. Raises ValueError on all processes if the data cannot be found.
     """
     source = Path(data or Path(out).parent / "demo")
     if source.suffix == ".csv":
@@ -81,14 +78,10 @@ def find_rows(data, split, out):
             raise ValueError(f"--data {source}: no such manifest")
         return read_manifest(source, split)
     manifest, cores = Path(out) / "manifest.csv", len(os.sched_getaffinity(0))
-
-    def make_manifest():
-        if data is None:
-            demo.build(source, workers=cores)
-        scan.scan(source, cores, out=manifest)
-
     try:
-        run_once(make_manifest)
+        if data is None:
+            run_once(lambda: demo.build(source))
+        run_once(lambda: scan.scan(source, cores, out=manifest))
     except ValueError as error:
         raise ValueError(f"--data {source}: {error}") from None
     return read_manifest(manifest, split)
@@ -100,8 +93,8 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
 
     Args:
         t0: start in s after the pictures begin or, if sound is read, after both have begun. The
-            frame of a time is the one with the nearest time stamp, so the source may have any frame
-            rate. Past the end of the file the last frame is repeated and the sound is silent.
+            frame of a time is the one with the nearest time stamp. Past the end of the file the
+            last frame is repeated and the sound is silent.
         tau_v, tau_a: speeds of the video and audio views, integers >= 1. tau_a = () reads no sound.
         frames, fps: T frames, 1/fps s apart at speed 1. The sound of a view lasts T / fps s.
         size: of the frames, a pair (H, W) or the shorter side alone, which keeps the aspect.
@@ -139,20 +132,18 @@ class AudioVisualClips(Dataset):
     """The co-augmented views of a clip to train on, or evenly spaced clips at speed 1 to evaluate.
 
     Args:
-        rows: from read_manifest. Those without sound or shorter than one clip go to the dict
-            `left_out`, {name: reason}.
+        rows: from read_manifest. The dict `left_out` gets {name: reason} of those without sound or
+            shorter than one clip.
         frames, fps, size: T frames, 1/fps s apart, size x size pixels.
         max_speed: S of §2.1. A file too short for S draws from the speeds that fit it.
         same_speed: True: video and sound share one drawn speed | False: independent ones.
         seed: every draw (place, speeds, scale, crop, flip) depends on (seed, epoch, index) alone.
         clips_per_file: None to train | n to evaluate on n evenly spaced clips with a centre crop.
-    Items:
-        To train, of a key (epoch, index): video (K, T, H, W, 3) uint8, audio (K, L) float32. To
-        evaluate, of a key index: video (n, T, H, W, 3), audio (n, L). A third value tells what
-        failed, see draw_or_replace and read_or_name of support/batches.py.
+    Items: to train, of a key (epoch, index), see `draw`; to evaluate, of a key index, see `read`. A
+        third value tells what failed, see draw_or_replace and read_or_name of support/batches.py.
     """
 
-    crops = 1
+    crops = 1                           # of each evaluation clip
 
     def __init__(self, rows, frames=30, fps=30, size=128, max_speed=4, same_speed=False, seed=0,
                  clips_per_file=None):
@@ -197,14 +188,12 @@ class ActionClips(Dataset):
     """Labelled clips for action recognition (§3.1). Their sound is not read.
 
     Args:
-        rows: from read_manifest. A row given ten times is drawn from ten times an epoch. A file
-            shorter than a clip is continued by its last frame.
+        rows: a row given ten times is drawn from ten times an epoch. A file shorter than a clip is
+            continued by its last frame.
         classes: names of the classes, in the order of the labels.
-        frames, fps, size, seed: as in AudioVisualClips.
+        frames, fps, size, seed, and items: as of AudioVisualClips.
         views: None to train | (n, c) to evaluate on n evenly spaced clips with c crops each: 1 in
             the middle, or 3 along the longer side.
-    Items: as of AudioVisualClips, but video is (T, H, W, 3) or (n c, T, H, W, 3), and the label
-        stands in place of the audio.
     """
 
     def __init__(self, rows, classes, frames=32, fps=30, size=128, seed=0, views=None):
@@ -212,13 +201,7 @@ class ActionClips(Dataset):
         self.frames, self.fps, self.size, self.seed = frames, fps, size, seed
         self.clips_per_file, self.crops = views or (None, None)
 
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, key):
-        if self.clips_per_file is None:
-            return draw_or_replace(self, *key)
-        return read_or_name(self, key)
+    __len__, __getitem__ = AudioVisualClips.__len__, AudioVisualClips.__getitem__
 
     def read(self, row):
         """The evaluation clips of a file: video (n c, T, H, W, 3) uint8, and its label."""
@@ -241,9 +224,8 @@ def evenly_spaced(dataset, path, duration, sound, start=0, stop=None):
     """Read the evaluation clips of a file at speed 1, spaced evenly over `duration` s from `start`.
 
     Each clip is cut dataset.crops times (1: the middle; 3: both ends of the longer side and the
-    middle). stop: see read_clip. Returns video (clips * crops, T, H, W, 3) uint8 and audio
-    (clips, L), empty without `sound`. Raises ValueError with the path and the cause if the file
-    fails.
+    middle). Returns video (clips * crops, T, H, W, 3) uint8 and audio (clips, L), empty without
+    `sound`. stop, and errors: see read_clip.
     """
     T, fps, size, n = dataset.frames, dataset.fps, dataset.size, dataset.clips_per_file
     room, window = max(0, duration - T / fps), centre_crop if dataset.crops == 1 else centre_band
@@ -258,9 +240,8 @@ def evenly_spaced(dataset, path, duration, sound, start=0, stop=None):
 def make_loader(dataset, batch_size, workers=None, epochs=1):
     """A DataLoader over this process's share of an AudioVisualClips or ActionClips.
 
-    To train, it gives the shuffled batches of all epochs, from the epoch and the used clips of its
-    batch_sampler on. To evaluate, it goes through the files once, in order. workers: loading
-    processes, None for support.processes.loading_workers.
+    To train, it gives the shuffled batches of all epochs, from the place in its batch_sampler on.
+    To evaluate, it goes through the files once. workers: see support.processes.loading_workers.
     """
     common = dict(num_workers=loading_workers(workers), collate_fn=collate,
                   worker_init_fn=end_with_trainer, pin_memory=torch.cuda.is_available())

@@ -33,8 +33,8 @@ from data import ActionClips, find_rows, make_loader, probe_file
 from models import C, video_encoder
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_encoder, read_state
-from support.classification import (answers, fit_linear, report, say_torchvision, shared_classes,
-                                    subset, top_1_and_5, write_classes, write_predictions)
+from support.classification import (answers, fit_linear, say_torchvision, shared_classes, subset,
+                                    top_1_and_5, write_classes, write_predictions, write_results)
 from support.layers import trainable
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
                                say, world_size)
@@ -287,7 +287,7 @@ def recognise(args, device):
             settings.data = args.data.replace("{fold}", str(fold))
             settings.out = str(Path(args.out) / f"fold{fold}")
         folds[f"fold {fold}" if fold else "test"] = one_fold(settings, device)
-    report(args, folds)
+    write_results(args, folds)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
-from support.reading import (Converter, Damage, MonoResampler, Shape, StampCheck, begin, decode,
-                             demux, end, open_file, open_streams)
+from support.reading import (Damage, Shape, StampCheck, begin, converter, decode, demux, end, mono,
+                             open_file, open_streams)
 
 COLUMNS = ("path", "label", "split", "start", "end", "duration", "video_duration", "sound_start",
            "fps", "width", "height", "has_audio", "reason", "note", "stamp")
@@ -367,7 +367,7 @@ class Track:
                 form = frame.format.name if is_video else frame.layout.name
                 if form not in self.formats:              # raises if a frame cannot be converted
                     self.formats.add(form)
-                    Converter(self.stream, 160, None)(frame) if is_video else MonoResampler()(frame)
+                    converter(self.stream)(frame) if is_video else list(mono([frame]))
         except (ValueError, av.error.FFmpegError) as error:
             self.problem = getattr(error, "strerror", None) or str(error)
 

@@ -16,10 +16,9 @@ from support.processes import rank, say
 def say_torchvision(source, frames, fps, size):
     """With --checkpoint torchvision, say which input its weights expect, and which they get."""
     if source == "torchvision":
-        say("torchvision's weights were trained on 16 frames at 15 fps of 112 pixels, with a mean "
-            f"and deviation for each colour; here they get {frames} frames at {fps} fps of {size} "
-            "pixels, with mean 0.45 and deviation 0.225 for all (--frames 16 --fps 15 --size 112 "
-            "comes nearest)")
+        say("torchvision's weights were trained with --frames 16 --fps 15 --size 112 and with a "
+            f"mean and deviation for each colour; here they get --frames {frames} --fps {fps} "
+            f"--size {size}, and mean 0.45 and deviation 0.225 for all colours")
 
 
 def subset(rows, fraction, seed):
@@ -53,16 +52,15 @@ def shared_classes(data, train, test):
 
 
 def fit_linear(y, labels, decay=1e-3):
-    """Softmax regression of features y (n, C) on labels (n,): an nn.Linear.
-
-    It minimises cross-entropy plus decay / 2 times the squared weights on standardised features, by
-    L-BFGS, which needs no learning rate (paper silent; our choice).
+    """Softmax regression of features y (n, C) on labels (n,): an nn.Linear. It minimises
+    cross-entropy plus decay / 2 times the squared weights on standardised features (our choice).
     """
     mean, std = y.mean(0), y.std(0) + 1e-6                              # (C,) x 2
     x = (y - mean) / std                                                # (n, C)
     linear = nn.Linear(y.shape[1], int(labels.max()) + 1, device=y.device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
+    # L-BFGS needs no learning rate.
     optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def closure():
@@ -91,19 +89,13 @@ def top_1_and_5(scores, labels):
 
 
 def answers(scores, labels):
-    """The class that each row of scores (n, classes) names: (n,).
-
-    It is the label if no other class has its score, and else the best of the others.
-    """
+    """The class that each row of scores (n, classes) names: (n,). The label loses a tie."""
     others = scores.scatter(1, labels[:, None], -torch.inf).argmax(1)   # (n,)
     return labels.where(top_1_and_5(scores, labels)[:, 0] == 1, others)
 
 
 def write_classes(out, classes, labels, answers):
-    """Write confusion.csv (rows: the true class) and classes.csv (the accuracy of each class).
-
-    Only process 0 does.
-    """
+    """Process 0 writes confusion.csv (rows: the true class) and classes.csv (their accuracies)."""
     if rank() > 0:
         return
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)     # (true class, answer)
@@ -118,9 +110,9 @@ def write_classes(out, classes, labels, answers):
 
 
 def write_predictions(out, classes, paths, scores):
-    """Print the 5 most probable classes of each file, and write them to predictions.csv.
+    """Process 0 prints the 5 most probable classes of each file, and writes predictions.csv.
 
-    scores: probabilities (n, classes). Only process 0 does.
+    scores: probabilities (n, classes).
     """
     if rank() > 0:
         return
@@ -134,24 +126,19 @@ def write_predictions(out, classes, paths, scores):
         csv.writer(file).writerows([["file", "rank", "class", "probability"], *lines])
 
 
-def report(args, folds):
-    """Print the results {fold: {name: value}} and their mean, and write them to results.json.
-
-    Only process 0 does.
-    """
+def write_results(args, folds):
+    """Process 0 prints and writes the results {fold: {name: value}} and their mean."""
     if rank() > 0:
         return
-    out = Path(args.out)
     names = [name for name in next(iter(folds.values())) if "top" in name]
     mean = {name: statistics.mean(result[name] for result in folds.values()) for name in names}
     results = {"protocol": vars(args), "epoch": "last", **folds, "mean": mean}
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    for name, result in [*folds.items(), ("mean", mean)] if len(folds) > 1 else folds.items():
-        failed, tested = result.get("failed", 0), result.get("test videos", 0)
+    Path(args.out, "results.json").write_text(json.dumps(results, indent=1))
+    for name, result in (folds | {"mean": mean} if len(folds) > 1 else folds).items():
         values = [f"{key} {x:.1f} %" if "top" in key else f"{x} {key}"
                   for key, x in result.items() if "failed" not in key]
-        if failed:
-            values.append(f"{failed} of {failed + tested} test videos failed")
+        if failed := result.get("failed"):
+            values.append(f"{failed} of {failed + result['test videos']} test videos failed")
         print(f"{name}: {', '.join(values)}")
     how = "linear probe" if args.linear else f"epoch {args.epochs} of {args.epochs}"
-    print(f"({how}, {args.test_clips} clips x 3 crops; {out}/results.json)")
+    print(f"({how}, {args.test_clips} clips x 3 crops; {args.out}/results.json)")

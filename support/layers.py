@@ -1,8 +1,7 @@
 """What the layers of a model need before it is trained, in several processes or on CPUs.
 
 BatchNorm takes the statistics of the clips of all processes (paper silent; GDT), on CPUs too, where
-torch's nn.SyncBatchNorm does not work. Otherwise each of 8 processes would normalise its 4 clips by
-themselves, and the training would depend on the number of processes.
+nn.SyncBatchNorm does not work. Otherwise training would depend on the number of processes.
 """
 
 import torch
@@ -22,20 +21,15 @@ def trainable(model, device):
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                synced = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
-                synced.load_state_dict(child.state_dict())
-                setattr(module, name, synced)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = CpuSyncBatchNorm
     return model
 
 
 def pad_first(conv, inputs):
-    """Zero-pad a clip of two frames before a convolution in time. The result is the same.
-
-    If the convolution pads, oneDNN 3.12 (torch 2.14) returns a bfloat16 weight gradient that holds
-    uninitialised memory, infinities included. tests/test_models.py shows it.
-    """
+    """Zero-pad a clip of two frames before a convolution in time. The result is the same, but where
+    the convolution pads, oneDNN 3.12 (torch 2.14) returns a bfloat16 weight gradient that holds
+    uninitialised memory. tests/test_models.py shows it."""
     conv.padding_mode = "constant" if inputs[0].shape[2] == 2 else "zeros"
 
 

@@ -2,22 +2,17 @@
 
     pictures, wave = read("film.avi", times=[2.0, 2.1, 2.2], samples=24000, size=160)
 
-The picture at time t is the one whose time stamp is nearest to t. It is turned, mirrored and
-stretched to square pixels as a player shows it. Time 0 is the time at which the pictures begin or,
-if sound is read too, at which both have begun. `read` refuses a file that it cannot read exactly;
-it never approximates.
+The picture at time t is the one whose time stamp is nearest to t, as a player shows it: turned,
+mirrored and stretched to square pixels. Time 0 is when the pictures begin or, if sound is read too,
+when both have begun. A file that cannot be read exactly is refused.
 
-How `read` works:
-1. Open the file, and seek to a keyframe before the clip.
-2. Collect the packets from this keyframe to the end of the clip, without decoding them.
-3. Choose the wanted pictures by the time stamps of their packets.
-4. Decode from the keyframe to the last wanted picture.
-If the seek came too late, or if a wanted picture did not come out, `read` opens the file again and
-begins earlier. To decode from the file's first packet on, without a seek, is always right.
+`read` seeks to a keyframe before the clip, and collects the packets from there to the end of the
+clip. Their time stamps tell which pictures are wanted, and it decodes up to the last of these. If
+the seek came too late, or if a wanted picture did not come out, it opens the file again and begins
+earlier. To decode from the file's first packet on is always right.
 
-A packet is compressed, a frame is decoded. A time stamp, in short a stamp, counts the ticks of its
-stream; all other times are in s. `damaged` is always a Damage, to which a function adds the times
-of the packets that it could not decode.
+A packet is compressed, a frame is decoded. pts, a time stamp, counts the ticks of its stream. All
+other times are in s. `damaged` is a Damage, to which a function adds what it could not decode.
 """
 
 import re
@@ -25,7 +20,7 @@ from bisect import bisect_right
 from collections import deque
 from contextlib import suppress
 from heapq import heappop, heappush
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from statistics import median
 
 import av
@@ -36,8 +31,8 @@ from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 RATE = 24000                            # Hz, mono (paper silent; GDT)
 SEAM = 0.01                             # s; a smaller gap in the sound is a rounded time stamp
 ROUGH_SEAM = 0.1                        # s; the same in asf, which stamps packets and not frames
-SLACK = {"video": 0.1, "audio": 0.25}   # s by which stamps may go back, as where sound changes
-JUMP = 10                               # s; a larger gap in JOINABLE is a jump of the stamps
+SLACK = {"video": 0.1, "audio": 0.25}   # s by which pts may go back, as where sound changes
+JUMP = 10                               # s; a larger gap in JOINABLE is a jump of the pts
 JOINABLE = {"mpegts", "mpeg"}           # files that stay files if others are appended to them
 # Pictures that a decoder may hold back to put them in the order of display; the others hold 4.
 REORDER = {"h264": 16, "hevc": 16}
@@ -61,34 +56,32 @@ np.empty(16 << 20, np.uint8)
 # ---- functions that the scan and the transcoder use too
 
 def open_file(path):
-    """Open a file to be read. Text in its header that is not UTF-8 does no harm.
+    """Open a file to be read.
 
-    If the edit list of an mp4 hides its first pictures, FFmpeg moves the next one to time 0, which
-    is up to one picture too early beside the sound. Such a file is opened without this correction,
-    and `begin` tells which pictures are hidden. Raises ValueError if the list has several parts.
+    If the edit list of an mp4 hides its first pictures, FFmpeg moves the next one to time 0, up to
+    one picture too early beside the sound. Such a file is opened without this correction, and
+    `begin` tells which pictures are hidden. Raises ValueError if the list has several parts.
     """
-    # With "file:" a colon in the path does not make an address of it.
-    container = av.open(f"file:{path}", metadata_errors="replace")
+    url = f"file:{path}"                # or else a colon in the path would make an address of it
+    container = av.open(url, metadata_errors="replace")
     video = container.streams.best("video")
     index = video.index_entries if video and "mp4" in container.format.name else ()
     if not len(index) or not index[0].is_discard:
         return container
     moved = [(entry.pos, entry.timestamp) for entry in index]
     container.close()
-    container = av.open(f"file:{path}", metadata_errors="replace",
-                        options={"advanced_editlist": "0"})
-    stamps = {e.pos: e.timestamp for e in container.streams.best("video").index_entries}
-    if len({stamps[pos] - stamp for pos, stamp in moved}) > 1:
+    container = av.open(url, metadata_errors="replace", options={"advanced_editlist": "0"})
+    stored = {e.pos: e.timestamp for e in container.streams.best("video").index_entries}
+    if len({stored[pos] - time for pos, time in moved}) > 1:
         container.close()
         raise ValueError("its edit list has several parts")
     return container
 
 
 def open_streams(container, sound=True):
-    """Return the best video stream and the best audio stream of an open file.
+    """Return the best video stream and the best audio stream (None without `sound`) of a container.
 
-    With sound=False the audio stream is None. Raises ValueError if a stream or its decoder is
-    missing.
+    Raises ValueError if a stream or its decoder is missing.
     """
     video = container.streams.best("video")
     audio = container.streams.best("audio") if sound else None
@@ -105,18 +98,15 @@ def open_streams(container, sound=True):
 
 
 def begin(stream):
-    """Return the time of the stream's first picture or sample, on the container's clock."""
+    """Return the time of the stream's first picture or sample, by the container's clock."""
     start = (stream.start_time or 0) * float(stream.time_base)
     # With this option of open_file, an edit list hides what comes before time 0.
     return max(0.0, start) if "advanced_editlist" in stream.container.options else start
 
 
 def end(container, stream):
-    """Return when the stream ends, by the file's header or by Matroska's tags, or None.
-
-    Some headers tell when the file ends but not when the stream does, and where files were joined
-    no header tells it.
-    """
+    """Return when the stream ends, by the file's header or by Matroska's tags, or None. Some
+    headers tell this of the file alone, and none tells it where files were joined."""
     kind = container.format.name
     if kind == "asf" or kind in JOINABLE or "advanced_editlist" in container.options:
         return None
@@ -139,22 +129,17 @@ def demux(container, streams):
 class Damage(list):
     """The times of the packets of a stream that do not decode."""
 
-    last = tick = None          # the stamp of the last packet so far, and the time base in s
+    last = None                     # the time of the last packet so far
 
     def forget_before(self, first):
-        """Drop the damage before `first`, the time of the first frame: nothing is read before it.
-
-        Later damage stays: a decoder that holds frames back may meet it before its first frame.
-        """
+        """Drop what lies before the first frame, at the time `first`: nothing is read there. A
+        decoder that holds frames back may meet later damage before its first frame."""
         self[:] = [time for time in self if time > first]
 
     def inside(self):
-        """Return the damage that is not in the last packet, a list.
-
-        Many recordings end within a packet. Such a file is read as if it ended before this packet.
-        """
-        end = None if self.last is None else float(self.last * self.tick)
-        return [time for time in self if time != end]
+        """Return what does not lie in the last packet, a list. Many recordings end within a packet
+        and are read as if they ended before it."""
+        return [time for time in self if time != self.last]
 
 
 class StampCheck:
@@ -163,13 +148,11 @@ class StampCheck:
     def __init__(self, stream):
         self.kind, self.tick = stream.type, float(stream.time_base)
         self.jump = JUMP if stream.container.format.name in JOINABLE else np.inf
-        self.begun, self.latest = False, None           # latest: the latest time so far, s
+        self.begun, self.latest = False, None
 
     def check(self, packet):
-        """Check the stream's next packet in the order of the file, and return it.
-
-        The first one is to be the file's first or a keyframe. Raises ValueError.
-        """
+        """Return the stream's next packet, or raise ValueError. The first one is to be the file's
+        first or a keyframe."""
         inner = self.kind == "video" and not packet.is_keyframe
         if inner and not self.begun and packet.size:
             raise ValueError("its pictures begin without a keyframe: cut off what lies before one")
@@ -187,29 +170,27 @@ class StampCheck:
 
 def decode(stream, packets, damaged):
     """Yield the frames of the packets. The packet None asks for the frames still held back."""
-    damaged.tick, is_wmv3 = stream.time_base, stream.codec_context.name == "wmv3"
+    seconds, ticks = stream.time_base.as_integer_ratio()        # so many ticks are so many s
     for packet in packets:
+        time = None if packet is None or packet.pts is None else packet.pts * seconds / ticks
         try:
             if packet is not None and packet.size:
-                damaged.last = packet.pts
+                damaged.last = time
                 if packet.is_corrupt and stream.container.format.name not in JOINABLE:
-                    # The file ends within the packet, which not all decoders notice. In MPEG-TS and
-                    # MPEG-PS the flag is about larger pieces, most of whose packets are whole.
+                    # The file ends within the packet, which not all decoders notice. In JOINABLE
+                    # files the flag is about larger pieces, most of whose packets are whole.
                     raise av.error.InvalidDataError(0, "cut off")
-                if is_wmv3:
+                if stream.codec_context.name == "wmv3":
                     packet = padded(packet)
             yield from stream.decode(packet)
         except av.error.FFmpegError:
-            if packet is not None and packet.pts is not None:
-                damaged.append(float(packet.pts * damaged.tick))
+            if time is not None:
+                damaged.append(time)
 
 
 def padded(packet):
-    """Return a copy of the packet with a zero byte behind its data.
-
-    Encoders of WMV3 may drop a picture's last byte if it is zero. Without it FFmpeg's decoder takes
-    the picture for damaged, and draws over good parts of it. What is really cut off is still found.
-    """
+    """Return a copy of the packet with a zero byte behind its data. Encoders of WMV3 may drop a
+    last byte of zero, and FFmpeg's decoder then takes the picture for damaged."""
     copy = av.Packet(bytes(packet) + b"\0")
     for name in ("stream", "is_keyframe", "time_base", "pts", "dts", "duration"):
         setattr(copy, name, getattr(packet, name))
@@ -217,10 +198,10 @@ def padded(packet):
 
 
 def in_order(video, packets, damaged):
-    """Yield (stamp, frame) in the order of display.
+    """Yield (pts, frame) in the order of display. Raises ValueError if a frame has no pts.
 
-    A decoder returns the frames in this order, but their stamps may be out of order (UNORDERED),
-    so each frame gets the smallest stamp that is left. Raises ValueError if a frame has no stamp.
+    A decoder returns the frames in this order, but their pts may be out of order (UNORDERED), so
+    each frame gets the smallest pts that is left.
     """
     waiting, stamps, depth = deque(), [], REORDER.get(video.codec_context.name, 4)
     for frame in decode(video, packets, damaged):
@@ -257,8 +238,8 @@ class Shape:
         self.stream, self.first = stream, None
 
     def check(self, frame):
-        """Raise ValueError if the frame is turned in another way than the first frame, if its
-        pixels have another shape, or if its aspect differs by more than 1 %."""
+        """Raise ValueError if the frame is turned in another way than the first, if its pixels have
+        another shape, or if its aspect differs by more than 1 %."""
         pixels = self.stream.codec_context.sample_aspect_ratio
         self.first = self.first or (frame.width / frame.height, frame.rotation, pixels)
         aspect = frame.width / frame.height / self.first[0]
@@ -269,10 +250,8 @@ class Shape:
 class Cutter:
     """Cuts a window out of frames and scales it. Only the window is converted, which saves time.
 
-    view: a function (W, H) -> ((left, top, width, height), (out_width, out_height)). It gets the
-    size of the picture as a player shows it, upright and with square pixels. It returns the window
-    in this picture, and the size to which the window is scaled.
-
+    view: a function (W, H) -> ((left, top, width, height), (out_width, out_height)), from the size
+    of the upright picture with square pixels to the window in it and the size to scale it to.
     docs/data.md says how the edges of the window are rounded, and its pixels averaged.
     """
 
@@ -353,42 +332,31 @@ def whole_samples(first, share, length, step):
     return first * step, min(count * step, length - first * step)
 
 
-class MonoResampler:
-    """Turns frames of sound into AudioFrames that are mono, float32, 24 kHz, called pieces.
+def mono(frames):
+    """Yield frames of sound of any format as AudioFrames that are mono, float32, 24 kHz: pieces.
 
     A piece is the mean of all channels, whatever their layout, so it is as loud as they are. The
-    format of the frames may change in mid-stream.
+    format may change in mid-stream.
     """
+    def kind(frame):
+        return frame.format.name, frame.layout.name, frame.sample_rate, frame.time_base
 
-    graph = format = None
-
-    def __call__(self, frame):
-        """Return the pieces that the frame completes, a list. None asks for those held back."""
-        new = frame and (frame.format.name, frame.layout.name, frame.sample_rate)
-        pieces = self.mix(None) if self.graph and new != self.format else []
-        if frame is None:
-            return pieces
-        if new != self.format:
-            self.graph, self.format = None, new
-            if new != ("fltp", "mono", RATE):
-                channels = "+".join(f"c{n}" for n in range(frame.layout.nb_channels))
-                self.graph = av.filter.Graph()
-                self.graph.link_nodes(
-                    self.graph.add_abuffer(sample_rate=frame.sample_rate, format=frame.format,
-                                           layout=frame.layout, time_base=frame.time_base),
-                    self.graph.add("pan", f"mono|c0<{channels}"),   # <: the weights sum up to 1
-                    self.graph.add("aformat", f"sample_fmts=fltp:sample_rates={RATE}"),
-                    self.graph.add("abuffersink")).configure()
-        return pieces + (self.mix(frame) if self.graph else [frame])
-
-    def mix(self, frame):
-        """Put a frame, or None at the end, into the graph, and return what comes out."""
-        self.graph.push(frame)
-        pieces = []
-        with suppress(BlockingIOError, EOFError):       # it needs more frames, or it is empty
-            while True:
-                pieces.append(self.graph.pull())
-        return pieces
+    for (form, layout, rate, tick), group in groupby(frames, kind):
+        if (form, layout, rate) == ("fltp", "mono", RATE):
+            yield from group
+            continue
+        channels = "+".join(f"c{n}" for n in range(av.AudioLayout(layout).nb_channels))
+        graph = av.filter.Graph()
+        graph.link_nodes(
+            graph.add_abuffer(sample_rate=rate, format=form, layout=layout, time_base=tick),
+            graph.add("pan", f"mono|c0<{channels}"),            # <: the weights sum up to 1
+            graph.add("aformat", f"sample_fmts=fltp:sample_rates={RATE}"),
+            graph.add("abuffersink")).configure()
+        for frame in chain(group, [None]):                      # None: what the graph holds back
+            graph.push(frame)
+            with suppress(BlockingIOError, EOFError):           # it needs more, or it is empty
+                while True:
+                    yield graph.pull()
 
 
 # ---- one clip
@@ -409,10 +377,10 @@ def read(path, times, samples=0, size=160, window=None):
         A list with an array (H, W, 3) uint8 for each time, and the sound (samples,) float32.
         Raises ValueError, OSError or av.error.FFmpegError if the file does not give them exactly.
     """
-    clip, result = Clip(times, samples, size, window), None
+    reader, result = ClipReader(times, samples, size, window), None
     while result is None:
         with open_file(path) as container:
-            result = clip.attempt(container)
+            result = reader.attempt(container)
     return result
 
 
@@ -421,7 +389,7 @@ def read_sound(path):
 
     It is decoded without a seek and held in memory, 6 MB for a minute. Returns (samples,) float32,
     mono at 24 kHz, and the times in s at which it is damaged. Gaps in it are silent. Raises
-    ValueError, OSError or av.error.FFmpegError if it is missing or its stamps do not run on.
+    ValueError, OSError or av.error.FFmpegError if it is missing or its time stamps do not run on.
     """
     with open_file(path) as container:
         audio, damaged = container.streams.best("audio"), Damage()
@@ -441,15 +409,15 @@ def read_sound(path):
     return wave, [time - start / RATE for time in damaged.inside()]
 
 
-class Clip:
+class ClipReader:
     """Reads one clip in attempts. After a failed attempt the next one begins earlier."""
 
     def __init__(self, times, samples, size, window):
         self.times, self.samples, self.size, self.window = times, samples, size, window
         self.early = 0.0        # s from the beginning of decoding to the first wanted picture
         self.back = 0.0         # s from the target of the seek to the beginning of decoding
-        self.sort = False       # stamps may be missing or out of order: decode all, sort the stamps
-        self.trouble = None     # (stamp of the first packet, missing, damaged) of the last attempt
+        self.sort = False       # pts may be missing or out of order: decode all, sort the pts
+        self.trouble = None     # (pts of the first packet, missing, damaged) of the last attempt
 
     def attempt(self, container):
         """Return what `read` returns, or None if another attempt is needed."""
@@ -457,15 +425,15 @@ class Clip:
         self.video, self.audio = open_streams(container, sound=self.samples > 0)
         self.streams = [stream for stream in (self.video, self.audio) if stream is not None]
         self.tick = float(self.video.time_base)         # s
-        self.first = begin(self.video) / self.tick      # the first stamp that is not hidden
+        self.first = begin(self.video) / self.tick      # the first pts that is not hidden
         self.zero = max(map(begin, self.streams))       # by the container's clock, as what follows
         self.wanted = [self.zero + time for time in self.times]     # times of the wanted pictures
         self.stop = self.wanted[0] + self.samples / RATE            # end of the sound
-        self.convert = Converter(self.video, self.size, self.window)
+        self.convert = converter(self.video, self.size, self.window)
         self.sort = self.sort or kind in UNORDERED and self.video.codec_context.has_b_frames
-        if self.sort or kind == "mpeg":                 # the first stamps after a seek are wrong
+        if self.sort or kind == "mpeg":                 # the first pts after a seek are wrong
             self.early = max(1.0, self.early)
-        self.lead = lead_in(self.audio)
+        self.lead = lead_in(self.audio) if self.audio else 0.0
         self.back = max(self.lead, self.back)
         first = self.wanted[0] - self.early             # decode from a keyframe not after this time
         fresh = first - self.back <= begin(self.video)      # read from the file's first packet on
@@ -480,10 +448,7 @@ class Clip:
         return None
 
     def seek(self, time):
-        """Seek to the last keyframe before `time` by the index. Return whether that was possible.
-
-        Raises ValueError if the file's first picture is no keyframe.
-        """
+        """Seek to the last keyframe before `time`. Return whether that was possible."""
         first = StampCheck(self.video).check(next(demux(self.container, self.video)))
         if re.search("pal8|444", self.video.codec_context.pix_fmt or ""):
             # only the first packet has the palette, or the version of x264, that the decoder needs
@@ -496,11 +461,9 @@ class Clip:
     def collect(self, first, fresh):
         """Collect the packets, `pictures` and `sound`. Return False if the seek came too late.
 
-        The packets of the pictures reach from the last keyframe not after the time `first` to as
-        many pictures behind the last wanted time as the decoder may hold back. Those of the sound
-        reach from `lead` before the first wanted time to the end of the clip. Raises ValueError
-        if the file ends within the clip, and more than 1 s earlier than its header says, or if its
-        stamps do not run on.
+        The pictures reach from the last keyframe not after the time `first` to as many behind the
+        last wanted time as the decoder may hold back, and the sound from `lead` before the first
+        wanted time to the end of the clip.
         """
         video, audio, wanted = self.video, self.audio, self.wanted
         self.pictures, self.sound = pictures, sound = [], []
@@ -513,7 +476,7 @@ class Clip:
             if not packet.size:                 # PyAV ends each stream with an empty packet
                 continue
             stream, tick = packet.stream, checks[packet.stream].tick
-            # No comparison holds for nan, so a packet without a stamp changes none of these times.
+            # No comparison holds for nan, so a packet without a pts changes none of these times.
             time = np.nan if packet.pts is None else packet.pts * tick
             reached[stream] = max(reached[stream], time + (packet.duration or 0) * tick)
             if stream is audio:
@@ -554,10 +517,8 @@ class Clip:
         return packet.is_discard or packet.pts is not None and packet.pts < self.first - 0.5
 
     def decode(self, fresh):
-        """Decode the packets. Return what `read` returns, or None after preparing another attempt.
-
-        Raises ValueError if no other attempt can help.
-        """
+        """Decode the packets. Return what `read` returns, or None after preparing another attempt,
+        or raise ValueError if none can help."""
         decode_pictures = self.decode_all if self.sort else self.decode_wanted
         start, damaged_sound = self.wanted[0], Damage()
         keys = [p.pts * self.tick for p in self.pictures if p.is_keyframe and p.pts is not None]
@@ -601,15 +562,14 @@ class Clip:
         return None
 
     def decode_wanted(self, pictures, damaged):
-        """Choose the wanted pictures by the stamps of their packets, and decode up to the last one.
+        """Choose the wanted pictures by the pts of their packets, and decode up to the last one.
 
-        Returns a list of arrays (H, W, 3), the set of the stamps that did not come out, and a
-        fault: "key" if the first packet did not come out as a keyframe, "order" if the frames came
-        in another order than their stamps, else "".
+        Returns the arrays, the set of the pts that did not come out, and a fault: "key" if the
+        first packet did not come out as a keyframe, "order" if the pts are out of order, else "".
         """
         context, images, before, fault = self.video.codec_context, {}, -np.inf, "key"
         stamps = sorted({packet.pts for packet in pictures if not self.is_hidden(packet)})
-        # the nearest stamp for each time, the later of two equally near
+        # the nearest for each time, the later of two equally near
         middles = [(a + b) / 2 for a, b in zip(stamps, stamps[1:])]
         chosen = [stamps[bisect_right(middles, time / self.tick)] for time in self.wanted]
         missing = set(chosen)
@@ -632,19 +592,19 @@ class Clip:
             if frame.pts in missing and not frame.is_corrupt:
                 images[frame.pts] = self.convert(frame)
                 missing.discard(frame.pts)
-        return [images.get(stamp) for stamp in chosen], missing, fault
+        return [images.get(pts) for pts in chosen], missing, fault
 
     def decode_all(self, pictures, damaged):
-        """Decode all packets, sort the stamps, and choose among the pictures that come out.
+        """Decode all packets, and choose among the pictures that come out.
 
-        Returns a list of arrays, an empty set as no stamp is known in advance, and a fault: "late"
-        if the first picture comes after the first wanted time, else "".
+        Returns the same, but no pts is known in advance, and the fault is "late" if the first
+        picture comes after the first wanted time, else "".
         """
         wanted, images, start = self.wanted, [], np.inf
         before, shown, image = None, np.inf, None       # the frame before, its time, its array
         frames = in_order(self.video, [*pictures, None], damaged)
-        for stamp, frame in chain(frames, [(np.inf, None)]):    # the last frame is shown for ever
-            time = stamp * self.tick
+        for pts, frame in chain(frames, [(np.inf, None)]):      # the last frame is shown for ever
+            time = pts * self.tick
             start = min(start, time)
             while before and len(images) < len(wanted) and wanted[len(images)] < (shown + time) / 2:
                 if image is None:
@@ -658,43 +618,35 @@ class Clip:
 
 
 def lead_in(audio):
-    """Return how many s earlier than wanted a decoder of sound must begin, 0 without sound."""
-    if audio is None:
-        return 0.0
+    """Return how many s earlier than wanted a decoder of sound must begin."""
     context = audio.codec_context
     quick = QUICK.fullmatch(context.name) and "HE" not in (context.profile or "")
     return 0.2 if quick else 1.0
 
 
-class Converter:
-    """Turns frames into arrays (H, W, 3) uint8 of a window as a player shows it. See `read`."""
-
-    def __init__(self, video, size, window):
-        self.size, self.window, self.cut = size, window, Cutter(video, self.view)
-
-    def view(self, W, H):
-        """See Cutter."""
-        box = self.window(W, H) if self.window else (0, 0, W, H)
-        if not isinstance(self.size, int):
-            return box, self.size[::-1]
-        scale = self.size / min(box[2:])
+def converter(video, size=160, window=None):
+    """Return a function from a frame to an array (H, W, 3) uint8. size, window: see `read`."""
+    def view(W, H):
+        box = window(W, H) if window else (0, 0, W, H)
+        if not isinstance(size, int):
+            return box, size[::-1]
+        scale = size / min(box[2:])
         return box, tuple(round(side * scale) for side in box[2:])
 
-    def __call__(self, frame):
-        small = self.cut(frame, "gbrp")                 # FFmpeg is faster so than with rgb24
-        return upright(small.to_ndarray(), self.cut.matrix)
+    cut = Cutter(video, view)
+    # FFmpeg is faster with gbrp than with rgb24.
+    return lambda frame: upright(cut(frame, "gbrp").to_ndarray(), cut.matrix)
 
 
 def place_sound(audio, packets, damaged):
-    """Decode packets, and yield (place, samples): the pieces of the sound in the file's order.
+    """Decode packets, and yield (place, samples (n,) float32): the pieces of the sound, see `mono`.
 
-    place: when the piece begins, in samples at 24 kHz on the container's clock. samples: (n,)
-    float32. The first stamp places the pieces before it too. In asf, where a stamp may be off by a
-    frame, the median of all stamps does. Raises ValueError without any stamp.
+    place: when the piece begins, in samples at 24 kHz on the container's clock. The first pts
+    places the pieces before it too. In asf, where a pts may be off by a frame, the median of all
+    does. Raises ValueError without any.
     """
-    resample, rough, head = MonoResampler(), audio.container.format.name == "asf", []
-    frames = chain(decode(audio, packets, damaged), [None])
-    pieces = (piece for frame in frames for piece in resample(frame))
+    rough, head = audio.container.format.name == "asf", []
+    pieces = mono(decode(audio, packets, damaged))
     for piece in pieces:
         head.append(piece)
         if piece.pts is not None and not rough:

@@ -8,10 +8,8 @@ from support.processes import rank
 
 
 def results_path(checkpoint):
-    """The retrieval.json beside a checkpoint.pt, or retrieval-<name>.json for other names.
-
-    The results of "none" and "torchvision", which are no files, lie in runs/.
-    """
+    """The retrieval.json beside a checkpoint.pt, or retrieval-<name>.json for other names. Those of
+    "none" and "torchvision", which are no files, lie in runs/."""
     named = checkpoint in ("none", "torchvision")
     path = Path("runs", checkpoint) if named else Path(checkpoint)
     name = path.stem.removeprefix("checkpoint").removeprefix("-")
@@ -28,7 +26,7 @@ def check_size(n, split, left_out, least):
 
 
 def write_table(head, clips, measures, lines, n):
-    """Print the table, and write it to retrieval.json after `head`. Only process 0 does.
+    """Process 0 prints the table, and writes it to retrieval.json after `head`.
 
     head: what was measured, a dict. clips, measures: words for the title. lines: [(level, way,
     {column: share of the n queries})]. Those of chance have no standard error.

@@ -6,8 +6,6 @@ In a film the picture tells its number, and the sound tells its pitch.
 import io
 import json
 import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import re
 import runpy
@@ -19,10 +17,10 @@ import sys
 import tempfile
 import textwrap
 import time
-from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 from fractions import Fraction
 from importlib import import_module
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 os.environ["OMP_WAIT_POLICY"] = "passive"       # many processes share the cores: none may spin
@@ -38,7 +36,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-from experiments import frames                  # noqa: E402
 from experiments.frames import barcode          # noqa: E402
 from prepare import scan                        # noqa: E402
 from support import processes                   # noqa: E402
@@ -58,33 +55,31 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def server():
-    """A server that has imported torch and its like forks the processes of a Job, which saves each
-    of them 4 s. It imports while the first tests run."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "torchvision", "torchaudio", "av",
-                                            "pytest"])
-    multiprocessing.forkserver.ensure_running()
+    """A server that has imported torch forks the processes of a Job, which saves each of them 4 s.
+    It imports while the first tests run."""
+    forkserver.set_forkserver_preload(["torch._dynamo", "torchvision", "torchaudio", "av",
+                                       "pytest"])
+    forkserver.ensure_running()
 
 
 class Job:
     """A script (a file, or the name of a module) in processes with torchrun's environment.
 
-    Each process leads a process group. method: how it starts its loading processes (the default of
-    Python). core: the only one that the processes may use (all).
+    Each process leads a process group. method: how it starts its loading processes. core: the only
+    one that the processes may use.
     """
 
     def __init__(self, script, *args, processes=1, cwd=ROOT, method=None, core=None):
         script = ROOT / script if str(script).endswith(".py") else script
-        words, environment = [str(word) for word in (script, *args)], dict(os.environ)
         self.files = [tempfile.NamedTemporaryFile("r") for _ in ("stdout", "stderr")]
-        names, self.workers = [file.name for file in self.files], []
-        if processes > 1:
-            environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
-                            "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "localhost",
-                            "MASTER_PORT": str(free_port())}
+        self.workers, number, port = [], str(processes), str(free_port())
         for rank in map(str, range(processes)):
-            own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number,
+                     "LOCAL_WORLD_SIZE": number, "GROUP_WORLD_SIZE": "1",
+                     "MASTER_ADDR": "localhost", "MASTER_PORT": port} if processes > 1 else {}
             self.workers.append(multiprocessing.get_context("forkserver").Process(
-                target=work, args=(words, environment | own, str(cwd), names, method, core)))
+                target=work, args=([str(word) for word in (script, *args)], os.environ | group,
+                                   cwd, [file.name for file in self.files], method, core)))
             self.workers[-1].start()
         self.pid = self.workers[0].pid
 
@@ -114,7 +109,7 @@ def work(words, environment, cwd, outputs, method, core):
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(method, force=True)    # for the loading processes
-    multiprocessing.resource_tracker._resource_tracker.__init__()       # one of its own, as there
+    resource_tracker._resource_tracker.__init__()           # one of its own, as there
     for number, name in enumerate(outputs, 1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
     for stream in (sys.stdout, sys.stderr):     # the lines of several processes stay whole
@@ -153,15 +148,24 @@ def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT, fresh=Fa
     One process is this one, which is faster, unless it is to be a fresh one.
     """
     if processes == 1 and not fresh:
-        text, errors = io.StringIO(), io.StringIO()
-        with redirect_stdout(text), redirect_stderr(errors):
-            status = run_here(import_module(script.removesuffix(".py")), *args)
-        text, errors = text.getvalue(), errors.getvalue()
+        module = import_module(script.removesuffix(".py"))
+        status, text, errors = captured(lambda: run_here(module, *args))
     else:
         job = Job(script, *args, processes=processes, cwd=cwd)
         status, (text, errors) = job.wait(), job.printed()
     assert not check or status == 0, errors
     return subprocess.CompletedProcess(args, status, text, errors)
+
+
+def captured(job):
+    """Call job() in this process. Returns (exit status, stdout, stderr)."""
+    text, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(text), redirect_stderr(errors):
+        try:
+            status = job() or 0
+        except SystemExit as stop:
+            status = stop.code
+    return status, text.getvalue(), errors.getvalue()
 
 
 def run_here(script, *args):
@@ -210,86 +214,65 @@ def process_group():
         processes.start()
 
 
-def read_barcode(video):
-    """(..., H, W, 3) uint8 -> (...) the numbers, a tensor."""
-    return torch.as_tensor(frames.read_barcode(video))
+def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, codec="libx264",
+               audio_codec="aac", rate=44100, layout="mono", gop=12, options={}, settings={},
+               start=0.0, time_base=None, ticks=None, turned=None, gray=None, image=None, wave=None,
+               pieces=None, sound_seconds=None, bit_rate=None, muxer={}):
+    """Write one film, and return its path. Each picture shows its number as a barcode, and the
+    sound is a tone in Hz. With tone=None there is no sound.
 
-
-# What make_video does unless its keyword arguments say otherwise.
-FILM = dict(
-    codec="libx264", audio_codec="aac", rate=44100, layout="mono",
-    gop=12,                 # pictures from one keyframe to the next
-    options={},             # of the video codec
-    settings={},            # attributes of the video encoder and of `image`
-    start=0.0,              # the first time stamp, s
-    time_base=None,         # unit of the time stamps of the pictures, s (1/fps)
-    ticks=None,             # time stamps of the pictures, in this unit
-    turned=None,            # (degrees counter-clockwise, horizontal flip, vertical flip)
-    gray=None,              # gray(t): one gray value at time t (s) in place of the barcode
-    image=None,             # a frame that all pictures show in place of the barcode
-    wave=None,              # wave(t): samples (L,) or (channels, L) in place of the tone
-    pieces=None,            # [(beginning in s, samples)] in place of the tone
-    sound_seconds=None,     # length of the sound, if the pictures have another
-    bit_rate=None,          # of the sound, bits per s
-    muxer={})               # options of the container
-
-
-def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, **film):
-    """Write one file. Each picture shows its number as a barcode, and the sound is a tone in Hz.
-
-    tone=None: the file has no sound. film: see FILM.
+    gop: pictures from one keyframe to the next. options: of the video codec. settings: attributes
+    of the video encoder and of `image`. start: the first time stamp, s. ticks, time_base: the time
+    stamps of the pictures and their unit (1/fps s). turned: (degrees counter-clockwise, horizontal
+    flip, vertical flip). gray(t), image: one gray value at time t (s), or a frame, in place of the
+    barcode. wave(t), pieces: samples (L,) or (channels, L), or [(beginning in s, samples)], in
+    place of the tone. sound_seconds: if it has another length than the pictures. bit_rate: of the
+    sound, bits per s. muxer: options of the container.
     """
-    assert film.keys() <= FILM.keys()
-    film = Namespace(**FILM | film)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rate = Fraction(fps).limit_denominator(1001)
-    unit = film.time_base or 1 / rate
-    width, height = (film.image.width, film.image.height) if film.image else size
-    pixels = film.image.format.name if film.image else "yuv420p"
-    options = {"libx264": {"g": str(film.gop), "crf": "5"},
-               "libvpx": {"deadline": "realtime", "cpu-used": "8"}}.get(film.codec, {})
-    with av.open(str(path), "w", options=film.muxer) as out:
-        video = out.add_stream(film.codec, rate=rate, width=width, height=height, pix_fmt=pixels,
-                               options=options | film.options, bit_rate=2_000_000, time_base=unit)
-        if film.turned:
-            video.set_display_rotation(*film.turned)
-        audio = None
+    frame_rate = Fraction(fps).limit_denominator(1001)
+    unit = time_base or 1 / frame_rate
+    width, height = (image.width, image.height) if image else size
+    pixels = image.format.name if image else "yuv420p"
+    defaults = {"libx264": {"g": str(gop), "crf": "5"},
+                "libvpx": {"deadline": "realtime", "cpu-used": "8"}}.get(codec, {})
+    with av.open(str(path), "w", options=muxer) as out:
+        video = out.add_stream(codec, rate=frame_rate, width=width, height=height, pix_fmt=pixels,
+                               options=defaults | options, bit_rate=2_000_000, time_base=unit)
+        if turned:
+            video.set_display_rotation(*turned)
         if tone is not None:
-            audio = out.add_stream(film.audio_codec, rate=film.rate, layout=film.layout)
-            if film.bit_rate:
-                audio.bit_rate = film.bit_rate
-        for name, value in film.settings.items():
-            for owner in (video.codec_context, film.image):
+            audio = out.add_stream(audio_codec, rate=rate, layout=layout)
+            if bit_rate:
+                audio.bit_rate = bit_rate
+        for name, value in settings.items():
+            for owner in (video.codec_context, image):
                 if hasattr(owner, name):
                     setattr(owner, name, value)
-        for n, tick in enumerate(film.ticks or range(round(seconds * fps))):
-            image = barcode(n, size)
-            if film.gray:
-                image = np.full((size[1], size[0], 3), film.gray(n / fps), np.uint8)
-            frame = film.image or av.VideoFrame.from_ndarray(image, "rgb24")
-            frame.pts, frame.time_base = tick + round(film.start / unit), unit
+        for n, tick in enumerate(ticks or range(round(seconds * fps))):
+            picture = barcode(n, size)
+            if gray:
+                picture = np.full((size[1], size[0], 3), gray(n / fps), np.uint8)
+            frame = image or av.VideoFrame.from_ndarray(picture, "rgb24")
+            frame.pts, frame.time_base = tick + round(start / unit), unit
             out.mux(video.encode(frame))
         out.mux(video.encode(None))
-        if audio is not None:
-            t = np.arange(round((film.sound_seconds or seconds) * film.rate)) / film.rate
-            sound = film.wave(t) if film.wave else 0.5 * np.sin(2 * np.pi * tone * t)
-            write_sound(out, audio, film.pieces or [(film.start, sound)], film)
+        if tone is None:
+            return path
+        t = np.arange(round((sound_seconds or seconds) * rate)) / rate
+        sound = wave(t) if wave else 0.5 * np.sin(2 * np.pi * tone * t)
+        # The resampler gives the sample format that the encoder takes.
+        resampler = av.AudioResampler(audio.format.name, layout, rate)
+        for beginning, sound in pieces or [(start, sound)]:
+            many = av.AudioLayout(layout).nb_channels
+            waves = np.broadcast_to(sound.astype(np.float32), (many, sound.shape[-1]))
+            frame = av.AudioFrame.from_ndarray(waves.T.reshape(1, -1), "flt", layout)
+            frame.sample_rate, frame.time_base = rate, Fraction(1, rate)
+            frame.pts = round(beginning * rate)
+            for piece in resampler.resample(frame):
+                out.mux(audio.encode(piece))
+        out.mux(audio.encode(None))
     return path
-
-
-def write_sound(out, audio, pieces, film):
-    """Encode pieces of sound, (L,) for all channels or (channels, L), into a stream."""
-    channels = av.AudioLayout(film.layout).nb_channels
-    # The resampler gives the sample format that the encoder takes.
-    resampler = av.AudioResampler(audio.format.name, film.layout, film.rate)
-    for start, sound in pieces:
-        waves = np.broadcast_to(sound.astype(np.float32), (channels, sound.shape[-1]))
-        frame = av.AudioFrame.from_ndarray(waves.T.reshape(1, -1), "flt", film.layout)
-        frame.sample_rate, frame.time_base = film.rate, Fraction(1, film.rate)
-        frame.pts = round(start * film.rate)
-        for piece in resampler.resample(frame):
-            out.mux(audio.encode(piece))
-    out.mux(audio.encode(None))
 
 
 def remux(source, target, tracks=("video", "audio"), change=None, title="", has_cover=False):
@@ -416,13 +399,9 @@ def by_name(rows, *columns):
 
 def command(module, *args):
     """Run the main of a module in this process. Returns (exit status, stdout, stderr)."""
-    text, errors, status = io.StringIO(), io.StringIO(), 0
-    with redirect_stdout(text), redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__name__, *map(str, args)])
-        try:
-            module.main()
-        except SystemExit as stop:
-            status = stop.code
+        status, text, errors = captured(module.main)
     if isinstance(status, str):                 # Python prints it and ends with 1
-        return 1, text.getvalue(), f"{errors.getvalue()}{status}\n"
-    return status, text.getvalue(), errors.getvalue()
+        return 1, text, f"{errors}{status}\n"
+    return status, text, errors

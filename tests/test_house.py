@@ -3,7 +3,6 @@
 import ast
 import re
 
-import pytest
 from conftest import ROOT
 
 STAGES = {"pretrain", "finetune", "retrieval"}
@@ -33,18 +32,10 @@ def test_a_top_level_file_is_a_section_of_the_paper():
         assert not imports(path) & (STAGES | {"data", "experiments"}), path
 
 
-def test_the_citation_names_the_paper():
-    text = (ROOT / "CITATION.cff").read_text()
-    assert "cff-version: 1.2.0" in text and "arXiv:2309.13942" in text
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_lines_are_short(path):
-    assert [line for line in path.read_text().splitlines() if len(line) > 100] == []
-
-
-@pytest.mark.parametrize("path", sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")]),
-                         ids=lambda path: path.name)
-def test_lines_of_the_documents_are_short(path):
-    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
-    assert [line for line in text.splitlines() if len(line) > 100 and line[0] not in "|#"] == []
+def test_lines_are_short():
+    for path in [*SOURCES, ROOT / "README.md", *ROOT.glob("docs/*.md")]:
+        text, free = path.read_text(), ""
+        if path.suffix == ".md":                # tables, headings and code may be wider
+            text, free = re.sub(r"```.*?```", "", text, flags=re.DOTALL), "|#"
+        long = [line for line in text.splitlines() if len(line) > 100 and line[0] not in free]
+        assert not long, (path, long)

@@ -4,7 +4,7 @@ Most films here show the number of each frame as a barcode. `experiments/frames.
 50 kinds of films; the other tests make still pictures, and odd and damaged files.
 """
 
-import os
+import itertools
 import re
 import struct
 from contextlib import suppress
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import make_video, peak_hz, remux
 
-from data import AudioVisualClips, read_manifest
+from data import read_manifest
 from experiments import frames
 from prepare import scan, transcode
 from support.reading import (EXACT, RATE, Damage, begin, lead_in, open_file, open_streams, padded,
@@ -55,12 +55,8 @@ def all_right(path, times, numbers, begins):
 @pytest.mark.parametrize("film", frames.FILMS, ids=lambda film: film.name)
 def test_matrix(film, tmp_path):
     """The film and its transcoded copy pass --verify. All 240 frames and all beeps are right."""
-    priority = os.sched_getscheduler(0), os.sched_getparam(0)
     path = frames.make(film, tmp_path)
-    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == priority
     times, numbers, begins = frames.truth(path)
-    count = len(film.ticks or range(round(frames.SECONDS * film.fps)))
-    assert numbers.tolist() == list(range(count))
     row = usable(path)
     assert row["has_audio"] == int(film.sound is not None)
     assert abs(row["video_duration"] + begins[0] - times[-1]) < 0.25
@@ -70,8 +66,7 @@ def test_matrix(film, tmp_path):
         all_right(source, times, numbers, begins)
     if film.sound is None:
         return
-    # The film beeps at 0.5 s, 1.5 s and so on by its own clock, which shows `zero` at the reader's
-    # time 0. The whole film is read from its beginning, without a seek.
+    # The film beeps at 0.5 s, 1.5 s and so on by its own clock, which shows `zero` at time 0.
     length = times[-1] - max(begins)
     zero = max(begins) - times[0] + (film.ticks or [0])[0] / film.fps
     whole = beeps_of(path, 0, length) + zero
@@ -149,9 +144,8 @@ def check_quarters(path, colours, tolerance, short_sides=(20, 33, 47, 48, 51, 96
 
 
 @pytest.mark.parametrize("pixels,matrix,full", [
-    ("yuv420p", 5, False), ("yuv420p", 1, False), ("yuv420p", 9, False), ("yuv420p", 1, True),
-    ("yuv422p", 5, False), ("yuv444p", 1, False), ("yuv410p", 5, False), ("yuv420p10le", 1, False),
-    ("yuv422p10le", 9, False), ("gray", 5, False), ("gray", 5, True), ("gray10le", 5, False)])
+    ("yuv420p", 5, False), ("yuv420p", 9, False), ("yuv420p", 1, True), ("yuv444p", 1, False),
+    ("yuv410p", 5, False), ("yuv422p10le", 9, False), ("gray", 5, True), ("gray10le", 5, False)])
 @pytest.mark.parametrize("size", [(160, 96), (75, 51)])
 def test_colours(tmp_path, pixels, matrix, full, size):
     """Four colours come out at even and odd sizes, the file's own and larger ones."""
@@ -202,26 +196,18 @@ def test_turned_pictures(tmp_path, exif, turned, corners):
         check_quarters(path, colours, 10, (48, 64), aspect if exif < 5 else 1 / aspect)
 
 
-def texture(height, width, period):
-    """Return a frame of smooth waves in all directions."""
-    y, x, n = np.ogrid[:height, :width, :3]
-    wave = np.sin(2 * np.pi * x / period + n) + np.sin(2 * np.pi * (x + 2 * y) / period / 2)
-    return frame_of((128 + np.array((30, 15, 15)) * wave).round())
-
-
-@pytest.mark.parametrize("degrees", [0, 90, 180, -90])
+@pytest.mark.parametrize("degrees", [0, 90])
 def test_a_window_is_cut_from_the_picture(tmp_path, degrees):
     """A window shows what is cut out of the whole picture, which is that of FFmpeg's conversion.
-
-    FFmpeg knows where the chroma lies. The edges of a window are rounded to whole samples of
-    chroma, which are 2 pixels of the file here.
-    """
-    path = still(tmp_path / "a.mp4", texture(96, 144, 48), "libx264",
-                 turned=(degrees, False, False))
+    Its edges are rounded to whole samples of chroma, which are 2 pixels of the file here."""
+    y, x, n = np.ogrid[:96, :144, :3]
+    wave = np.sin(2 * np.pi * x / 48 + n) + np.sin(2 * np.pi * (x + 2 * y) / 96)
+    texture = frame_of((128 + np.array((30, 15, 15)) * wave).round())
+    path = still(tmp_path / "a.mp4", texture, "libx264", turned=(degrees, False, False))
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0))
     rng = np.random.default_rng(0)
-    for scale in (Fraction(1, 2), Fraction(2, 3), Fraction(1), Fraction(3, 2)):
+    for scale in (Fraction(1, 2), Fraction(1), Fraction(3, 2)):
         size = int(144 * scale), int(96 * scale)
         whole = frame.reformat(*size, "rgb24", interpolation=EXACT).to_ndarray().astype(int)
         whole = np.rot90(whole, degrees // 90)
@@ -250,9 +236,8 @@ def joined(path, codec="libx264", sound="aac", seconds=3, start=3.0, first={}, *
     return path
 
 
-@pytest.mark.parametrize("second", [
-    {"rate": 32000, "layout": "stereo"}, {"rate": 44100, "layout": "stereo"}, {"rate": 44100},
-    {"size": (144, 108)}])
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [{"rate": 32000, "layout": "stereo"}, {"size": (144, 108)}])
 def test_the_format_may_change(tmp_path, second):
     path = joined(tmp_path / "a.ts", seconds=2, start=2, first={"tone": 600}, tone=600, **second)
     row = usable(path)
@@ -287,9 +272,9 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
 
 
-def without_keyframe(path, codec, sound):
+def without_keyframe(path):
     """Write a film of 6 s without its first 5 pictures."""
-    make_video(path, 6, 25, codec=codec, audio_codec=sound, rate=48000)
+    make_video(path, 6, 25, rate=48000)
     path.write_bytes(path.read_bytes()[packets_of(path)[5][0] // 188 * 188:])
 
 
@@ -304,14 +289,12 @@ def in_two_parts(path):
 
 JOINED = "time stamps go from .* to .* as in joined recordings"
 DAMAGED = r"damaged frames \(first at {0}|damaged at {0}"
-MPEG2 = {"codec": "mpeg2video", "sound": "mp2"}
 
 
 @pytest.mark.parametrize("name,make,words,fine,bad", [
     # Pictures that do not decode spoil the others up to the next keyframe.
     ("a.mp4", partial(damaged, first=40, last=45), DAMAGED.format(r"1\."), (0.2, 2, 3.3),
      (1.4, 1.7)),
-    ("a.mp4", partial(damaged, first=2, last=2), DAMAGED.format(r"0\."), (1.2, 4), (0,)),
     ("a.mp4", partial(damaged, first=3, last=3, kind="audio"), "sound.*damaged|damaged at 0", (1,),
      (0,)),
     ("a.mp4", partial(damaged, first=60, last=60, kind="audio"), "sound.*damaged|damaged at 1",
@@ -319,13 +302,12 @@ MPEG2 = {"codec": "mpeg2video", "sound": "mp2"}
     ("a.mp4", cut, "ends? at|too early", (1,), (4,)),
     ("a.mkv", cut, "ends? at|too early", (1,), (4,)),
     # The stamps begin anew or jump where two files were joined.
-    *[("a.ts", partial(joined, start=start), JOINED, (0, 1), ()) for start in (0, 2, 1000)],
-    *[("a.mpg", partial(joined, start=start, **MPEG2), JOINED, (0, 1), ()) for start in (0, 1000)],
-    *[("a.mkv", partial(joined, start=start), JOINED, (0, 1), ()) for start in (0, 2)],
+    ("a.ts", partial(joined, start=0), JOINED, (0, 1), ()),
+    ("a.ts", partial(joined, start=1000), JOINED, (0, 1), (2.7,)),
+    ("a.mpg", partial(joined, codec="mpeg2video", sound="mp2", start=0), JOINED, (0, 1), ()),
+    ("a.mkv", partial(joined, start=2), JOINED, (0, 1), (2.7,)),
     ("a.ts", partial(joined, size=(54, 72)), "its pictures change their shape", (0.4,), (2.9,)),
-    ("a.ts", partial(without_keyframe, codec="libx264", sound="aac"), "begin without a keyframe",
-     (), (0, 1, 3)),
-    ("a.ts", partial(without_keyframe, **MPEG2), "begin without a keyframe", (), (0, 1, 3)),
+    ("a.ts", without_keyframe, "begin without a keyframe", (), (0, 1, 3)),
     ("a.mp4", in_two_parts, "edit list has several parts", (), (0, 1)),
     ("a.h264", lambda path: make_video(path, 2, 25, tone=None), "no time stamps", (), (0,))])
 def test_refused(tmp_path, name, make, words, fine, bad):
@@ -341,10 +323,10 @@ def test_refused(tmp_path, name, make, words, fine, bad):
     has_sound, of_sound = path.suffix != ".h264", "sound" in words
     with pytest.raises(ValueError, match=words):
         with_copy(path, sound=has_sound)
-    if words == JOINED or "edit" in words:
+    if words == JOINED:
         with pytest.raises(ValueError, match=words):
             read_sound(path)
-        for t0 in np.arange(0, 3, 0.3):
+        for t0 in (1.8, 2.7):
             with suppress(ValueError):                    # what comes out is of one part
                 assert (np.diff(shown(path, t0 + np.arange(12) / 25, sound=True)) >= 0).all()
     for t0 in fine:
@@ -359,9 +341,8 @@ def test_refused(tmp_path, name, make, words, fine, bad):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix,codec,sound", [
-    ("ts", "libx264", "aac"), ("ts", "mpeg2video", "mp2"), ("mpg", "mpeg2video", "mp2"),
-    ("flv", "libx264", "aac"), ("avi", "mpeg4", "libmp3lame"), ("avi", "libvpx", "pcm_s16le"),
-    ("asf", "wmv2", "libmp3lame"), ("mp4", "libx264", None), ("mp4", "libvpx-vp9", None)])
+    ("ts", "libx264", "aac"), ("mpg", "mpeg2video", "mp2"), ("flv", "libx264", "aac"),
+    ("avi", "mpeg4", "libmp3lame"), ("asf", "wmv2", "libmp3lame"), ("mp4", "libvpx-vp9", None)])
 def test_files_that_end_within_a_packet(tmp_path, suffix, codec, sound):
     """Recordings end anywhere. The last whole picture is the end of the film and of its copy."""
     path = tmp_path / f"a.{suffix}"
@@ -369,19 +350,18 @@ def test_files_that_end_within_a_packet(tmp_path, suffix, codec, sound):
     make_video(path, 4, 25, codec=codec, audio_codec=sound, rate=48000, tone=sound and 400,
                muxer=fragments if suffix == "mp4" else {})
     data, whole, (_, _, begins) = path.read_bytes(), pictures_of(path), frames.truth(path)
-    late = [(size, pos) for pos, size in packets_of(path) if 0.6 < pos / len(data) < 0.9]
-    for size, pos in sorted(late)[-3:]:
-        length = pos + size * 2 // 3
-        path.write_bytes(data[:length // 188 * 188 if suffix == "ts" else length])
-        pictures = pictures_of(path)
-        times = np.array([t for t, image in sorted(pictures.items()) if (image == whole[t]).all()])
-        numbers = np.array([frames.read_barcode(whole[t]) for t in times])
-        assert len(times) >= len(pictures) - 1
-        for source in with_copy(path, sound=sound is not None):
-            usable(source)
-            all_right(source, times, numbers, begins)
-        last = times[-1] - begins[0] - 0.2
-        assert shown(path, last + np.arange(12) / 25)[-1] == numbers[-1]
+    size, pos = max((size, pos) for pos, size in packets_of(path) if 0.6 < pos / len(data) < 0.9)
+    length = pos + size * 2 // 3
+    path.write_bytes(data[:length // 188 * 188 if suffix == "ts" else length])
+    pictures = pictures_of(path)
+    times = np.array([t for t, image in sorted(pictures.items()) if (image == whole[t]).all()])
+    numbers = np.array([frames.read_barcode(whole[t]) for t in times])
+    assert len(times) >= len(pictures) - 1
+    for source in with_copy(path, sound=sound is not None):
+        usable(source)
+        all_right(source, times, numbers, begins)
+    last = times[-1] - begins[0] - 0.2
+    assert shown(path, last + np.arange(12) / 25)[-1] == numbers[-1]
 
 
 def pictures_of(path):
@@ -396,19 +376,15 @@ def pictures_of(path):
 
 
 def test_wmv3_packets_may_lack_a_last_zero_byte(tmp_path):
-    """A zero byte is put behind each packet for the decoder. Nothing else may change."""
-    with av.open(str(make_video(tmp_path / "a.mkv", 2, 25, codec="mpeg4"))) as container:
-        for packet in container.demux(video=0):
-            if packet.size:
-                longer = padded(packet)
-                assert bytes(longer) == bytes(packet) + b"\0"
-                for name in ("pts", "dts", "duration", "time_base", "is_keyframe", "stream_index"):
-                    assert getattr(longer, name) == getattr(packet, name), name
+    with av.open(str(make_video(tmp_path / "a.mkv", 1, 25))) as container:
+        packet = next(container.demux(video=0))
+        longer = padded(packet)
+        assert bytes(longer) == bytes(packet) + b"\0"
+        for name in ("pts", "dts", "duration", "time_base", "is_keyframe", "stream_index"):
+            assert getattr(longer, name) == getattr(packet, name), name
 
 
-@pytest.mark.parametrize("name", [
-    "take-12:30.mp4", "pipe:1.mp4", "file:a.mp4", "http:a.mp4", "concat:a|b.mp4", "-i.mp4",
-    "%d.mp4", "a?b#c.mp4"])
+@pytest.mark.parametrize("name", ["take-12:30.mp4", "concat:a|b.mp4", "-i.mp4", "%d.mp4"])
 def test_a_name_is_no_address(tmp_path, monkeypatch, name):
     """FFmpeg takes what stands before a colon for a protocol. All functions read such a file."""
     monkeypatch.chdir(tmp_path)
@@ -421,17 +397,9 @@ def test_a_name_is_no_address(tmp_path, monkeypatch, name):
 
 # ---- where pictures and sound begin and end
 
-def test_a_slide_is_shown_until_the_next_one(tmp_path):
-    ticks = [0, 50, 100, 150, *range(200, 256)]           # each of the first four frames lasts 5 s
-    path = make_video(tmp_path / "a.mp4", 6, 10, tone=300, ticks=ticks)
-    assert abs(usable(path)["video_duration"] - 25.6) < 0.01
-    assert shown(path, [0, 2.4, 2.6, 7.6, 12.4, 19.9, 21]).tolist() == [0, 0, 1, 2, 2, 4, 14]
-
-
 @pytest.mark.parametrize("suffix,codec,sound,seconds", [
     ("mp4", "libx264", "aac", 2), ("mkv", "libx264", "aac", 2), ("flv", "libx264", "aac", 2),
-    ("ts", "libx264", "aac", 2), ("avi", "mpeg4", "libmp3lame", 2), ("flv", "flv", "libmp3lame", 2),
-    ("webm", "libvpx", "libopus", 2), ("wmv", "wmv2", "wmav2", 2), ("mkv", "libx264", "aac", 4),
+    ("ts", "libx264", "aac", 2), ("avi", "mpeg4", "libmp3lame", 2), ("wmv", "wmv2", "wmav2", 2),
     ("webm", "libvpx", "libopus", 4)])
 def test_each_track_has_a_length_of_its_own(tmp_path, suffix, codec, sound, seconds):
     """Pictures of 4 s have 2 s in common with sound of 2 s. Some containers do not tell lengths;
@@ -448,37 +416,27 @@ def test_each_track_has_a_length_of_its_own(tmp_path, suffix, codec, sound, seco
     assert not live or shown(path, [2.0, 2.04, 3.0], sound=True).tolist() == [50, 51, 75]
 
 
-@pytest.mark.parametrize("cut", [0.213, 0.52, 1.733])
-@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+@pytest.mark.parametrize("codec,cut", [("libx264", 0.213), ("libx264", 1.733), ("mpeg4", 0.52)])
 def test_a_cut_without_encoding_keeps_sight_and_sound_together(tmp_path, codec, cut):
     """The edit list of an mp4 hides what comes before time 0, here of pictures between two
-    keyframes. Of one film the picture turns white when the sound begins, at 2 s."""
-    film = dict(codec=codec, gop=25, start=-cut, time_base=Fraction(1, 1000),
-                ticks=list(range(0, 5000, 40)))
-    path = make_video(tmp_path / "numbers.mp4", 5, 25, tone=None, **film)
-    for t0 in (0, 0.61, 2.91):
-        expected = np.maximum(np.round(25 * (t0 + cut) + np.arange(5)), np.ceil(25 * cut))
-        assert shown(path, t0 + np.arange(5) / 25).tolist() == expected.tolist()
-    path = make_video(tmp_path / "a.mp4", 5, 25, gray=lambda t: 235 * (t >= 2),
-                      wave=lambda t: 0.5 * np.sin(2 * np.pi * 1000 * t) * (t >= 2), **film)
+    keyframes. The sound begins at 2 s of the whole film."""
+    path = make_video(tmp_path / "a.mp4", 5, 25, codec=codec, gop=25, start=-cut,
+                      time_base=Fraction(1, 1000), ticks=list(range(0, 5000, 40)),
+                      wave=lambda t: 0.5 * np.sin(2 * np.pi * 1000 * t) * (t >= 2))
     assert abs(usable(path)["duration"] - (5 - cut)) < 0.06
-    times = np.arange(0.1, 2, 0.002)
     for source in with_copy(path):
-        for samples in (0, 2 * RATE):
-            images, wave = read(source, times, samples, SIDE)
-            turns = times[np.argmax([image.mean() > 120 for image in images])]
-            # The nearest picture turns white half a picture before the time stamp of the first one.
-            assert abs(turns + 0.02 - (2 - cut)) < 0.005, (source, samples)
+        for t0, sound in itertools.product((0, 0.61, 2.91), (False, True)):
+            expected = np.maximum(np.round(25 * (t0 + cut) + np.arange(5)), np.ceil(25 * cut))
+            assert shown(source, t0 + np.arange(5) / 25, sound).tolist() == expected.tolist()
+        _, wave = read(source, [0.1], 2 * RATE, SIDE)
         assert abs(0.1 + np.argmax(abs(wave) > 0.2) / RATE - (2 - cut)) < 0.005, source
 
 
 # ---- sound
 
 @pytest.mark.parametrize("suffix,codec,rate,bits,lead", [
-    ("mp4", "libmp3lame", 24000, 8000, 1.0), ("mp4", "libmp3lame", 24000, 64000, 1.0),
-    ("3gp", "libopencore_amrnb", 8000, 4750, 1.0), ("3gp", "libopencore_amrnb", 8000, 12200, 1.0),
-    ("mov", "pcm_s16le", 24000, None, 0.2), ("mp4", "flac", 24000, None, 0.2),
-    ("mov", "alac", 24000, None, 0.2)])
+    ("mp4", "libmp3lame", 24000, 8000, 1.0), ("3gp", "libopencore_amrnb", 8000, 4750, 1.0),
+    ("mov", "pcm_s16le", 24000, None, 0.2), ("mp4", "flac", 24000, None, 0.2)])
 def test_the_sound_of_a_clip_is_that_of_the_whole_decode(tmp_path, suffix, codec, rate, bits, lead):
     path = make_video(tmp_path / f"a.{suffix}", 6, 25, audio_codec=codec, rate=rate, bit_rate=bits,
                       wave=lambda t: np.random.default_rng(0).normal(0, 0.2, len(t)))
@@ -491,19 +449,17 @@ def test_the_sound_of_a_clip_is_that_of_the_whole_decode(tmp_path, suffix, codec
         assert np.sqrt((error ** 2).mean()) < 1e-3 * np.sqrt((wave ** 2).mean()), t0
 
 
-@pytest.mark.parametrize("layout", ["mono", "stereo", "2.1", "quad", "5.1", "7.1"])
+@pytest.mark.parametrize("layout", ["stereo", "5.1"])
 def test_mono_is_the_mean_of_the_channels(tmp_path, layout):
     """Each channel has a tone of its own, which comes out with its share of the loudness."""
     many = av.AudioLayout(layout).nb_channels
     tones = 300 + 200 * np.arange(many)
     path = make_video(tmp_path / "a.mkv", 3, 10, codec="ffv1", audio_codec="pcm_s16le", rate=48000,
                       layout=layout, wave=lambda t: 0.9 * np.sin(2 * np.pi * tones[:, None] * t))
-    path, copy = with_copy(path)
-    for wave, tolerance in ((read_sound(path)[0], 0.002), (read(path, [0.5], 48000)[1], 0.002),
-                            (read(copy, [0.5], 48000)[1], 0.02)):
+    for wave in (read_sound(path)[0], read(path, [0.5], 48000)[1]):
         part = wave[6000:30000]                                             # 1 s
         heard = 2 * abs(np.fft.rfft(part))[tones] / len(part)
-        assert abs(heard * many - 0.9).max() < tolerance * many, (layout, heard)
+        assert abs(heard * many - 0.9).max() < 0.002 * many, heard
 
 
 @pytest.mark.parametrize("suffix,codec,rate", [
@@ -537,6 +493,7 @@ def test_sound_whose_first_frames_have_no_stamp_is_placed_by_the_next(tmp_path):
     assert (wave == other_wave).all()
 
 
+@pytest.mark.slow
 def test_sound_never_decides_about_pictures(tmp_path):
     """All pictures of films are kept whose sound is short, damaged or has no decoder."""
     root = tmp_path / "r" / "c"
@@ -555,6 +512,3 @@ def test_sound_never_decides_about_pictures(tmp_path):
         for row in rows:
             assert abs(row.video_duration - 5) < 0.05
             assert shown(row.path, [4.6, 4.8]).tolist() == [115, 120]
-        sounding = AudioVisualClips(rows, frames=8, fps=16, size=24)
-        assert [Path(row.path).stem for row in sounding.rows] == ["short"]
-        assert set(sounding.left_out.values()) == {notes["no_decoder"], notes["damaged"]}
