@@ -5,10 +5,9 @@
     torchrun --nproc_per_node=8 retrieval.py --data kinetics --checkpoint runs/k400/checkpoint.pt
 
 The sound of each test clip queries the videos of all test clips, and its video queries all sounds,
-at speed 1. Two rules stand side by side, each with its standard error and its chance.
-Instance-level: the clip's own other half is among the top k. Class-level: a clip of the query's
-class is among the top k. (Table 3 lies at the class-level chance for 34 classes.) The script prints
-the table and writes retrieval.json beside the checkpoint.
+at speed 1. Instance-level, the clip's own other half is among the top k. Class-level, a clip of the
+query's class is. (Table 3 lies at the class-level chance for 34 classes.) The script prints the
+table, with standard errors and chance, and writes retrieval.json beside the checkpoint.
 
 Symbols: n clips in the pool, D feature width, B files of a batch, T frames, L samples.
 """
@@ -164,10 +163,9 @@ def find_part(args, split, trained_on):
     out = folder / "retrieval" if args.data else folder     # the built-in set lies beside OUT
     rows, left_out = find_rows(args.data, None if split == "all" else split, out)
     if split != "all" and rows and not any(row.split for row in rows):
-        raise ValueError(f"--data {args.data} has no parts (its split column is empty), so its "
-                         "clips may be those of the training: make parts with python -m "
-                         "prepare.manifest folder ROOT --test-share 0.2 and train anew on the "
-                         "rest, or let sounds and videos search all clips with --split all")
+        raise ValueError(f"--data {args.data} has no parts (its split column is empty): make them "
+                         "by python -m prepare.manifest folder ROOT --test-share 0.2 and train "
+                         "anew, or search all clips, those of the training too, by --split all")
     return rows, left_out
 
 
@@ -178,9 +176,7 @@ def report(args, rows, left_out, videos, results):
     head = {"checkpoint": str(args.checkpoint), "data": args.data, "split": args.split,
             "clips_per_file": args.clips, "feature": args.feature, "pool": n, "classes": classes,
             "left_out": left_out, "videos": videos, "failed": videos - n}
-    searched = f"{n} clips"
-    if classes:
-        searched += f" of {classes} classes"
+    searched = f"{n} clips of {classes} classes" if classes else f"{n} clips"
     if args.split in ("all", "train"):
         head["includes_training_clips"] = True
         searched += ", includes training clips"
