@@ -77,7 +77,7 @@ def cross_affinity(ly_a, ly_v, scope="clip", temperature=1.0, raw=False):
         lam (B, K, K), audio view p by video view q.
     """
     if scope not in ("clip", "view"):
-        raise ValueError(f"scope={scope!r}: choose 'clip' or 'view'")
+        raise ValueError(f"scope={scope!r}: choose 'clip' or 'view', or affinity='none'")
     if not raw:
         ly_a, ly_v = normalize(ly_a, dim=-1), normalize(ly_v, dim=-1)
     c = torch.einsum("ipc,iqc->ipq", ly_a, ly_v) / temperature          # (B, K, K)
@@ -117,11 +117,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
         A scalar: the loss of this process's clips against all videos. The mean of the losses, and
         of the gradients of the weights as DDP takes it, over the processes are those of the global
         batch. float64 stays float64, half precision becomes float32, and autocast is off inside.
-        Raises ValueError if the shapes do not fit.
+        Raises ValueError if an argument does not fit.
     """
-    if affinity not in ("none", "clip", "view"):
-        raise ValueError(f"affinity={affinity!r}: choose 'none', 'clip' or 'view', or call "
-                         "double_sum for lam over all clips")
     needed = (z_a, z_v) if affinity == "none" else (z_a, z_v, ly_a, ly_v)
     z_a, z_v, *ly = check_inputs(needed, eta, affinity_temperature, check)
     if detach_affinity:

@@ -119,13 +119,13 @@ def ranks(query, gallery, labels, chunk=256):
     return torch.cat(instance), torch.cat(classes)
 
 
-def recall_at_k(query, gallery, labels, ks=RANKS):
+def recall_at_k(query, gallery, labels):
     """Share of queries whose answer is in their k nearest: {k: (instance-level, class-level)}."""
     before = torch.stack(ranks(query, gallery, labels))                 # (2, n)
-    return {k: tuple((before < k).double().mean(1).tolist()) for k in ks}
+    return {k: tuple((before < k).double().mean(1).tolist()) for k in RANKS}
 
 
-def chance(labels, ks=RANKS, gallery_labels=None):
+def chance(labels, gallery_labels=None):
     """Recall of random features: {k: (instance-level, class-level)}.
 
     At class level it is 1 - C(n-m, k) / C(n, k) for a query whose class has m of the n clips,
@@ -134,9 +134,9 @@ def chance(labels, ks=RANKS, gallery_labels=None):
     found = labels if gallery_labels is None else gallery_labels
     n = len(found)
     m = torch.bincount(found, minlength=int(labels.max()) + 1)[labels].double()
-    draws = torch.arange(max(ks), device=m.device)                      # neighbours drawn before
+    draws = torch.arange(RANKS[-1], device=m.device)                    # neighbours drawn before
     miss = ((n - m[:, None] - draws).clamp(min=0) / (n - draws)).cumprod(1)     # (queries, max k)
-    return {k: (k / n, 1 - miss[:, k - 1].mean().item()) for k in ks}
+    return {k: (k / n, 1 - miss[:, k - 1].mean().item()) for k in RANKS}
 
 
 def load(args):
