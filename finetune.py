@@ -19,7 +19,6 @@ Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C enc
 import argparse
 import sys
 import zlib
-from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -243,7 +242,7 @@ def predict(args, device):
     """
     path = Path(args.out, "checkpoint.pt")
     state = read_state(path) if path.exists() else {}
-    settings = Namespace(**state.get("settings", {}))
+    settings = argparse.Namespace(**state.get("settings", {}))
     if not hasattr(settings, "classes"):
         raise ValueError(f"--out {args.out} has no checkpoint.pt of a fine-tuning with its class "
                          "names (--linear writes none): with --fold give the folder of one fold, "
@@ -275,7 +274,7 @@ def recognise(args, device):
         return
     folds = {}
     for fold in args.fold or [None]:
-        settings = Namespace(**vars(args) | {"fold": fold})
+        settings = argparse.Namespace(**vars(args) | {"fold": fold})
         if fold:
             settings.data = args.data.replace("{fold}", str(fold))
             settings.out = str(Path(args.out) / f"fold{fold}")
