@@ -167,9 +167,8 @@ def read_csv(path):
 
 def damaged(ucf, tmp_path, chosen):
     """`with_damaged` of fold 2: six training videos, then two of the test."""
-    with open(ucf / "ucf101-2.csv", newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: row["split"] == "test")
-    return with_damaged(rows, tmp_path, chosen)
+    _, rows = scan.read_table(ucf / "ucf101-2.csv")
+    return with_damaged(sorted(rows, key=lambda row: row["split"] == "test"), tmp_path, chosen)
 
 
 @pytest.mark.slow
@@ -271,8 +270,7 @@ def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_bad_input(ucf, tmp_path, capsys):
-    with open(ucf / "ucf101-1.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    _, rows = scan.read_table(ucf / "ucf101-1.csv")
     strange = lambda row: {"label": "Diving"} if row["split"] == "test" else {}
     for name, change in (("strange", strange), ("undivided", lambda row: {"split": ""})):
         scan.write([row | change(row) for row in rows], tmp_path / f"{name}.csv")
