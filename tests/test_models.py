@@ -13,7 +13,7 @@ from support.checkpoints import load_svaclr
 from support.layers import trainable
 
 
-@pytest.mark.parametrize("arch", ["r2plus1d_18", "r3d_18"])
+@pytest.mark.parametrize("arch", [pytest.param("r2plus1d_18", marks=pytest.mark.slow), "r3d_18"])
 def test_torchvision_takes_the_video_encoder(arch):
     theirs = getattr(torchvision.models.video, arch)(weights=None)
     torch.manual_seed(0)

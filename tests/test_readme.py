@@ -42,6 +42,7 @@ def test_first_line_on_the_built_in_set(tmp_path):
     assert len(re.findall(way, table)) == 4
 
 
+@pytest.mark.slow
 def test_snippets_of_the_loss(capsys):
     names = {}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):    # each continues the last
