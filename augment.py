@@ -7,17 +7,11 @@
     fast = speed_up_audio(source, tau_a[1])   # (tau L,) -> (L,): the pitch is tau times as high
     x = LogMel()(fast)                        # (L,) -> (1, M, F)
 
-    window, mirrored = random_crop()          # of one clip, for all its frames (T, H, W, 3)
-    left, top, width, height = map(round, window(W, H))
-    frames = frames[:, top:top + height, left:left + width]     # then resize, and flip(-2)
-
 This file needs torch, torchvision and torchaudio alone. Speed is a sampling rate ("implemented by
 applying different sampling rates", §2.1): a view at speed tau covers tau times the source in the
 same number of frames and samples. Symbols: T frames of a view, H, W pixels, L samples of a view, M
 mel bands, F spectrogram frames, tau a speed from {1, ..., S}.
 """
-
-import functools
 
 import torch
 import torchaudio
@@ -49,22 +43,16 @@ def frame_times(T, fps, tau):
 def speed_up_audio(wave, tau):
     """Squeeze tau times the source into the same length: (..., tau L) -> (..., L).
 
-    The sampling rate stays, so a tone of f Hz comes out at tau f Hz. Frequencies that would pass
-    the Nyquist limit are removed first by a windowed sinc, so they are not folded back. Raises
+    The sampling rate stays, so a tone of f Hz comes out at tau f Hz. A windowed sinc first removes
+    the frequencies that would pass the Nyquist limit, so they are not folded back. Raises
     ValueError if the wave holds integers, or if tau is not an integer >= 1.
     """
     if not wave.is_floating_point() or not tau >= 1 or tau % 1:
         raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau}: give floats, and a "
                          "whole speed of 1 or more")
+    decimate = torchaudio.transforms.Resample(int(tau), 1).to(wave.device, wave.dtype)
     with torch.autocast(wave.device.type, enabled=False):
-        return wave if tau == 1 else windowed_sinc(int(tau), wave.dtype, wave.device)(wave)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def windowed_sinc(tau, dtype, device):
-    """The low-pass and decimation by tau. Its weights are computed once."""
-    return torchaudio.transforms.Resample(tau, 1).to(device, dtype)
+        return decimate(wave)
 
 
 # A window is the part of a picture to read: a function (W, H) -> (left, top, width, height). It is
@@ -74,9 +62,8 @@ def windowed_sinc(tau, dtype, device):
 def random_crop(generator=None):
     """Draw the crop of pre-training (paper silent; GDT): a window, and whether to mirror it.
 
-    GDT makes the shorter side of the picture 128 to 160 pixels long, and cuts 112 x 112 pixels
-    anywhere. So this is a square whose side is 7/8 to 7/10 of the shorter side. Half of the crops
-    are mirrored.
+    The window is a square whose side is 7/8 to 7/10 of the shorter side, as GDT's 112 pixels are of
+    128 to 160. Half of the crops are mirrored.
     """
     scale, x, y, mirror = torch.rand(4, generator=generator).tolist()
 
@@ -87,7 +74,7 @@ def random_crop(generator=None):
 
 
 def random_resized_crop(generator=None):
-    """Draw the window of fine-tuning (paper silent; GDT), torchvision's RandomResizedCrop.
+    """Draw the window of fine-tuning (paper silent; GDT), as torchvision's RandomResizedCrop does.
 
     It has 14 to 100 % of the area and an aspect of 3/4 to 4/3. The first of ten draws that fits
     into the picture counts. If none does, it is the largest one in the middle.
@@ -121,11 +108,9 @@ def crop_at(frames, size, place=0.5):
     """Cut size x size out of (..., H, W, 3) for evaluation.
 
     The crop lies in the middle of the shorter side. Along the longer side it lies at `place`, from
-    0 (left or top end) to 1 (right or bottom end). Raises ValueError if the frames are smaller.
+    0 (left or top end) to 1 (right or bottom end).
     """
     H, W = frames.shape[-3:-1]
-    if size > min(H, W):
-        raise ValueError(f"a crop of {size} pixels does not fit into frames of {H} x {W}")
     top, left = (round((side - size) * (place if side == max(H, W) else 0.5)) for side in (H, W))
     return frames[..., top:top + size, left:left + size, :]
 
@@ -159,16 +144,17 @@ def normalize_frames(frames):
 class LogMel(torch.nn.Module):
     """Turn waveforms in [-1, 1] into normalised log-mel spectrograms, in float32, on any device.
 
-    (..., L) -> (..., 1, M, F), F = 1 + L // hop. The sound is mono at 24 kHz; 40 bands, window
-    20 ms, hop 10 ms, n_fft 1024 (paper silent; GDT). We measured mean and std on 14 real clips (8
-    of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers. Another rate or number
-    of bands needs others. Raises ValueError for integers.
+    (..., L) -> (..., 1, M, F), F = 1 + L // hop. Mono at 24 kHz, 40 bands, window 20 ms, hop 10 ms,
+    n_fft 1024 (paper silent; GDT), or the window's length if that is more. We measured mean and std
+    on 14 real clips (8 of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers.
+    Another rate or number of bands needs others. Raises ValueError for integers.
     """
 
     def __init__(self, rate=24000, bands=40, mean=-0.9, std=4.3):
         super().__init__()
+        window = rate // 50                                             # samples in 20 ms
         self.mel = torchaudio.transforms.MelSpectrogram(
-            rate, n_fft=1024, win_length=rate // 50, hop_length=rate // 100, n_mels=bands)
+            rate, n_fft=max(1024, window), win_length=window, hop_length=rate // 100, n_mels=bands)
         self.mean, self.std = mean, std
 
     def forward(self, wave):

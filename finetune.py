@@ -9,8 +9,8 @@
 
 With --data the defaults are the protocol's; without it they are those of the built-in set. A help
 text names both, and the section, or GDT where the paper is silent. Ctrl-C saves, and the same
-command continues. The result is that of the last epoch, and the mean over folds. OUT gets
-results.json, and for each fold checkpoint.pt, log.jsonl, confusion.csv (rows: the true class) and
+command continues. The result is that of the last epoch. OUT gets results.json with the mean over
+folds, and for each fold checkpoint.pt, log.jsonl, confusion.csv (rows: the true class) and
 classes.csv.
 
 Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C encoder width.
@@ -19,7 +19,6 @@ Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C enc
 import argparse
 import sys
 import zlib
-from argparse import Namespace
 from collections import OrderedDict
 from pathlib import Path
 
@@ -49,8 +48,8 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data and encoder")
-    data.add_argument("--data", help="folder ROOT/{train,test}/class/*.mp4, or manifest.csv with "
-                      "both parts; {fold} in it stands for each --fold (default: the built-in set)")
+    data.add_argument("--data", help="folder ROOT/{train,test}/class/*.mp4, or manifest.csv; "
+                      "{fold} in it stands for each --fold (default: the built-in set)")
     data.add_argument("--fold", type=int, nargs="+", choices=(1, 2, 3), help="folds to use (none)")
     data.add_argument("--fraction", type=fraction, default=1.0,
                       help="share of each class's training videos, at least one video (1; all)")
@@ -62,9 +61,8 @@ def parse(argv=None):
                       help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10)")
     data.add_argument("--out", default="runs/finetune", help="folder of results (runs/finetune)")
     data.add_argument("--predict", nargs="+", metavar="FILE",
-                      help="print the 5 most probable classes of these videos and write them to "
-                      "OUT/predictions.csv; OUT/checkpoint.pt has all settings, so only --out and "
-                      "--workers are read beside it (none: train and test; our choice)")
+                      help="print the 5 most probable classes of these videos by the model and "
+                      "settings of OUT/checkpoint.pt, and write OUT/predictions.csv (none)")
     clip = p.add_argument_group("clips")
     clip.add_argument("--frames", type=at_least(1), default=32,
                       help="T, frames of a clip (32: paper silent, GDT; built-in set: 4)")
@@ -76,14 +74,12 @@ def parse(argv=None):
                       help="random clips of a video in an epoch; with --linear its evenly spaced "
                       "clips (10: GDT; built-in set: 2)")
     clip.add_argument("--test-clips", type=at_least(1), default=10,
-                      help="evenly spaced clips of a test video, with 3 crops each (10: GDT; "
-                      "built-in set: 4)")
+                      help="clips of a test video, each in 3 crops (10: GDT; built-in set: 4)")
     optim = p.add_argument_group("optimisation")
-    optim.add_argument("--linear", action="store_true", help="fit a linear classifier on the "
-                       "frozen encoder; of this group and the next only --seed, --precision, "
-                       "--workers and --max-failures are then read (off)")
-    optim.add_argument("--epochs", type=at_least(1), default=12,
-                       help="passes over the data (12: §3.1)")
+    optim.add_argument("--linear", action="store_true",
+                       help="fit a linear classifier on the frozen encoder; of this group and the "
+                       "next it reads --seed, --precision, --workers and --max-failures (off)")
+    optim.add_argument("--epochs", type=at_least(1), default=12, help="epochs (12: §3.1)")
     optim.add_argument("--global-batch", type=at_least(1), default=32,
                        help="clips over all processes (32; paper silent, GDT)")
     optim.add_argument("--lr", type=positive, default=2e-2,
@@ -94,15 +90,13 @@ def parse(argv=None):
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
-    given = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
-             if name not in ("predict", "out", "workers") and value != p.get_default(name)]
-    if args.predict and given:
-        p.error("--predict reads OUT/checkpoint.pt, which has all settings (and which --linear "
-                f"does not write): leave out {' '.join(given)}")
-    if args.fold and "{fold}" not in (args.data or ""):
-        p.error("--fold needs a --data with {fold} in its name, e.g. --data ucf101-{fold}.csv")
-    if "{fold}" in (args.data or "") and not args.fold:
-        p.error(f"--data {args.data} needs --fold, e.g. --fold 1 2 3")
+    given = {name for name, value in vars(args).items() if value != p.get_default(name)}
+    unread = sorted(given - {"predict", "out", "workers"})
+    if args.predict and unread:
+        p.error("--predict takes all settings from OUT/checkpoint.pt (which --linear does not "
+                f"write): leave out {', '.join(unread)}")
+    if bool(args.fold) != ("{fold}" in (args.data or "")):
+        p.error("--fold and a {fold} in --data need each other: --data ucf101-{fold}.csv --fold 1")
     return args
 
 
@@ -123,15 +117,16 @@ def classifier(encoder, classes):
     head = nn.Linear(C, classes)
     nn.init.orthogonal_(head.weight)
     nn.init.zeros_(head.bias)
-    return nn.Sequential(OrderedDict(f=encoder, head=head))
+    model = nn.Sequential(OrderedDict(f=encoder, head=head))
+    return model.to(memory_format=torch.channels_last_3d)
 
 
 def train(args, model, clips, dtype):
     """§3.1: train all layers by SGD, the head at ten times the rate of the trunk."""
     device = next(model.parameters()).device
-    if len(clips) < args.global_batch:
-        raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.global_batch}: "
-                         "give a smaller --global-batch")
+    if len(clips) < args.global_batch or args.global_batch % world_size():
+        raise ValueError(f"--global-batch {args.global_batch}: give at most the {len(clips)} "
+                         f"training clips, and a multiple of the {world_size()} process(es)")
     loader = make_loader(clips, args.global_batch // world_size(), args.workers, args.epochs)
     model = trainable(model, device)
     groups = [{"params": model.head.parameters()}, {"params": model.f.parameters()}]
@@ -139,8 +134,8 @@ def train(args, model, clips, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     net = DistributedDataParallel(model) if world_size() > 1 else model
 
-    metadata = {"processes": world_size(), "clips": len(clips)}
-    run = Run(args, loader, model, optimizer, scaler, metadata)
+    run = Run(args, loader, model, optimizer, scaler,
+              {"processes": world_size(), "clips": len(clips)})
     for epoch, (frames, labels) in run:             # (B, T, H, W, 3) uint8, (B,)
         lr = learning_rates(epoch, args.epochs, args.lr)
         for group, group_lr in zip(optimizer.param_groups, lr):
@@ -159,7 +154,7 @@ def train(args, model, clips, dtype):
 def features(f, clips, dtype, workers, max_failures):
     """Yield (index, label, y (clips * crops, C)) for each video of this process that can be read.
 
-    One video is in memory at a time. Raises ValueError if more than the share `max_failures` fail.
+    Raises ValueError if more than the share `max_failures` fail.
     """
     f.eval()
     device = next(f.parameters()).device
@@ -175,7 +170,7 @@ def evaluate(model, clips, dtype, workers=None, max_failures=0.05):
 
     Returns scores (n, classes), hits (n, 2), and the n rows of the videos that could be read. hits
     has the share of a video's clips and crops whose own top 1 and top 5 have the label. Results are
-    kept by index, so no video counts twice. Raises ValueError if more than max_failures fail.
+    kept by index, so no video counts twice.
     """
     device = next(model.parameters()).device
     results = torch.zeros(len(clips), len(clips.classes) + 3, device=device)    # last: was it read?
@@ -191,29 +186,27 @@ def evaluate(model, clips, dtype, workers=None, max_failures=0.05):
 def linear_probe(encoder, clips, args, dtype):
     """The linear classifier on the frozen encoder's features, and how many videos failed."""
     device, views = next(encoder.parameters()).device, clips.clips_per_file
-    results = torch.zeros(len(clips), views, C + 2, device=device)      # last: label, was it read?
-    for index, label, y in features(encoder, clips, dtype, args.workers, args.max_failures):
-        results[index] = torch.cat([y, y.new_tensor([[label, 1]]).expand(views, 2)], 1)
-    results, _ = gather_results(results, "features")                    # (n, clips, C + 1)
-    y, labels = results[..., :-1], results[:, 0, -1].long()             # (n, clips, C), (n,)
+    results = torch.zeros(len(clips), views, C + 1, device=device)      # last: was it read?
+    for index, _, y in features(encoder, clips, dtype, args.workers, args.max_failures):
+        results[index] = F.pad(y, (0, 1), value=1)
+    y, read = gather_results(results, "features")                       # (n, clips, C)
+    labels = torch.tensor([clips.classes.index(clips.rows[n].label) for n in read])     # (n,)
     if len(labels.unique()) < len(clips.classes):
         raise ValueError("all training videos of a class failed: mend or replace those named above")
-    return fit_linear(y.flatten(0, 1), labels.repeat_interleave(views)), len(clips) - len(y)
+    labels = labels.repeat_interleave(views).to(device)                 # (n clips,)
+    return fit_linear(y.flatten(0, 1), labels), len(clips) - len(read)
 
 
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
     lock_folder(args.out, None if args.linear else args)
-    if args.global_batch % world_size() and not args.linear:
-        raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
-                         f"processes: give a multiple of {world_size()}")
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.checkpoint, video_encoder(args.arch), args.arch)
     train_rows, train_left_out = find_rows(args.data, "train", args.out)
     test_rows, test_left_out = find_rows(args.data, "test", args.out)
     train_rows = subset(train_rows, args.fraction, args.seed)
     classes = shared_classes(args.data, train_rows, test_rows)
-    model = classifier(encoder.to(memory_format=torch.channels_last_3d), len(classes)).to(device)
+    model = classifier(encoder, len(classes)).to(device)
     dtype, reason = choose_precision(args.precision, device)
     clip = dict(frames=args.frames, fps=args.fps, size=args.size, seed=args.seed)
     say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}); "
@@ -233,12 +226,12 @@ def one_fold(args, device):
         train(args, model, ActionClips(train_rows * args.train_clips, classes, **clip), dtype)
     clips = ActionClips(test_rows, classes, **clip, views=(args.test_clips, 3))
     scores, hits, rows = evaluate(model, clips, dtype, args.workers, args.max_failures)
-    labels = torch.tensor([classes.index(row.label) for row in rows])       # (n,)
+    labels = torch.tensor([classes.index(row.label) for row in rows])   # (n,)
     write_classes(Path(args.out), classes, labels, answers(scores, labels))
+    shares = torch.cat([top_1_and_5(scores, labels), hits], 1).double().mean(0)         # (4,)
     names = "video top-1", "video top-5", "clip top-1", "clip top-5"
-    right = [100 * x.double().mean().item() for x in (*top_1_and_5(scores, labels).T, *hits.T)]
-    return {**dict(zip(names, right)), "test videos": len(rows), "classes": len(classes),
-            "failed": len(clips) - len(rows), **failed}
+    return {**dict(zip(names, (100 * shares).tolist())), "test videos": len(rows),
+            "classes": len(classes), "failed": len(clips) - len(rows), **failed}
 
 
 def predict(args, device):
@@ -249,22 +242,21 @@ def predict(args, device):
     """
     path = Path(args.out, "checkpoint.pt")
     state = read_state(path) if path.exists() else {}
-    settings = Namespace(**state.get("settings", {}))
+    settings = argparse.Namespace(**state.get("settings", {}))
     if not hasattr(settings, "classes"):
         raise ValueError(f"--out {args.out} has no checkpoint.pt of a fine-tuning with its class "
-                         "names (--linear writes none): give the --out of a fine-tuning, with "
-                         "--fold the folder of one fold, such as runs/ucf101/fold1")
-    encoder = video_encoder(settings.arch).to(memory_format=torch.channels_last_3d)
-    model = classifier(encoder, len(settings.classes))
+                         "names (--linear writes none): with --fold give the folder of one fold, "
+                         "such as runs/ucf101/fold1")
+    model = classifier(video_encoder(settings.arch), len(settings.classes))
     model.load_state_dict(state["model"])
     dtype, reason = choose_precision(settings.precision, device)
     rows = []
     for file in args.predict:
         row, failure = probe_file(file, settings.classes[0])    # a label that is not looked at
-        if failure:
-            say(f"failed: {file}: {failure}", sys.stderr)
-        else:
+        if row:
             rows.append(row)
+        else:
+            say(f"failed: {file}: {failure}", sys.stderr)
     clips = ActionClips(rows, settings.classes, settings.frames, settings.fps, settings.size,
                         views=(settings.test_clips, 3))
     scores, _, rows = evaluate(model.to(device), clips, dtype, args.workers, max_failures=1)
@@ -282,7 +274,7 @@ def recognise(args, device):
         return
     folds = {}
     for fold in args.fold or [None]:
-        settings = Namespace(**vars(args) | {"fold": fold})
+        settings = argparse.Namespace(**vars(args) | {"fold": fold})
         if fold:
             settings.data = args.data.replace("{fold}", str(fold))
             settings.out = str(Path(args.out) / f"fold{fold}")

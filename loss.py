@@ -22,10 +22,12 @@ from torch.nn.functional import normalize, softplus
 def similarities(z_a, z_v, own, eta):
     """Both parts of the fraction in Eq. 1: the similarities s and the log of the negatives' sum.
 
-    s (B, K, N, K) = z_a . z_v / eta. log_negatives (B, K) = log sum_{j != i} sum_{q'}
-    exp(s[i,p,j,q']): both speeds of all other clips, which are 2(N-1) negatives for K = 2.
+        s[i,p,j,q] = z_a[i,p] . z_v[j,q] / eta
+        log_negatives[i,p] = log sum_{j != i} sum_{q'} exp(s[i,p,j,q'])
+
+    The negatives are both speeds of all other clips: 2(N-1) of them for K = 2.
     """
-    N = z_v.shape[0]
+    N = len(z_v)
     if N < 2:
         raise ValueError(f"Eq. 1 contrasts a clip with other clips, but the global batch has {N}: "
                          "give it 2 or more")
@@ -36,11 +38,8 @@ def similarities(z_a, z_v, own, eta):
 
 
 def nll(s, log_negatives):
-    """-log( exp(s) / (exp(s) + exp(log_negatives)) ) = log(1 + exp(log_negatives - s)).
-
-    The threshold is 50 because softplus(x) = x from there on, even in float64.
-    """
-    return softplus(log_negatives - s, threshold=50)
+    """-log( exp(s) / (exp(s) + exp(log_negatives)) ) = log(1 + exp(log_negatives - s))."""
+    return softplus(log_negatives - s, threshold=50)    # log(1 + e^x) = x from there on
 
 
 def info_nce(z_a, z_v, own, eta):
@@ -50,9 +49,9 @@ def info_nce(z_a, z_v, own, eta):
                          / ( exp(s[i,p,i,q]) + sum_{j != i} sum_{q'} exp(s[i,p,j,q']) ) )
 
     Args:
-        z_a: (B, K, D) audio projections of this process's clips, unit length. (For video -> audio
-            the two modalities change places.)
-        z_v: (N, K, D) video projections of the global batch, unit length.
+        z_a: (B, K, D) audio projections of this process's clips, of unit length.
+        z_v: (N, K, D) video projections of the global batch, of unit length. (For video -> audio
+            the modalities change places.)
         own: (B,) int64, the position of each local clip among the N.
         eta: temperature, > 0.
     Returns:
@@ -70,8 +69,7 @@ def cross_affinity(ly_a, ly_v, scope="clip", temperature=1.0, raw=False):
 
     Args:
         ly_a, ly_v: (B, K, C) l(y) of the encoder outputs y, which is y for the identity mapping.
-        scope: "clip": the K x K entries of a clip sum to 1 (§2.2: "two-by-two") | "view": each
-            row sums to 1.
+        scope: "clip": the K x K entries of a clip sum to 1 (§2.2) | "view": each row sums to 1.
         temperature: divides the similarities. The paper prints none, which is 1.
         raw: False: bring l(y) to unit length first (paper silent; SNCLR, its reference [6]) |
             True: take it as it is. Raw outputs are about 17 long and saturate the softmax.
@@ -79,7 +77,7 @@ def cross_affinity(ly_a, ly_v, scope="clip", temperature=1.0, raw=False):
         lam (B, K, K), audio view p by video view q.
     """
     if scope not in ("clip", "view"):
-        raise ValueError(f"scope={scope!r}: choose 'clip' or 'view'")
+        raise ValueError(f"scope={scope!r}: choose 'clip' or 'view', or affinity='none'")
     if not raw:
         ly_a, ly_v = normalize(ly_a, dim=-1), normalize(ly_v, dim=-1)
     c = torch.einsum("ipc,iqc->ipq", ly_a, ly_v) / temperature          # (B, K, K)
@@ -103,38 +101,33 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
     so all processes have to call it.
 
     Args:
-        ly_a, ly_v: (B, K, C) l(y) of this process's clips, which is the encoder output y for the
-            identity mapping. B is the same on all processes (drop_last=True of a DataLoader).
-            None for affinity "none".
+        ly_a, ly_v: (B, K, C) l(y) of this process's clips, see `cross_affinity`. All processes
+            have the same B (drop_last=True of a DataLoader). None for affinity "none".
         z_a, z_v: (B, K, D) projections, of any length: they are brought to unit length here. Clips
             come first: torch.stack([view_0, view_1], dim=1).
         eta: temperature of Eq. 1 ("constant", §2.1; 0.07 is GDT's).
         affinity: "clip" | "view": the scope of the softmax in Eq. 2 | "none": lam = 1/K^2, which
             is plain InfoNCE over co-augmented views (Table 1, rows 2 to 4; row 1 with K = 1).
-        affinity_temperature: of the softmax in Eq. 2 (paper silent).
-        raw_affinity: True: l(y) as it is in Eq. 2 | False: of unit length.
+        affinity_temperature, raw_affinity: of Eq. 2, see `cross_affinity`.
         detach_affinity: True: no gradient through lam | False: as printed.
         one_way: True: audio -> video alone, as printed | False: the mean of both directions.
-        check: True: refuse NaN, infinity, and processes with different B. A GPU then stops for a
-            moment at each call | False: the caller sees to that.
+        check: True: refuse NaN, infinity, and processes with different B or K. A GPU then stops
+            for a moment at each call | False: the caller sees to that.
     Returns:
         A scalar: the loss of this process's clips against all videos. The mean of the losses, and
         of the gradients of the weights as DDP takes it, over the processes are those of the global
         batch. float64 stays float64, half precision becomes float32, and autocast is off inside.
-        Raises ValueError if the shapes do not fit.
+        Raises ValueError if an argument does not fit.
     """
-    if affinity not in ("none", "clip", "view"):
-        raise ValueError(f"affinity={affinity!r}: choose 'none', 'clip' or 'view', or call "
-                         "double_sum for lam over all clips")
     needed = (z_a, z_v) if affinity == "none" else (z_a, z_v, ly_a, ly_v)
     z_a, z_v, *ly = check_inputs(needed, eta, affinity_temperature, check)
+    if detach_affinity:
+        ly = [x.detach() for x in ly]
 
     def contrast(z_1, z_2, ly_1=None, ly_2=None):       # modality 1 against modality 2
         L = info_nce(z_1, all_gather(z_2), positions(z_1), eta)         # (B, K, K), Eq. 1
         if affinity == "none":
             return L.mean()
-        if detach_affinity:
-            ly_1, ly_2 = ly_1.detach(), ly_2.detach()
         lam = cross_affinity(ly_1, ly_2, affinity, affinity_temperature, raw_affinity)  # (B, K, K)
         lam = lam / lam.shape[1] if affinity == "view" else lam         # sums to 1 over p and q
         return (lam * L).sum((1, 2)).mean()
@@ -174,41 +167,30 @@ def double_sum(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity_temperature=1.0, raw_
 def check_inputs(tensors, eta, affinity_temperature, check):
     """Check z_a, z_v and, where they are needed, ly_a, ly_v; return them in one precision.
 
-    z gets unit length. Raises ValueError if one is None, if a shape or a temperature does not fit
-    or, with `check` and on all processes, if a value is NaN or infinite or if B differs.
+    z gets unit length. Raises ValueError if a shape or a temperature does not fit or, with `check`
+    and on all processes, if a value is NaN or infinite or if B or K differs.
     """
-    named = dict(zip(("z_a", "z_v", "ly_a", "ly_v"), tensors))
-    if missing := [name for name, x in named.items() if x is None]:
-        raise ValueError(f"{' and '.join(missing)} missing: give the projections z and l(y), the "
-                         "encoder outputs under l; only soft_info_nce with affinity='none' works "
-                         "without l(y)")
     if not (eta > 0 and affinity_temperature > 0):
         raise ValueError(f"eta={eta}, affinity_temperature={affinity_temperature}: temperatures "
                          "must be above 0")
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
-    if any(x.dim() != 3 for x in tensors):
-        raise ValueError(f"{shapes}: give each three axes, (clips, views, width); for one view "
-                         "that is z_a[:, None]")
-    if len({x.shape[:2] for x in tensors}) > 1:
-        raise ValueError(f"{shapes}: all must have the same clips and views, the first two axes")
-    for name, pair, advice in (
-            ("z", tensors[:2], "end both projectors in the same width"),
-            ("l(y)", tensors[2:], "Eq. 2 multiplies them, so use an l that maps both encoder "
-             "outputs to one width")):
-        if len({x.shape for x in pair}) > 1:
-            raise ValueError(f"{shapes}: {name} of sound and video differ in width: {advice}")
+    names = ("z_a", "z_v", "ly_a", "ly_v")[:len(tensors)]
+    shapes = [None if x is None else tuple(x.shape) for x in tensors]
+    if (None in shapes or shapes[::2] != shapes[1::2]               # those of audio and of video
+            or {len(x) for x in shapes} != {3} or len({x[:2] for x in shapes}) > 1):
+        given = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes))
+        raise ValueError(f"{given}: give z_a and z_v in one shape (B, K, D), and ly_a and ly_v in "
+                         "one shape (B, K, C), with the same B clips and K views (one view is "
+                         "z[:, None]); only soft_info_nce with affinity='none' works without ly")
     if check:
-        diverged = [name for name, x in named.items() if not x.isfinite().all()]
-        B, K = tensors[0].shape[:2]
-        state = torch.tensor([[B, K, len(diverged)]], device=tensors[0].device)
+        diverged = [name for name, x in zip(names, tensors) if not x.isfinite().all()]
+        state = torch.tensor([[*shapes[0][:2], len(diverged)]], device=tensors[0].device)
         B, K, faults = all_gather(state).T.tolist()     # of each process: all raise, so none waits
         if len({*zip(B, K)}) > 1:
             raise ValueError(f"the processes have {B} clips of {K} views: give all the same number "
                              "(drop_last=True of a DataLoader)")
         if any(faults):
-            where = ", ".join(diverged) or f"a tensor of process {faults.index(max(faults))}"
-            raise ValueError(f"{where} holds NaN or infinity ({shapes}): look for the step before "
-                             "it that diverged")
+            raise ValueError(f"{', '.join(diverged) or 'a tensor of another process'} holds NaN or "
+                             "infinity: look for the step before it that diverged")
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
     tensors = [x.to(dtype) for x in tensors]
     return *(normalize(z, dim=-1) for z in tensors[:2]), *tensors[2:]
@@ -230,10 +212,9 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        x = x.contiguous()
-        out = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(out, x)
-        return torch.cat(out)                                           # (W B, ...)
+        rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
+        dist.all_gather_into_tensor(rows, x.contiguous())
+        return rows                                                     # (W B, ...)
 
     @staticmethod
     def backward(ctx, grad):
@@ -245,8 +226,6 @@ class AllGather(torch.autograd.Function):
 def all_gather(x):
     """Rows of all processes in rank order: (B, ...) -> (W B, ...). One process gets x itself.
 
-    The gradient is exact: the sum over processes, of which each process takes its own rows. We do
-    not use torch's own differentiable all_gather, because it is deprecated for one that torch 2.10
-    lacks.
+    The gradient is exact: the sum over processes, of which each process takes its own rows.
     """
     return AllGather.apply(x) if distributed() else x

@@ -4,46 +4,42 @@
     ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
 
 This file needs torch and torchvision alone. For other encoders replace model.f or model.g, which
-have to give C numbers for a view (or change C). To train in several processes on GPUs, give
-BatchNorm the statistics of all: nn.SyncBatchNorm.convert_sync_batchnorm(model) (paper silent; GDT).
-For CPUs see support/layers.py.
+have to give C numbers for a view (or change C). In several processes BatchNorm takes the statistics
+of all (paper silent; GDT): on GPUs by nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs see
+support/layers.py.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
 encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.
 """
 
 from torch import nn
-from torchvision.models import ResNet
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.video import resnet as video_resnet
 
 C = 512
 
 
 def video_encoder(arch="r2plus1d_18"):
-    """Build f: (n, 3, T, H, W) -> (n, 512), with torchvision's names and without its head `fc`.
-    f.load_state_dict(weights, strict=False) takes torchvision's weights, all but fc.
+    """Build f: (n, 3, T, H, W) -> (n, 512), torchvision's network without its head `fc`.
+    f.load_state_dict(weights, strict=False) takes torchvision's weights.
 
     arch: "r2plus1d_18" (§2.3; Tables 1 and 2) | "r3d_18" (Table 2) | "r2plus1d_10", which has one
     block per stage instead of two and is for CPUs (not in the paper).
     """
-    if arch == "r3d_18":
-        conv, stem = video_resnet.Conv3DSimple, video_resnet.BasicStem
-    elif arch in ("r2plus1d_18", "r2plus1d_10"):
-        conv, stem = video_resnet.Conv2Plus1D, video_resnet.R2Plus1dStem
-    else:
-        raise ValueError(f"arch={arch!r}: choose 'r2plus1d_18', 'r3d_18' or 'r2plus1d_10'")
-    blocks = 1 if arch == "r2plus1d_10" else 2
+    archs = {"r2plus1d_18": (video_resnet.Conv2Plus1D, video_resnet.R2Plus1dStem, 2),
+             "r2plus1d_10": (video_resnet.Conv2Plus1D, video_resnet.R2Plus1dStem, 1),
+             "r3d_18": (video_resnet.Conv3DSimple, video_resnet.BasicStem, 2)}
+    if arch not in archs:
+        raise ValueError(f"arch={arch!r}: choose {', '.join(archs)}")
+    conv, stem, blocks = archs[arch]
     net = video_resnet.VideoResNet(video_resnet.BasicBlock, [conv] * 4, [blocks] * 4, stem)
     net.fc = nn.Identity()
     return net
 
 
 def audio_encoder():
-    """Build g: (n, 1, M, F) -> (n, 512), the "9-layered 2D ResNet" of §2.3.
-
-    conv1 takes 1 channel to 64; one BasicBlock per stage follows (GDT).
-    """
+    """Build g: (n, 1, M, F) -> (n, 512), the "9-layered 2D ResNet" of §2.3: one convolution, and
+    one block of two convolutions per stage (GDT)."""
     net = ResNet(BasicBlock, [1, 1, 1, 1])
     net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -51,10 +47,10 @@ def audio_encoder():
     return net
 
 
-def projector(width=512, D=256):
+def projector(D=256):
     """Build h: (n, C) -> (n, D), a "two-layered MLP" (§2.3). Widths and BatchNorm are GDT's."""
-    return nn.Sequential(nn.Linear(C, width), nn.BatchNorm1d(width), nn.ReLU(inplace=True),
-                         nn.Linear(width, D))
+    return nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C), nn.ReLU(inplace=True),
+                         nn.Linear(C, D))
 
 
 class Mapping(nn.Sequential):
@@ -74,16 +70,16 @@ class Mapping(nn.Sequential):
 class SvaCLR(nn.Module):
     """audio (B, K, 1, M, F), video (B, K, 3, T, H, W) -> ly_a, ly_v (B, K, C), z_a, z_v (B, K, D).
 
-    audio is the output of augment.LogMel, and video that of augment.normalize_frames.
-    Each encoder runs once over all views, so its BatchNorm sees both speeds together. ly is l(y) of
-    the encoder output y, which is y itself for the identity mapping. z is h(y); the loss brings it
-    to unit length.
+    audio is the output of augment.LogMel, and video that of augment.normalize_frames. Each encoder
+    runs once over all views, so its BatchNorm sees both speeds together. y = f(v) or g(a),
+    z = h(y), and ly = l(y), which is y itself for the identity mapping. The loss brings z to unit
+    length.
     """
 
-    def __init__(self, arch="r2plus1d_18", mapping="identity"):
+    def __init__(self, arch="r2plus1d_18", mapping="identity", D=256):
         super().__init__()
         self.f, self.g = video_encoder(arch), audio_encoder()
-        self.h_v, self.h_a = projector(), projector()
+        self.h_v, self.h_a = projector(D), projector(D)
         self.l = Mapping(mapping)
 
     def forward(self, audio, video):

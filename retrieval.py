@@ -5,10 +5,9 @@
     torchrun --nproc_per_node=8 retrieval.py --data kinetics --checkpoint runs/k400/checkpoint.pt
 
 The sound of each test clip queries the videos of all test clips, and its video queries all sounds,
-at speed 1. Two rules stand side by side, each with its standard error and its chance.
-Instance-level: the clip's own other half is among the top k. Class-level: a clip of the query's
-class is among the top k. (Table 3 lies at the class-level chance for 34 classes.) The script prints
-the table and writes retrieval.json beside the checkpoint.
+at speed 1. Instance-level, the clip's own other half is among the top k. Class-level, a clip of the
+query's class is. (Table 3 lies at the class-level chance for 34 classes.) The script prints the
+table, with standard errors and chance, and writes retrieval.json beside the checkpoint.
 
 Symbols: n clips in the pool, D feature width, B files of a batch, T frames, L samples.
 """
@@ -120,13 +119,13 @@ def ranks(query, gallery, labels, chunk=256):
     return torch.cat(instance), torch.cat(classes)
 
 
-def recall_at_k(query, gallery, labels, ks=RANKS):
+def recall_at_k(query, gallery, labels):
     """Share of queries whose answer is in their k nearest: {k: (instance-level, class-level)}."""
     before = torch.stack(ranks(query, gallery, labels))                 # (2, n)
-    return {k: tuple((before < k).double().mean(1).tolist()) for k in ks}
+    return {k: tuple((before < k).double().mean(1).tolist()) for k in RANKS}
 
 
-def chance(labels, ks=RANKS, gallery_labels=None):
+def chance(labels, gallery_labels=None):
     """Recall of random features: {k: (instance-level, class-level)}.
 
     At class level it is 1 - C(n-m, k) / C(n, k) for a query whose class has m of the n clips,
@@ -135,9 +134,9 @@ def chance(labels, ks=RANKS, gallery_labels=None):
     found = labels if gallery_labels is None else gallery_labels
     n = len(found)
     m = torch.bincount(found, minlength=int(labels.max()) + 1)[labels].double()
-    draws = torch.arange(max(ks), device=m.device)                      # neighbours drawn before
+    draws = torch.arange(RANKS[-1], device=m.device)                    # neighbours drawn before
     miss = ((n - m[:, None] - draws).clamp(min=0) / (n - draws)).cumprod(1)     # (queries, max k)
-    return {k: (k / n, 1 - miss[:, k - 1].mean().item()) for k in ks}
+    return {k: (k / n, 1 - miss[:, k - 1].mean().item()) for k in RANKS}
 
 
 def load(args):
@@ -164,10 +163,9 @@ def find_part(args, split, trained_on):
     out = folder / "retrieval" if args.data else folder     # the built-in set lies beside OUT
     rows, left_out = find_rows(args.data, None if split == "all" else split, out)
     if split != "all" and rows and not any(row.split for row in rows):
-        raise ValueError(f"--data {args.data} has no parts (its split column is empty), so its "
-                         "clips may be those of the training: make parts with python -m "
-                         "prepare.manifest folder ROOT --test-share 0.2 and train anew on the "
-                         "rest, or let sounds and videos search all clips with --split all")
+        raise ValueError(f"--data {args.data} has no parts (its split column is empty): make them "
+                         "by python -m prepare.manifest folder ROOT --test-share 0.2 and train "
+                         "anew, or search all clips, those of the training too, by --split all")
     return rows, left_out
 
 
@@ -178,9 +176,7 @@ def report(args, rows, left_out, videos, results):
     head = {"checkpoint": str(args.checkpoint), "data": args.data, "split": args.split,
             "clips_per_file": args.clips, "feature": args.feature, "pool": n, "classes": classes,
             "left_out": left_out, "videos": videos, "failed": videos - n}
-    searched = f"{n} clips"
-    if classes:
-        searched += f" of {classes} classes"
+    searched = f"{n} clips of {classes} classes" if classes else f"{n} clips"
     if args.split in ("all", "train"):
         head["includes_training_clips"] = True
         searched += ", includes training clips"

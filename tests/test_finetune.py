@@ -2,22 +2,18 @@
 
 import csv
 import json
-import resource
 import shutil
-from collections import OrderedDict
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command_lines, error_of, make_video, run, run_here, with_damaged
-from torchvision.models.video import R2Plus1D_18_Weights
 
 import finetune
 from data import ActionClips, Row, probe_file, read_manifest
 from finetune import classifier, evaluate, learning_rates, parse
 from models import video_encoder
 from prepare import scan
-from support.classification import answers, fit_linear, say_torchvision, subset, top_1_and_5
+from support.classification import fit_linear, say_torchvision, subset
 
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
          "--train-clips", "2", "--test-clips", "2", "--global-batch", "4", "--epochs", "1",
@@ -36,22 +32,18 @@ def test_learning_rates():
 def test_defaults_are_the_protocols():
     args = parse(["--data", "x"])
     protocol = dict(frames=32, fps=30, size=128, epochs=12, global_batch=32, train_clips=10,
-                    test_clips=10, lr=2e-2, weight_decay=5e-3, arch="r2plus1d_18", fraction=1.0,
-                    linear=False)
+                    test_clips=10, lr=2e-2, weight_decay=5e-3, arch="r2plus1d_18", fraction=1.0)
     assert {name: getattr(args, name) for name in protocol} == protocol
     demo = parse([])
     assert {name: getattr(demo, name) for name in finetune.DEMO} == finetune.DEMO
 
 
 @pytest.mark.parametrize("flags,sentence", [
-    (["--fold", "4"], "invalid choice: 4"),
-    (["--data", "u.csv", "--fold", "1"], "--fold needs a --data with {fold} in its name"),
-    (["--data", "u{fold}.csv"], "needs --fold, e.g. --fold 1 2 3"),
+    (["--data", "u.csv", "--fold", "1"], "--fold and a {fold} in --data need each other: "),
+    (["--data", "u{fold}.csv"], "--fold and a {fold} in --data need each other: "),
     (["--fraction", "0"], "--fraction: '0' is not a share above 0 and at most 1"),
-    (["--max-failures", "1"], "--max-failures: '1' is not a share of 0 or more and less than 1"),
-    (["--predict", "a.mp4", "--data", "u", "--frames", "16", "--linear"],
-     "(and which --linear does not write): leave out --data --frames --linear"),
-    (["--epochs", "0"], "--epochs: '0' is not a whole number of 1 or more"),
+    (["--predict", "a.mp4", "--data", "u", "--train-clips", "16", "--linear"],
+     "(which --linear does not write): leave out data, linear, train_clips"),
     (["--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_flags(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -68,12 +60,11 @@ def test_head_at_the_start():
 def test_subset_of_the_labels():
     rows = [Row(f"{label}{n}", label, "train", 1.0, 1.0, True, "")
             for label, many in (("a", 40), ("b", 3)) for n in range(many)]
-    paths = {share: {row.path for row in subset(rows, share, 0)}
-             for share in (0.01, 0.25, 0.5, 1.0)}
-    assert [len(paths[share]) for share in paths] == [2, 11, 22, 43]
-    assert paths[0.01] < paths[0.25] < paths[0.5] < paths[1.0]
-    assert {path[0] for path in paths[0.01]} == {"a", "b"}
-    assert subset(rows, 0.25, 0) == subset(rows, 0.25, 0) != subset(rows, 0.25, 1)
+    least, quarter, half, all_rows = (subset(rows, share, 0) for share in (0.01, 0.25, 0.5, 1.0))
+    assert [row.label for row in least] == ["a", "b"]
+    assert [len(quarter), len(half)] == [11, 22] and all_rows == rows
+    assert set(least) < set(quarter) < set(half)
+    assert subset(rows, 0.25, 0) == quarter != subset(rows, 0.25, 1)
 
 
 def test_linear_fit_is_the_minimum():
@@ -94,59 +85,31 @@ def test_linear_fit_is_the_minimum():
 
 @pytest.fixture(scope="module")
 def ucf(tmp_path_factory):
-    """A small UCF101 in the official layout and list format, with the manifests of its folds.
+    """A small UCF101 with the manifests of its three folds.
 
     It has 2 classes of different brightness and 4 groups. Its films grow lighter.
     """
     root = tmp_path_factory.mktemp("ucf")
-    names = []
     for label, level in (("Archery", 50), ("Bowling", 150)):
         for group in range(1, 5):
-            names.append(f"{label}/v_{label}_g{group:02d}_c01.avi")
-            make_video(root / "UCF-101" / names[-1], 1.0 + 0.2 * group, 10, size=(32, 24),
-                       tone=None, codec="mpeg4", gray=lambda t: level + 5 * group + 30 * t)
-    lists = root / "ucfTrainTestlist"
-    lists.mkdir()
-    (lists / "classInd.txt").write_text("1 Archery\n2 Bowling\n")
+            make_video(root / "UCF-101" / label / f"v_{label}_g{group:02d}_c01.avi",
+                       1.0 + 0.2 * group, 10, size=(32, 24), tone=None, codec="mpeg4",
+                       gray=lambda t: level + 5 * group + 30 * t)
+    rows = scan.scan(root / "UCF-101")
     for fold in (1, 2, 3):
-        test = [name for name in names if f"_g{fold:02d}_" in name]
-        (lists / f"testlist0{fold}.txt").write_text("".join(f"{name}\n" for name in test))
-        train = [f"{name} {1 + (name[0] == 'B')}\n" for name in names if name not in test]
-        (lists / f"trainlist0{fold}.txt").write_text("".join(train))
-        rows, _ = scan.survey("ucf101", root / "UCF-101", annotations=lists, fold=fold)
-        scan.write(rows, root / f"ucf101-{fold}.csv")
+        split = lambda row: "test" if f"_g{fold:02d}_" in row["path"] else "train"
+        scan.write([row | {"split": split(row)} for row in rows], root / f"ucf101-{fold}.csv")
     return root
 
 
-def clips_of(ucf, **settings):
-    rows, _ = read_manifest(ucf / "ucf101-1.csv", "train")
-    return ActionClips(rows, ["Archery", "Bowling"], frames=4, fps=8, size=16, **settings)
-
-
-def test_training_clips(ucf):
-    clips = clips_of(ucf, seed=3)
-    video, label, (path, failures) = clips[2, 4]
-    assert video.shape == (4, 16, 16, 3) and video.dtype == torch.uint8
-    assert label == 1 and path == clips.rows[4].path and failures == []
-    assert video.equal(clips[2, 4][0]) and not video.equal(clips[3, 4][0])
-    assert (video.float().std((1, 2)) < 6).all()            # of one colour, though it was changed
-
-
-def test_short_videos_end_with_their_last_frame(ucf):
-    rows, _ = read_manifest(ucf / "ucf101-1.csv", "test")
-    clips = ActionClips(rows, ["Archery", "Bowling"], frames=32, fps=8, size=16, views=(2, 3))
-    video, label, source = clips[1]
-    assert video.shape == (6, 32, 16, 16, 3) and (label, source) == (1, (1, None))
-    assert video[:, 12:].eq(video[:, 12:13]).all()
-
-
 def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
-    clips = clips_of(ucf, views=(3, 3))
+    rows, _ = read_manifest(ucf / "ucf101-1.csv", "train")
+    clips = ActionClips(rows, ["Archery", "Bowling"], frames=4, fps=8, size=16, views=(3, 3))
     torch.manual_seed(0)
     model = classifier(video_encoder("r2plus1d_10"), 2)
     model.head.weight.data *= 100                         # so that the clips of a video differ
-    scores, hits, rows = evaluate(model, clips, torch.float32)
-    assert rows == clips.rows
+    scores, hits, found = evaluate(model, clips, torch.float32)
+    assert found == rows
     for n in (0, 5):
         video, label, _ = clips[n]
         with torch.no_grad():
@@ -155,33 +118,6 @@ def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
         torch.testing.assert_close(scores[n], p.mean(0))
         expected = torch.tensor([(p.argmax(1) == label).float().mean(), 1.0])
         torch.testing.assert_close(hits[n], expected)
-    damaged = clips.rows[2]._replace(path=str(ucf / "gone.avi"))
-    with_it = clips_of(ucf, views=(3, 3))
-    with_it.rows = [*clips.rows[:2], damaged, *clips.rows[3:]]
-    left = evaluate(model, with_it, torch.float32, max_failures=0.2)
-    assert left[0].equal(scores[[0, 1, 3, 4, 5]]) and left[1].equal(hits[[0, 1, 3, 4, 5]])
-    assert left[2] == clips.rows[:2] + clips.rows[3:]
-    with pytest.raises(ValueError, match="1 of 6 videos failed, .* the last: .*gone.avi: No such"):
-        evaluate(model, with_it, torch.float32)
-
-
-@pytest.mark.slow
-def test_evaluation_keeps_no_clips(ucf):
-    """Memory does not grow over thirty videos of 9.4 MB of clips (37.7 MB as float32)."""
-    rows, _ = read_manifest(ucf / "ucf101-1.csv", "train")
-    clips = ActionClips(rows * 5, ["Archery", "Bowling"], frames=32, fps=8, size=128, views=(2, 3))
-    held = []
-
-    class Encoder(torch.nn.Linear):
-        def forward(self, x):
-            with open("/proc/self/statm") as file:
-                pages = int(file.read().split()[1])
-            held.append(pages * resource.getpagesize() / 1e6)       # MB
-            return x.mean((2, 3, 4)) @ torch.ones(3, 512)
-
-    model = torch.nn.Sequential(OrderedDict(f=Encoder(1, 1), head=torch.nn.Linear(512, 2)))
-    scores, *_ = evaluate(model, clips, torch.float32, workers=1)
-    assert scores.shape == (30, 2) and held[-1] - held[5] < 60 < 24 * 9.4
 
 
 @pytest.mark.slow
@@ -215,21 +151,24 @@ def check_results(out, printed):
         assert kept["mean"][name] == pytest.approx(mean)
         assert f"{name} {mean:.1f} %" in printed.split("mean: ")[1]
     for fold in (1, 2, 3):
-        with open(out / f"fold{fold}" / "confusion.csv", newline="") as file:
-            head, *rows = csv.reader(file)
-        with open(out / f"fold{fold}" / "classes.csv", newline="") as file:
-            classes = list(csv.DictReader(file))
+        head, *rows = read_csv(out / f"fold{fold}" / "confusion.csv")
         counts = [[int(x) for x in row[1:]] for row in rows]
         assert head == ["", "Archery", "Bowling"] and [sum(row) for row in counts] == [1, 1]
-        assert [int(line["correct"]) for line in classes] == [counts[0][0], counts[1][1]]
+        _, *classes = read_csv(out / f"fold{fold}" / "classes.csv")
+        assert [int(correct) for _, _, correct, _ in classes] == [counts[0][0], counts[1][1]]
         assert kept[f"fold {fold}"]["video top-1"] == 100 * (counts[0][0] + counts[1][1]) / 2
+
+
+def read_csv(path):
+    """The lines of a csv, the head included."""
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
 
 
 def damaged(ucf, tmp_path, chosen):
     """`with_damaged` of fold 2: six training videos, then two of the test."""
-    with open(ucf / "ucf101-2.csv", newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: row["split"] == "test")
-    return with_damaged(rows, tmp_path, chosen)
+    _, rows = scan.read_table(ucf / "ucf101-2.csv")
+    return with_damaged(sorted(rows, key=lambda row: row["split"] == "test"), tmp_path, chosen)
 
 
 @pytest.mark.slow
@@ -240,18 +179,17 @@ def test_two_processes_evaluate_as_one_and_without_files_that_fail(ucf, tmp_path
     torch.save(video_encoder("r2plus1d_10").state_dict(), tmp_path / "video_encoder.pt")
     results = []
     for data, processes in ((without, 1), (with_them, 1), (with_them, 2)):
-        out = tmp_path / f"{data.stem}{processes}"
         done = run("--data", data, "--checkpoint", tmp_path / "video_encoder.pt", "--linear",
-                   "--out", out, *SMALL, "--train-clips", 3, "--max-failures", "0.5",
+                   "--out", tmp_path / "out", *SMALL, "--max-failures", "0.5",
                    processes=processes, script="finetune.py")
-        kept = json.loads((out / "results.json").read_text())["test"]
+        kept = json.loads((tmp_path / "out" / "results.json").read_text())["test"]
         many = int(data == with_them)
         assert (kept.pop("failed"), kept.pop("failed in training")) == (many, many)
         for said in ("1 of 2 test videos failed", "1 of 6 training videos failed"):
             assert done.stdout.count(said) == many
         for n in (4, 7):
             assert done.stderr.count(f"failed: {tmp_path / f'bad{n}.avi'}: Invalid data") == many
-        results.append((kept, (out / "confusion.csv").read_text()))
+        results.append((kept, read_csv(tmp_path / "out" / "confusion.csv")))
     assert results[0] == results[1] == results[2] and results[0][0]["test videos"] == 1
     assert results[0][0]["video top-1"] == 100            # brightness is plain to see
 
@@ -267,11 +205,8 @@ def test_a_tie_counts_against_the_model(ucf, tmp_path, monkeypatch):
     result = json.loads((tmp_path / "results.json").read_text())["test"]
     assert result["video top-1"] == result["clip top-1"] == 0
     assert result["video top-5"] == result["clip top-5"] == 100         # there are two classes
-    with open(tmp_path / "classes.csv", newline="") as file:
-        assert {row["correct"] for row in csv.DictReader(file)} == {"0"}
-    with open(tmp_path / "confusion.csv", newline="") as file:
-        matrix = np.array([row[1:] for row in list(csv.reader(file))[1:]], int)
-    assert matrix.trace() == 0 and matrix.sum() == result["test videos"] > 0
+    assert [correct for _, _, correct, _ in read_csv(tmp_path / "classes.csv")[1:]] == ["0", "0"]
+    assert [row[1:] for row in read_csv(tmp_path / "confusion.csv")[1:]] == [["0", "1"], ["1", "0"]]
 
 
 @pytest.mark.slow
@@ -292,43 +227,23 @@ def test_predictions_are_those_of_the_test(ucf, tmp_path, capsys):
     assert "epoch 1 of 1, 2 classes, 2 clips x 3 crops, float32 (as asked)" in printed
     for name, cause in (("text.mp4", "cannot be read: "), ("cut.mp4", "its video ends at 1.50 s")):
         assert errors.count(f"failed: {tmp_path / name}: {cause}") == 1
-    with open(out / "predictions.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
+    _, *lines = read_csv(out / "predictions.csv")
     clips = ActionClips(rows, ["Archery", "Bowling"], 4, 8, 16, views=(2, 3))
     model = classifier(video_encoder("r2plus1d_10"), 2).eval()
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
-    model.load_state_dict(state["model"])
-    assert [line["file"] for line in lines] == [row.path for row in rows for _ in clips.classes]
+    model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
+    assert [path for path, *_ in lines] == [row.path for row in rows for _ in clips.classes]
     for n, row in enumerate(rows):
         with torch.no_grad():
             p = model(((clips.read(row)[0] / 255 - 0.45) / 0.225).movedim(-1, 1)).softmax(1).mean(0)
-        assert f"\n{row.path}\n   1  {p.max():6.3f}  {clips.classes[p.argmax()]}\n" in printed
-        for rank, line in enumerate(lines[2 * n:2 * n + 2], 1):
-            assert line["rank"] == str(rank)
-            expected = p[clips.classes.index(line["class"])].item()
-            assert float(line["probability"]) == pytest.approx(expected, abs=1e-4)
-        assert float(lines[2 * n]["probability"]) >= 0.5
+        best = p.argmax()
+        assert f"\n{row.path}\n   1  {p[best]:6.3f}  {clips.classes[best]}\n" in printed
+        assert [line[1:3] for line in lines[2 * n:2 * n + 2]] == [
+            ["1", clips.classes[best]], ["2", clips.classes[1 - best]]]
+        assert float(lines[2 * n][3]) == pytest.approx(p[best].item(), abs=1e-4)
     assert run_here(finetune, "--out", out, "--predict", rows[0].path) == 0
-
-    del state["settings"]["classes"]            # as of an earlier version, whose runs still work
-    torch.save(state, out / "checkpoint.pt")
-    assert run_here(finetune, *command) == 0
-    capsys.readouterr()
-    for folder in (out, tmp_path):
-        assert run_here(finetune, "--out", folder, "--predict", rows[0].path) == 1
-        assert (f"--out {folder} has no checkpoint.pt of a fine-tuning with its class names "
-                "(--linear writes none)" in error_of(capsys.readouterr().err))
-
-
-def test_answers_and_hits_agree():
-    g = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 4, (200, 9), generator=g).float()         # full of ties
-    labels = torch.randint(0, 9, (200,), generator=g)
-    hits, named = top_1_and_5(scores, labels), answers(scores, labels)
-    for row, label, (first, fifth), answer in zip(scores.tolist(), labels.tolist(), hits, named):
-        better = sum(x >= row[label] for n, x in enumerate(row) if n != label)
-        assert (first, fifth) == (better < 1, better < 5)
-        assert row[answer] == max(row) and (answer == label) == (better < 1)
+    assert run_here(finetune, "--out", tmp_path, "--predict", rows[0].path) == 1
+    assert (f"--out {tmp_path} has no checkpoint.pt of a fine-tuning with its class names "
+            "(--linear writes none)" in error_of(capsys.readouterr().err))
 
 
 def test_the_input_of_torchvisions_weights_is_said(capsys):
@@ -336,9 +251,6 @@ def test_the_input_of_torchvisions_weights_is_said(capsys):
     assert capsys.readouterr().out == ""
     say_torchvision("torchvision", 32, 30, 128)
     assert "they get 32 frames at 30 fps of 128 pixels" in capsys.readouterr().out
-    meta = R2Plus1D_18_Weights.KINETICS400_V1
-    assert all(f"`{x}`" in meta.meta["_docs"] for x in ("frame_rate=15", "clip_len=16"))
-    assert meta.transforms().crop_size == [112, 112]
 
 
 @pytest.mark.slow
@@ -358,35 +270,26 @@ def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_bad_input(ucf, tmp_path, capsys):
-    with open(ucf / "ucf101-1.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    _, rows = scan.read_table(ucf / "ucf101-1.csv")
     strange = lambda row: {"label": "Diving"} if row["split"] == "test" else {}
-    for name, change in (("strange", strange), ("undivided", lambda row: {"split": ""}),
-                         ("training", lambda row: {"split": "train"})):
+    for name, change in (("strange", strange), ("undivided", lambda row: {"split": ""})):
         scan.write([row | change(row) for row in rows], tmp_path / f"{name}.csv")
-    torch.save(video_encoder("r3d_18").state_dict(), tmp_path / "r3d.pt")
     model = {f"f.{name}": x for name, x in video_encoder("r3d_18").state_dict().items()}
-    torch.save({"settings": {"arch": "r3d_18"}, "model": model}, tmp_path / "r3d_checkpoint.pt")
+    torch.save({"settings": {"arch": "r3d_18"}, "model": model}, tmp_path / "r3d.pt")
     archery_bad, _ = damaged(ucf, tmp_path, (0, 1, 2))
     for flags, sentence in (
-            (["--data", archery_bad, "--linear"], "1 of 6 videos failed, more than a share of 0"),
             (["--data", archery_bad, "--linear", "--max-failures", "0.5"],
              "all training videos of a class failed: mend or replace those named above"),
             (["--data", tmp_path / "strange.csv"],
              "1 of the test part's classes are not in its train part: Diving"),
             (["--data", tmp_path / "undivided.csv"],
              "has no train and test parts (its split column is empty)"),
-            (["--data", tmp_path / "training.csv"], "has no 'test' part, it has 'train'"),
             (["--data", ucf / "hmdb51-{fold}.csv", "--fold", "2"],
              "hmdb51-2.csv: no such manifest"),
-            (["--checkpoint", tmp_path / "gone.pt"], "no checkpoint "),
-            (["--checkpoint", ucf / "ucf101-1.csv"], "ucf101-1.csv cannot be loaded: "),
-            (["--checkpoint", tmp_path / "r3d.pt"], "does not fit --arch r2plus1d_10: it lacks "),
-            (["--checkpoint", tmp_path / "r3d_checkpoint.pt"],
-             "; it was trained with --arch r3d_18"),
+            (["--checkpoint", tmp_path / "r3d.pt"], "; it was trained with --arch r3d_18"),
             (["--checkpoint", "torchvision"],
              "torchvision has no weights for r2plus1d_10: choose r2plus1d_18 or r3d_18"),
-            (["--global-batch", "64"], "12 training clips do not fill a batch of 64")):
+            (["--global-batch", "64"], "give at most the 12 training clips")):
         assert run_here(finetune, "--data", ucf / "ucf101-1.csv", "--checkpoint", "none", "--out",
                         tmp_path / "o", *SMALL, *flags) == 1
         assert sentence in error_of(capsys.readouterr().err)

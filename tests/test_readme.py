@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command_lines, make_video, run, write_script
+from conftest import ROOT, command_lines, make_video, run, write_script, write_text
 
 import finetune
 import pretrain
@@ -21,6 +21,7 @@ from loss import soft_info_nce
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, finetune, retrieval)}
+PROGRAMS = SCRIPTS | {"experiments.search": search}         # which check more than their parsers
 
 
 @pytest.mark.slow
@@ -33,17 +34,15 @@ def test_first_line_on_the_built_in_set(tmp_path):
     assert "No --data: training on the built-in set, with arch r2plus1d_10, size 16" in done.stdout
     assert ("576 clips (0 left out), global batch 32 = 2 process(es) x 16 clips, 2 view(s): 62 "
             "negatives per query, 18 steps an epoch" in done.stdout)
-    files = sorted((tmp_path / "demo").rglob("*.mp4"))
-    assert len(files) == 800 and sum(path.stat().st_size for path in files) < 25e6
-    checkpoint = tmp_path / "svaclr" / "checkpoint.pt"
-    table = run("--checkpoint", checkpoint, "--clips", "2", script="retrieval.py",
-                fresh=True).stdout
+    table = run("--checkpoint", tmp_path / "svaclr" / "checkpoint.pt", "--clips", "2",
+                script="retrieval.py", fresh=True).stdout
     assert "224 clips of 8 classes" in table
     assert re.search(r"instance chance +0.4 +2.2 +4.5 +8.9", table)
     way = r"(?:instance|class) +(?:audio -> video|video -> audio)(?: +[\d.]+ \+- [\d.]+){4}"
     assert len(re.findall(way, table)) == 4
 
 
+@pytest.mark.slow
 def test_snippets_of_the_loss(capsys):
     names = {}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):    # each continues the last
@@ -66,20 +65,16 @@ def test_snippet_of_the_encoders(brief):
 
 @pytest.mark.slow
 def test_snippet_of_two_processes(tmp_path):
-    """The losses of the two processes of docs/readings.md are those of one with all clips."""
+    """The mean loss of the two processes of docs/readings.md is that of one with all clips."""
     code, = re.findall(r"```python\n(.*?)```", DOCUMENTS["readings.md"], re.DOTALL)
     done = run(script=write_script(tmp_path / "two.py", code), processes=2)
-    printed = sorted(tuple(map(float, line.split())) for line in done.stdout.splitlines())
+    losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
     parts = []
     for rank in (0, 1):
         torch.manual_seed(rank)
         parts.append([torch.randn(4, 2, width) for width in (512, 512, 256, 256)])
-    y_a, y_v, z_a, z_v = (torch.cat(x) for x in zip(*parts))
-    loss = soft_info_nce(y_a, y_v, z_a.requires_grad_(), z_v)
-    assert sum(loss for _, loss, _ in printed) / 2 == pytest.approx(loss.item(), rel=1e-5)
-    (2 * loss).backward()               # each process has the gradient of the sum of both losses
-    norms = [z_a.grad[4 * rank:][:4].norm().item() for rank in (0, 1)]
-    assert [norm for _, _, norm in printed] == pytest.approx(norms, rel=1e-4)
+    loss = soft_info_nce(*(torch.cat(x) for x in zip(*parts)))
+    assert sum(losses) / 2 == pytest.approx(loss.item(), rel=1e-5)
 
 
 class Parsed(Exception):
@@ -88,26 +83,23 @@ class Parsed(Exception):
 
 def parse_only(line, monkeypatch):
     """Parse a command as its program does, without running it. SystemExit if it is refused."""
-    words = [word for word in shlex.split(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-    if words[0] == "torchrun":
-        first = next(n for n, w in enumerate(words) if w == "-m" or w.endswith(".py"))
-        words = ["python", *words[first:]]
-    if words[1] in SCRIPTS:
-        SCRIPTS[words[1]].parse(words[2:])
-        return
-    if words[1:3] == ["-m", "experiments.search"]:
-        search.parse(words[3:])
+    words = shlex.split(line)
+    first = next(n for n, word in enumerate(words)
+                 if word.endswith(".py") or word.startswith(("prepare.", "experiments.")))
+    program, *flags = words[first:]
+    assert program.endswith(".py") or words[first - 1] == "-m", line
+    if program in PROGRAMS:
+        PROGRAMS[program].parse(flags)
         return
 
     def parse_args(self, *args):
         raise Parsed(original(self, *args))
 
-    assert words[1] == "-m" and words[2].startswith(("prepare.", "experiments.")), line
     original = argparse.ArgumentParser.parse_args
     with monkeypatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(sys, "argv", words[2:])
+        patch.setattr(sys, "argv", [program, *flags])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        runpy.run_module(words[2], run_name="__main__")
+        runpy.run_module(program, run_name="__main__")
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -124,15 +116,7 @@ def test_commands_are_parsed(name, monkeypatch):
             elif not re.search("venv|pip install|two.py", command):
                 parse_only(command, monkeypatch)
                 count += 1
-    assert count >= {"README.md": 6, "data.md": 10, "running.md": 12, "results.md": 24,
-                     "readings.md": 0}.get(name, 3)
-
-
-def test_wrong_commands_are_refused(monkeypatch):
-    for line in ("python pretrain.py --epoch 3", "python -m experiments.bench steps",
-                 "torchrun --nproc_per_node=8 retrieval.py --split"):
-        with pytest.raises(SystemExit):
-            parse_only(line, monkeypatch)
+    assert count or name == "readings.md"
 
 
 @pytest.mark.slow
@@ -152,8 +136,7 @@ def test_prepare_commands_run_as_written(tmp_path):
             "ucfTrainTestlist/trainlist01.txt": "Archery/v_Archery_g01_c01.avi 1\n",
             "ucfTrainTestlist/testlist01.txt": "",
             "testTrainMulti_7030_splits/clap_test_split1.txt": "hands.avi 1 \n"}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        write_text(tmp_path / name, text)
     lines = [line for line in command_lines(DOCUMENTS["data.md"])
              if re.search(r"prepare\.(manifest (?!folder)|transcode)(?!.*--crop)", line)]
     names = ["own.csv", "k400.csv", "ks.csv", "vgg.csv", "ucf101-1.csv", "hmdb51-1.csv", "k400.csv",
