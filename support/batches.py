@@ -102,10 +102,9 @@ def evaluation_batches(loader, max_failures):
     def stop_if_too_many():
         if len(causes) > max_failures * len(loader.dataset):
             raise ValueError(f"{len(causes)} of {len(loader.dataset)} videos failed, more than a "
-                             f"share of {max_failures:g}, the last: {causes[-1]}; all are named "
-                             "above: check the disk, mend these files or take them out of the "
-                             "data, or let more fail (--max-failures of retrieval.py and "
-                             "finetune.py)")
+                             f"share of {max_failures:g}, the last: {causes[-1]}; check the disk, "
+                             "mend these files or take them out of the data, or let more fail "
+                             "(--max-failures of retrieval.py and finetune.py)")
 
     causes = []
     with signals_blocked():
