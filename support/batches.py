@@ -1,8 +1,7 @@
 """Which clips make a batch, on which process, after which others, and what is done if one fails.
 
-A dataset (data.AudioVisualClips, data.ActionClips) has rows, a seed, draw(row, generator) to train
-and read(row) to evaluate. Both return (video, audio or label), or raise ValueError with the path
-and the cause.
+A dataset of data.py has rows, a seed, draw(row, generator) to train and read(row) to evaluate. Both
+return (video, audio or label), or raise ValueError with the path and the cause.
 """
 
 import sys

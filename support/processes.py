@@ -32,8 +32,7 @@ PATIENCE = timedelta(hours=12)      # for a process that scans, evaluates or sav
 def launch(job, args):
     """Run job(args, device). An expected error becomes one line on stderr and exit status 1.
 
-    Ctrl-C becomes one line too, and exit status 130. Training handles it by itself, see
-    support.run: it saves first.
+    Ctrl-C becomes one line too, and exit status 130. Training saves first, see support.run.
     """
     try:
         try:
@@ -79,9 +78,8 @@ def start():
     """Set up the process group and return this process's device.
 
     The environment variables of torchrun (RANK, LOCAL_RANK, WORLD_SIZE) decide. Without them the
-    group has one process. On CPUs the processes of one machine share its cores out among them.
-    Raises ValueError on all processes if two of them would share a GPU, and if srun has started
-    several that do not know of each other.
+    group has one process. Raises ValueError if srun has started several that do not know of each
+    other, or if a GPU cannot be used.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))          # of this srun
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
