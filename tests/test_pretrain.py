@@ -184,6 +184,7 @@ def test_bad_data(data, flags, sentence, tree, tmp_path, capsys):
     assert sentence in error_of(errors) and "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_first_weights_come_from_a_file(brief, tmp_path, capsys):
     """Of f and g, or of f alone. A run that continues does not need the file."""
     state = torch.load(brief, weights_only=True)["model"]
