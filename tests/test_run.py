@@ -290,7 +290,7 @@ def test_a_signal_to_the_group_saves(manifest, tmp_path, capsys):
     """The loading processes and the server that forks them get the signal first, and do not mind.
     While the run lives, no other run has its --out. A scheduler's signal, not Ctrl-C, leaves a mark
     that the next start removes."""
-    cores = sorted(os.sched_getaffinity(0)) * 2
+    cores = sorted(os.sched_getaffinity(0)) * 3
     jobs = [(tmp_path / method, start(manifest, tmp_path / method, "--epochs", 400, "--save-every",
                                       60, method=method, core=core))
             for method, core in zip(("forkserver", "spawn", "fork"), cores)]
