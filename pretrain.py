@@ -6,11 +6,9 @@
 
 With --data the defaults are the paper's; without it they are those of the built-in set. A help text
 names both, and the section, or GDT, the code base that decides where the paper is silent. The same
-command continues an interrupted run. Ctrl-C saves and ends it with status 130 (torchrun adds a
-traceback and ends with 1). SIGTERM and SIGUSR1 save, leave the mark OUT/requeue, and end it with
-status 75 (torchrun needs a flag to pass SIGUSR1 on: docs/running.md). OUT gets checkpoint.pt,
-log.jsonl (the settings, then a line every 10 steps), manifest.csv, and at the end video_encoder.pt
-and audio_encoder.pt with torchvision's names.
+command continues an interrupted run; Ctrl-C saves and ends it with status 130, SIGTERM and SIGUSR1
+with 75 (docs/running.md). OUT gets checkpoint.pt, log.jsonl (the settings, then a line every 10
+steps), manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.
@@ -44,8 +42,8 @@ DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, epochs=15, batch_per_p
 DEMO_BATCH = 32
 
 
-def flags():
-    """The parser of the command line."""
+def parse(argv=None):
+    """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
@@ -53,21 +51,11 @@ def flags():
                       "(default: the built-in set, made in the folder demo beside --out)")
     data.add_argument("--split", default="train", help="part to train on (train; our choice)")
     data.add_argument("--out", default="runs/svaclr", help="folder of the results (runs/svaclr)")
-    add_clip_flags(p)
-    add_objective_flags(p)
-    add_optimisation_flags(p)
-    add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
-    return p
-
-
-def add_clip_flags(p):
-    """Add the flags of the views of a clip (§2.1)."""
-    clip = p.add_argument_group("clips")
+    clip = p.add_argument_group("clips (§2.1)")
     clip.add_argument("--max-speed", type=at_least(1), default=4,
                       help="S, speeds are drawn from {1, ..., S}; 1: no co-augmentation (4: "
                       "Table 1)")
-    # Without the flag it is None, as in checkpoints that are older than the flag.
-    clip.add_argument("--same-speed", action="store_true", default=None,
+    clip.add_argument("--same-speed", action="store_true",
                       help="one drawn speed for video and sound alike (default: independent ones, "
                       "§2.1; SpeedAug, the paper's first version, speaks of one)")
     clip.add_argument("--frames", type=at_least(1), default=30,
@@ -76,15 +64,10 @@ def add_clip_flags(p):
                       help="frames per s at speed 1 (30: paper silent, GDT; built-in set: 4)")
     clip.add_argument("--size", type=at_least(16), default=128,
                       help="H = W in pixels (128: Table 2, which has 224 too; built-in set: 32)")
-
-
-def add_objective_flags(p):
-    """Add the flags of the networks and of Eq. 1 to 3."""
-    model = p.add_argument_group("model and objective")
+    model = p.add_argument_group("model and objective (Eq. 1 to 3)")
     model.add_argument("--arch", default="r2plus1d_18",
                        choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
-                       help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10, for "
-                       "CPUs)")
+                       help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10)")
     model.add_argument("--init", help="checkpoint.pt, video_encoder.pt, torchvision's file or "
                        "torchvision: first weights of f, and of g if the file has them (random; "
                        "our choice)")
@@ -103,11 +86,7 @@ def add_objective_flags(p):
                        help="audio -> video alone, as printed (default: mean of both directions)")
     model.add_argument("--eta", type=positive, default=0.07,
                        help="temperature of Eq. 1 (0.07; paper silent, GDT)")
-
-
-def add_optimisation_flags(p):
-    """Add the flags of §3.1."""
-    optim = p.add_argument_group("optimisation")
+    optim = p.add_argument_group("optimisation (§3.1)")
     optim.add_argument("--epochs", type=at_least(1), default=100,
                        help="passes over the data (100: §3.1; built-in set: 15)")
     optim.add_argument("--warmup", type=at_least(0, float),
@@ -119,16 +98,11 @@ def add_optimisation_flags(p):
                        "batch, BatchNorm's statistics from one chunk (default: all clips of a "
                        "process; paper silent)")
     optim.add_argument("--lr", type=positive, default=0.64,
-                       help="peak learning rate at a global batch of 512 (0.64: §3.1); it starts "
-                       "at a tenth of that and ends at 0.10/0.64 of it; all three are scaled by "
-                       "the global batch over 512")
+                       help="peak at a global batch of 512 (0.64: §3.1), from a tenth to 0.10/0.64 "
+                       "of it; all three are scaled by the global batch over 512")
     optim.add_argument("--weight-decay", type=at_least(0, float), default=1e-5,
                        help="of SGD, on all weights (1e-5; paper silent, GDT)")
-
-
-def parse(argv=None):
-    """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
-    p = flags()
+    add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)

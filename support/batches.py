@@ -1,8 +1,7 @@
 """Which clips make a batch, on which process, after which others, and what is done if one fails.
 
-A dataset (data.AudioVisualClips, data.ActionClips) has rows, a seed, draw(row, generator) to train
-and read(row) to evaluate. Both return (video, audio or label), or raise ValueError with the path
-and the cause.
+A dataset of data.py has rows, a seed, draw(row, generator) to train and read(row) to evaluate. Both
+return (video, audio or label), or raise ValueError with the path and the cause.
 """
 
 import sys
@@ -102,10 +101,9 @@ def evaluation_batches(loader, max_failures):
     def stop_if_too_many():
         if len(causes) > max_failures * len(loader.dataset):
             raise ValueError(f"{len(causes)} of {len(loader.dataset)} videos failed, more than a "
-                             f"share of {max_failures:g}, the last: {causes[-1]}; all are named "
-                             "above: check the disk, mend these files or take them out of the "
-                             "data, or let more fail (--max-failures of retrieval.py and "
-                             "finetune.py)")
+                             f"share of {max_failures:g}, the last: {causes[-1]}; check the disk, "
+                             "mend these files or take them out of the data, or let more fail "
+                             "(--max-failures of retrieval.py and finetune.py)")
 
     causes = []
     with signals_blocked():

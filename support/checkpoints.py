@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 from argparse import Namespace
+from contextlib import contextmanager
 
 import torch
 from torchvision.models.video import R2Plus1D_18_Weights, R3D_18_Weights
@@ -30,9 +31,6 @@ def read_state(path, names=()):
                          ) from error
     if not isinstance(state, dict) or not isinstance(state.get("model", {}), dict):
         raise ValueError(f"{path} is no checkpoint: it does not hold named tensors; name another")
-    if names and "args" in state and "settings" not in state:
-        raise ValueError(f"{path} was written by an earlier version of this project, which alone "
-                         "can continue it: give another --out, or use that version")
     missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(f"{path} is no checkpoint.pt of this project: it lacks "
@@ -105,18 +103,11 @@ def misfit(own, state):
 
 
 def load_audio_encoder(source, net):
-    """Load g of a checkpoint.pt into net, if the file holds one. Returns whether it does.
-
-    Raises ValueError if the file cannot be read, or if its g has other tensors.
-    """
+    """Load g of a checkpoint.pt into net, if the file holds one. Returns whether it does."""
     model = {} if source == "torchvision" else read_state(source).get("model", {})
     state = {name[2:]: x for name, x in model.items() if name.startswith("g.")}
-    try:
-        if state:
-            net.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{source} holds another audio encoder than the ResNet of nine layers: "
-                         "give a checkpoint of pretrain.py or prepare.weights") from error
+    if state:
+        net.load_state_dict(state)
     return bool(state)
 
 
@@ -127,19 +118,28 @@ def serialise(state):
     return buffer.getbuffer()
 
 
+@contextmanager
+def to_disk(path):
+    """An OSError in here becomes one whose sentence says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}): make room or mend that, then give "
+                      "the same command again") from error
+
+
 def write_atomic(content, path):
     """Write a temporary file and rename it, so that the disk has either the old or the new content.
 
     Raises OSError if the file cannot be written.
     """
     temporary = path.with_suffix(".part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({error.strerror}): make room, then give the same "
-                      "command again") from error
+    with to_disk(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

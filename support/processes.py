@@ -32,8 +32,7 @@ PATIENCE = timedelta(hours=12)      # for a process that scans, evaluates or sav
 def launch(job, args):
     """Run job(args, device). An expected error becomes one line on stderr and exit status 1.
 
-    Ctrl-C becomes one line too, and exit status 130. Training handles it by itself, see
-    support.run: it saves first.
+    Ctrl-C becomes one line too, and exit status 130. Training saves first, see support.run.
     """
     try:
         try:
@@ -49,13 +48,12 @@ def launch(job, args):
         say("stopped by Ctrl-C; the same command goes on from what is saved", sys.stderr)
         end(INTERRUPTED)
     except (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        where = f" on rank {rank()}" if rank() else ""
         # An error of a loading process carries that process's traceback before its sentence.
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
         if isinstance(error, torch.OutOfMemoryError):
-            cause = str(error).split(".")[0]
-            sentence = (f"{cause}: give fewer clips per process or a smaller --size, or --chunk in "
-                        "pre-training")
+            sentence = (f"{str(error).split('.')[0]}: give fewer clips per process or a smaller "
+                        "--size, or --chunk in pre-training")
+        where = f" on rank {rank()}" if rank() else ""
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         end(1)
     leave()
@@ -80,9 +78,8 @@ def start():
     """Set up the process group and return this process's device.
 
     The environment variables of torchrun (RANK, LOCAL_RANK, WORLD_SIZE) decide. Without them the
-    group has one process. On CPUs the processes of one machine share its cores out among them.
-    Raises ValueError on all processes if two of them would share a GPU, and if srun has started
-    several that do not know of each other.
+    group has one process. Raises ValueError if srun has started several that do not know of each
+    other, or if a GPU cannot be used.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))          # of this srun
     if tasks > 1 and "WORLD_SIZE" not in os.environ:
@@ -114,26 +111,22 @@ def start():
                 "otherwise restarted processes look for the dead ones (pytorch/pytorch#135712)",
                 sys.stderr)
         if cuda:
-            refuse_old_gpu(device)
-            refuse_shared_gpus(device)
+            check_gpu(device)
     return device
 
 
-def refuse_old_gpu(device):
-    """Raise ValueError if the installed torch has no kernels for a GPU as old as this one."""
+def check_gpu(device):
+    """Raise ValueError if the installed torch has no kernels for a GPU as old as this one, and on
+    all processes if two of them have the same GPU."""
     major, minor = torch.cuda.get_device_capability(device)
     known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdecimal()]
     if 10 * major + minor < min(known, default=0):      # sm_75, ...; later GPUs compile the newest
         raise ValueError(f"torch {torch.__version__} has no kernels for "
                          f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}"
                          "): install the versions that docs/running.md names for V100")
-
-
-def refuse_shared_gpus(device):
-    """Raise ValueError on all processes if two of them have the same GPU."""
     uuids = gather(str(torch.cuda.get_device_properties(device).uuid))
-    if len(set(uuids)) < len(uuids):
-        shared, _ = Counter(uuids).most_common(1)[0]
+    shared, processes = Counter(uuids).most_common(1)[0]
+    if processes > 1:
         ranks = ", ".join(str(n) for n, uuid in enumerate(uuids) if uuid == shared)
         raise ValueError(f"processes {ranks} would share one GPU: start as many processes on a "
                          "machine as it has GPUs, or set CUDA_VISIBLE_DEVICES= for CPUs")
@@ -164,12 +157,13 @@ def gather(value):
 
 
 def run_once(job):
-    """Run job() on process 0, while the others wait. Its ValueError is raised on all processes."""
+    """Run job() on process 0, while the others wait. All raise its ValueError, or its OSError as a
+    ValueError."""
     error = None
     if rank() == 0:
         try:
             job()
-        except ValueError as cause:
+        except (ValueError, OSError) as cause:
             error = str(cause)
     error, *_ = gather(error)
     if error:
@@ -241,8 +235,8 @@ def choose_precision(choice, device):
     choice: "auto" | "bf16" | "fp16" | "fp32". "auto" takes bfloat16 on GPUs from SM 8.0 on and on
     CPUs with bf16 arithmetic, float16 on older GPUs, and float32 on other CPUs.
     """
-    if choice != "auto":
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if choice in dtypes:
         return dtypes[choice], "as asked"
     if device.type == "cuda":
         # We do not ask torch.cuda.is_bf16_supported(): it says yes on V100, where bf16 is emulated.

@@ -11,7 +11,6 @@ Between two steps the Run counts, logs, checks that losses and weights are finit
 after a signal. The folder args.out gets checkpoint.pt and log.jsonl. `lock_folder` has locked it.
 """
 
-import errno
 import fcntl
 import json
 import math
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.checkpoints import read_state, serialise, write_atomic
+from support.checkpoints import read_state, serialise, to_disk, write_atomic
 from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run_once, say, share,
                                signals_blocked, world_size)
 
@@ -38,9 +37,6 @@ REQUEUE = 75                                    # exit status after a scheduler'
 CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips",
               "classes"}
 MARK = "requeue"                                # left in OUT by a run that a signal has ended
-# What a checkpoint holds, see Run.save and Run.resume.
-STATE = ("settings", "fingerprint", "position", "step", "world_size", "replaced", "skipped",
-         "log_bytes", "model", "optimizer", "scaler")
 
 
 def add_run_flags(parser):
@@ -64,58 +60,55 @@ def add_run_flags(parser):
     return run
 
 
-locks = {}                                      # path of a lock: its open file
+locks = []                                      # open files, each for as long as the process lives
 
 
 def lock_folder(out, args=None):
     """Make the folder of a run, keep other runs out of it, and remove the mark of the last run.
 
-    args: the settings of this run. They are compared with those of the folder's checkpoint here,
-    before a scan of other data writes over the manifest of that run.
-
-    Process 0 locks OUT/lock, which names its host and its number. The lock goes with the process,
-    so what a killed run has left does no harm. Raises ValueError on all processes if another run
-    has the lock, if the folder cannot be written, or if the settings are others.
+    args: the settings of a run that trains. They are compared with those of the folder's checkpoint
+    before a scan of other data writes over its manifest. The lock, OUT/lock, goes with process 0,
+    also if that is killed. Raises ValueError on all processes if another run has the lock, if the
+    folder cannot be written, or if the settings are others.
     """
     def lock():
         path = Path(out).resolve() / "lock"
-        try:
+        with to_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = locks.get(path) or open(path, "a+")
-        except OSError as error:
-            raise ValueError(f"--out {out} cannot be written ({error.strerror}): mend that, or "
-                             "give another --out") from None
+            file = open(path, "a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                owner = file.read().strip() or "another process"
-                raise ValueError(f"--out {out} is in use by {owner}: wait until it has ended, or "
-                                 f"give another --out (if that machine is gone, delete {path})"
-                                 ) from None
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise ValueError(f"--out {out} is in use by {file.read().strip()}: wait until it has "
+                             "ended, or give another --out (if that machine is gone, delete "
+                             f"{path})") from None
+        except OSError as error:                # as some network disks have it
             say(f"warning: {path} cannot be locked ({error.strerror}): see to it yourself that no "
                 "other run has the same --out", sys.stderr)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        locks[path] = file                      # open for as long as the process lives
+        locks.append(file)
         path.with_name(MARK).unlink(missing_ok=True)
-        checkpoint = path.with_name("checkpoint.pt")
+        checkpoint = Path(out, "checkpoint.pt")
         if args and checkpoint.exists():
-            refuse_others(Path(out, "checkpoint.pt"), read_state(checkpoint, STATE), vars(args))
+            read_same(checkpoint, vars(args))
 
     run_once(lock)
 
 
-def refuse_others(path, state, now):
-    """Raise ValueError if the settings `now` are others than those of the checkpoint at `path`."""
+def read_same(path, settings):
+    """Read the checkpoint of a run. Raises ValueError if it was made with other settings."""
+    state = read_state(path, ("settings", "fingerprint"))
     then = state["settings"] | {"data set": state["fingerprint"]}
-    different = sorted(f"{name} was {then.get(name)} and is {value}" for name, value in now.items()
+    different = sorted(f"{name} was {then.get(name)} and is {value}"
+                       for name, value in settings.items()
                        if name not in CHANGEABLE and value != then.get(name))
     if different:
         raise ValueError(f"{path} was made with other settings ({'; '.join(different)}): "
                          "give the former ones or another --out")
+    return state
 
 
 class Run:
@@ -156,17 +149,30 @@ class Run:
             say(f"{self.path} has been trained to its last step (another --out starts a new run)")
         elif self.step:
             say(f"continuing {self.path} at step {self.step} of {self.last_step}" + (
-                f"; it ran on {resumed_from} process(es) and now runs on {world_size()}, in global "
-                f"batches of {self.N}, so the weights will not be the same to the bit"
-                if resumed_from != world_size() else ""))
+                f"; it ran on {resumed_from} process(es), so the weights will not be the same to "
+                "the bit" if resumed_from != world_size() else ""))
+
+    def resume(self):
+        """Load the checkpoint. Returns the number of processes that wrote it."""
+        state = read_same(self.path, vars(self.args) | {"data set": self.fingerprint})
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:                     # empty if the run has not been in float16
+            self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.used = state["position"]
+        self.step = self.saved_step = state["step"]
+        self.replaced, self.skipped = state["replaced"], state["skipped"]
+        self.log_bytes = state["log_bytes"]
+        return state["world_size"]
 
     def __iter__(self):
         if self.step == self.last_step:
             return
         if rank() == 0 and self.step == 0:
             self.write_line({"args": vars(self.args), **self.metadata}, "w")
-        elif rank() == 0 and self.log_path.exists():    # what follows the checkpoint comes again
-            os.truncate(self.log_path, min(self.log_bytes, self.log_path.stat().st_size))
+        elif rank() == 0:                       # lines that follow the checkpoint come again
+            with to_disk(self.log_path), open(self.log_path, "a") as log:
+                log.truncate(min(self.log_bytes, log.tell()))
         device = next(self.model.parameters()).device
         self.model.train()
         self.start_window()
@@ -189,15 +195,6 @@ class Run:
                 agreed.wait()
                 self.between_steps(int(should_stop))
 
-    def log(self, **measures):
-        """Note the measures of a step: loss, and others, which are scalar tensors or numbers.
-
-        A line of the log has the mean of the tensors over the steps since the last line and over
-        the processes, and the last of the numbers.
-        """
-        self.window[-1] |= {name: x.detach() if torch.is_tensor(x) else x
-                            for name, x in measures.items()}
-
     def next_batch(self, batches):
         """Take a batch, and name the files in it that had to be replaced. Returns its tensors."""
         began = time.monotonic()
@@ -205,38 +202,51 @@ class Run:
         self.waited += time.monotonic() - began
         if self.used + self.N > len(self.loader.dataset):
             self.epoch, self.used = self.epoch + 1, 0
-        for path, failures in sources:
+        for _, failures in sources:
             self.newly_replaced += len(failures)
             for failure in failures:
                 tqdm.write(f"replaced: {failure}", file=sys.stderr)
         self.files.append([path for path, _ in sources])
-        self.window.append({})
         return batch
+
+    def log(self, loss, lr, **measures):
+        """Note the loss of a step and other measures, scalar tensors, and its learning rate.
+
+        A line of the log has their means over the steps since the last line and over the processes,
+        and the last learning rate.
+        """
+        self.measures.append({name: x.detach() for name, x in ({"loss": loss} | measures).items()})
+        self.rates.append(lr)
+
+    def start_window(self):
+        """Forget the steps that have been logged."""
+        self.files, self.measures, self.rates = [], [], []      # of each step
+        self.waited, self.newly_replaced, self.since = 0.0, 0, time.monotonic()
 
     def between_steps(self, should_stop):
         """Check and log every LOG_EVERY steps, save when it is time, and exit after a signal.
 
         should_stop: the exit status, or 0 to go on.
         """
+        self.bar.update()
         last, every = self.step == self.last_step, self.args.keep_every
         ends_epoch = self.used + self.N > len(self.loader.dataset)
         keep = ends_epoch and every and (self.epoch + 1) % every == 0
         due = self.step % LOG_EVERY == 0 or last or keep
-        time_to_save = too_many_failed = False
-        if due or should_stop:
-            reports = gather(self.measures())
-            time_to_save = reports[0]["minutes"] >= self.args.save_every
-            self.check(reports)
-            failed = sum(report["replaced"] for report in reports)
-            self.replaced, self.failed = self.replaced + failed, self.failed + failed
-            self.drawn += len(self.window) * self.N + failed
-            too_many_failed = clearly_more(self.failed, self.drawn, self.args.max_failures)
-            if due:
-                self.report(reports)
-            self.start_window()
+        if not (due or should_stop):
+            return
+        summaries = gather(self.summary())
+        self.stop_if_not_finite(summaries)
+        failed = sum(summary["replaced"] for summary in summaries)
+        self.replaced, self.failed = self.replaced + failed, self.failed + failed
+        self.drawn += len(self.files) * self.N + failed
+        too_many_failed = clearly_more(self.failed, self.drawn, self.args.max_failures)
+        if due and rank() == 0:
+            self.write_summary(summaries)
+        self.start_window()
+        time_to_save = summaries[0]["minutes"] >= self.args.save_every
         if time_to_save or should_stop or last or keep or too_many_failed:
             self.save(keep, requeue=should_stop == REQUEUE)
-        self.bar.update()
         if should_stop:
             cause = "Ctrl-C" if should_stop == INTERRUPTED else "a signal"
             self.bar.close()
@@ -245,80 +255,71 @@ class Run:
             sys.exit(should_stop)
         if too_many_failed:
             raise ValueError(f"{self.failed} of the {self.drawn} clips drawn since the start could "
-                             f"not be read, clearly more than --max-failures "
+                             "not be read, clearly more than --max-failures "
                              f"{self.args.max_failures} of them: see the causes above, check the "
-                             f"disk and the manifest; {self.surviving()}")
+                             f"disk and the manifest; step {self.step} is saved")
 
-    def measures(self):
-        """What this process tells the others: losses, the other measures, and the state of things.
-
-        The measures are since the last line: the mean of tensors, the last of numbers.
-        """
-        measures = {name: torch.stack([entry[name] for entry in self.window]).mean().item()
-                    if torch.is_tensor(value) else value
-                    for name, value in self.window[-1].items() if name != "loss"}
+    def summary(self):
+        """What this process tells the others of the steps since the last line of the log."""
+        measures = {name: torch.stack([step[name] for step in self.measures])
+                    for name in self.measures[0]}
+        losses = measures.pop("loss").tolist()
         finite = torch.stack([x.isfinite().all() for x in self.model.parameters()]).all().item()
-        return {"losses": torch.stack([entry["loss"] for entry in self.window]).tolist(),
-                "measures": measures, "finite": finite, "replaced": self.newly_replaced,
+        return {"losses": losses, "finite": finite, "replaced": self.newly_replaced,
+                "means": {name: x.mean().item() for name, x in measures.items()},
                 "minutes": (time.monotonic() - self.saved_at) / 60}
 
-    def check(self, reports):
+    def stop_if_not_finite(self, summaries):
         """Stop all processes if a loss or a weight is not finite."""
-        advice = f"{self.surviving()}; try a lower --lr and another --out"
-        for n, losses in enumerate(zip(*(report["losses"] for report in reports))):
+        kept = (f"the checkpoint of step {self.saved_step} is kept" if self.saved_step
+                else "there is no checkpoint yet")
+        advice = f"{kept}; try a lower --lr and another --out"
+        for n, losses in enumerate(zip(*(summary["losses"] for summary in summaries))):
             if all(map(math.isfinite, losses)):
                 continue
-            step = self.step - len(self.window) + n + 1
-            files = sum(gather(self.files[n]), [])
+            step, files = self.step - len(self.files) + n + 1, sum(gather(self.files[n]), [])
             if rank() == 0:
                 self.write_line({"step": step, "losses": losses, "files": files})
             more = f" and {len(files) - 8} more, which log.jsonl names" if len(files) > 8 else ""
             loss = next(x for x in losses if not math.isfinite(x))
             raise FloatingPointError(f"loss {loss} at step {step}, learning rate "
-                                     f"{self.window[n]['lr']:.4g}, batch {', '.join(files[:8])}"
-                                     f"{more}: {advice}, or look at these files")
-        if not all(report["finite"] for report in reports):
+                                     f"{self.rates[n]:.4g}, batch {', '.join(files[:8])}{more}: "
+                                     f"{advice}, or look at these files")
+        if not all(summary["finite"] for summary in summaries):
             raise FloatingPointError(f"weights that are not finite after step {self.step}, "
-                                     f"learning rate {self.window[-1]['lr']:.4g}: {advice}")
+                                     f"learning rate {self.rates[-1]:.4g}: {advice}")
 
-    def report(self, reports):
+    def write_summary(self, summaries):
         """Write a line of the log."""
-        now, steps = time.monotonic(), len(self.window)
-        seconds = now - self.since
-        loss = sum(sum(report["losses"]) for report in reports) / steps / world_size()
-        measures = {name: sum(report["measures"][name] for report in reports) / world_size()
-                    for name in reports[0]["measures"]}
-        record = {"step": self.step,
-                  "epoch": round(self.epoch + self.used / self.N / self.sampler.steps_per_epoch, 3),
-                  "loss": round(loss, 5), **measures,
-                  "clips_per_s": round(steps * self.N / seconds, 2),
-                  "wait": round(self.waited / seconds, 3),
-                  "replaced": self.replaced, "skipped": self.skipped}
-        if rank() == 0:
-            self.write_line(record)
-            self.bar.set_postfix(loss=f"{loss:.3f}", clips_s=record["clips_per_s"],
-                                 wait=f"{record['wait']:.0%}")
+        steps, seconds = len(self.files), time.monotonic() - self.since
+        loss = sum(sum(summary["losses"]) for summary in summaries) / steps / world_size()
+        means = {name: sum(summary["means"][name] for summary in summaries) / world_size()
+                 for name in summaries[0]["means"]}
+        epoch = self.epoch + self.used / self.N / self.sampler.steps_per_epoch
+        speed, wait = round(steps * self.N / seconds, 2), round(self.waited / seconds, 3)
+        self.write_line({"step": self.step, "epoch": round(epoch, 3), "loss": round(loss, 5),
+                         **means, "lr": self.rates[-1], "clips_per_s": speed, "wait": wait,
+                         "replaced": self.replaced, "skipped": self.skipped})
+        self.bar.set_postfix(loss=f"{loss:.3f}", clips_s=speed, wait=f"{wait:.0%}")
 
-    def start_window(self):
-        """Forget the steps that have been logged."""
-        self.window, self.files = [], []        # of each step: its measures, its files
-        self.waited, self.newly_replaced, self.since = 0.0, 0, time.monotonic()
+    def write_line(self, record, mode="a"):
+        """Write one line of JSON to the log."""
+        with to_disk(self.log_path), open(self.log_path, mode) as log:
+            log.write(json.dumps(record) + "\n")
 
     def save(self, keep=False, requeue=False):
         """Write the checkpoint. The other processes wait until it is on the disk.
 
         keep: keep it under the number of its epoch too. requeue: leave the mark for a scheduler.
         """
-        last = self.step == self.last_step
         if rank() == 0:
-            log_bytes = self.log_path.stat().st_size if self.log_path.exists() else 0
-            position = (self.args.epochs, 0) if last else (self.epoch, self.used)
-            state = dict(settings=vars(self.args), fingerprint=self.fingerprint, position=position,
-                         step=self.step, world_size=world_size(), replaced=self.replaced,
-                         skipped=self.skipped, log_bytes=log_bytes, model=self.model.state_dict(),
+            last = self.step == self.last_step
+            state = dict(settings=vars(self.args), fingerprint=self.fingerprint, step=self.step,
+                         position=(self.args.epochs, 0) if last else (self.epoch, self.used),
+                         world_size=world_size(), replaced=self.replaced, skipped=self.skipped,
+                         log_bytes=self.log_path.stat().st_size, model=self.model.state_dict(),
                          optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
             self.write(state, self.path.name)
-            self.saved_step = self.step
             if keep:
                 self.write(state, f"checkpoint-{self.epoch + 1}.pt")
             if requeue:
@@ -329,42 +330,7 @@ class Run:
     def write(self, state, name):
         """Write a state to the folder of the run, for torch.load. Only process 0 does."""
         if rank() == 0:
-            try:
-                write_atomic(serialise(state), self.path.with_name(name))
-            except OSError as error:
-                raise OSError(f"{error}; {self.surviving()}") from error
-
-    def resume(self):
-        """Load the checkpoint. Returns the number of processes that wrote it.
-
-        Raises ValueError if it cannot be loaded, or belongs to other settings or other data.
-        """
-        state = read_state(self.path, STATE)
-        refuse_others(self.path, state, dict.fromkeys(state["settings"]) | vars(self.args)
-                      | {"data set": self.fingerprint})
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:                     # empty if the run has not been in float16
-            self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.used = state["position"]
-        self.step = self.saved_step = state["step"]
-        self.replaced, self.skipped = state["replaced"], state["skipped"]
-        self.log_bytes = state["log_bytes"]
-        return state["world_size"]
-
-    def surviving(self):
-        """Tell the user which checkpoint survives."""
-        return (f"the checkpoint of step {self.saved_step} is kept" if self.saved_step
-                else "there is no checkpoint yet")
-
-    def write_line(self, record, mode="a"):
-        """Write one line of JSON to the log. Raises OSError if it cannot be written."""
-        try:
-            with open(self.log_path, mode) as log:
-                log.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise OSError(f"cannot write {self.log_path} ({error.strerror}): make room, then the "
-                          f"same command continues; {self.surviving()}") from error
+            write_atomic(serialise(state), self.path.with_name(name))
 
 
 @contextmanager
