@@ -1,12 +1,10 @@
-"""Pictures: the method, affinities as in Fig. 3, what lambda and z have learned, training curves,
-and what sounds retrieve.
+"""Pictures: the method, affinities as in Fig. 3, what lambda and z have learned, training curves.
 
     python -m experiments.figures method --out method.png           # of runs/svaclr, its test part
     python -m experiments.figures affinity --out fig3.png           # lambda as in Fig. 3
     python -m experiments.figures ratios --out ratios.png           # lambda as in training
     python -m experiments.figures shifts --out shifts.png           # does the model know synchrony?
     python -m experiments.figures curves runs/svaclr [RUN ...] --out curves.png
-    python -m experiments.figures neighbours --out neighbours.png
 
 `affinity`, `ratios` and `shifts` write what they draw to a csv beside the picture.
 """
@@ -31,8 +29,7 @@ from augment import LogMel, centre_crop, crop_at, frame_times, normalize_frames
 from data import read_clip
 from loss import cross_affinity, info_nce, similarities
 from prepare.weights import sound_input
-from retrieval import extract, load
-from support.processes import choose_precision, start
+from retrieval import load
 from support.reading import RATE
 
 SPEEDS = (1, 2, 3, 4)
@@ -217,26 +214,17 @@ def draw_pairs(canvas, x, name, values, form, colours):
 def views(clips, split, tau_v, tau_a, more=0):
     """Yield (row, video (K, T, H, W, 3), waves (K, L)) from the middle of each long enough file.
 
-    T and L have `more` s than a clip. A file that cannot be read is named on stderr and left out.
-    Raises ValueError if no file is long enough, or if none can be read.
+    T and L have `more` s than a clip. Raises ValueError if no file is long enough, or if one fails.
     """
     seconds, frames = max(tau_v + tau_a) * clips.seconds + more, clips.frames + more * clips.fps
-    rows, read = [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps], 0
+    rows = [row for row in clips.rows if row.duration >= seconds - 0.5 / clips.fps]
     if not rows:
         raise ValueError(f"no clip of the {split!r} part lasts {seconds:.1f} s, as this picture "
                          "needs")
-    for row in tqdm(rows, desc="clips", unit="clip", file=sys.stderr):
+    for row in tqdm(rows, desc="clips", unit="clip"):
         t0 = row.start + max(0, row.duration - seconds) / 2
-        try:
-            video, waves = read_clip(row.path, t0, tau_v, tau_a, frames, clips.fps, clips.size,
-                                     centre_crop)
-        except ValueError as error:
-            tqdm.write(f"left out: {error}", file=sys.stderr)
-            continue
-        read += 1
-        yield row, video, waves
-    if not read:
-        raise ValueError("none of the clips can be read: see the causes above")
+        yield row, *read_clip(row.path, t0, tau_v, tau_a, frames, clips.fps, clips.size,
+                              centre_crop)
 
 
 def ratios(args):
@@ -370,34 +358,6 @@ def curves(args):
     save(figure, args.out)
 
 
-def neighbours(args):
-    """For some clips, the top-5 videos that their sound retrieves."""
-    model, settings, clips, _ = load(args)
-    device = start()
-    dtype, _ = choose_precision("auto", device)
-    z_a, z_v, rows = extract(model.to(device), clips, dtype, sound=settings.sound)
-    nearest = (z_a @ z_v.T).topk(min(5, len(rows))).indices.tolist()            # (n, 5)
-    queries = spread(args.show, len(rows))
-
-    def frame(index):
-        row = rows[index]
-        middle = row.video_start + row.duration / 2
-        video, _ = read_clip(row.path, middle, (1,), (), 1, settings.fps, 96)
-        return crop_at(video, 96)[0, 0]
-
-    figure, axes = plt.subplots(len(queries), 6, figsize=(8, 1.5 * len(queries)), squeeze=False,
-                                layout="constrained")
-    for line, q in zip(axes, queries):
-        for axis, index, place in zip(line, [q, *nearest[q]], range(6)):
-            axis.imshow(frame(index))
-            right = index == q or rows[index].label == rows[q].label
-            title = f"{place}{': its own' if index == q else ''}" if place else "sound of"
-            axis.set_title(title, fontsize=8)
-            axis.set_xlabel(rows[index].label, fontsize=7, color="black" if right else "red")
-    plt.setp(axes.flat, xticks=[], yticks=[])
-    save(figure, args.out)
-
-
 def save(figure, out, dpi=72, columns=None):
     """Write the picture, print its size, and write the columns {name: numbers} to a csv beside."""
     out = Path(out)
@@ -416,7 +376,7 @@ def save(figure, out, dpi=72, columns=None):
 def main(argv=None):
     """The command. An error becomes one sentence and exit status 1."""
     draw = {"method": method, "affinity": affinity, "ratios": ratios, "shifts": shifts,
-            "curves": curves, "neighbours": neighbours}
+            "curves": curves}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=list(draw))
     p.add_argument("runs", nargs="*", help="curves: --out folders of pretrain.py (runs/svaclr)")
@@ -425,9 +385,8 @@ def main(argv=None):
     p.add_argument("--data", help="folder or manifest.csv (default: the training data's)")
     p.add_argument("--split", default="test", help="part to show (test)")
     p.add_argument("--show", type=int, default=4, help="clips to show (4)")
-    p.add_argument("--clips", type=int, default=10,
-                   help="neighbours: clips of a file, averaged (10; as retrieval.py)")
     p.add_argument("--out", required=True, help="the png to write")
+    p.set_defaults(clips=1)                     # of a file, for `load`; none of them is read
     args = p.parse_args(argv)
     try:
         draw[args.what](args)
