@@ -344,10 +344,7 @@ def curves(args):
     """Loss, contrastive top-1 and learning rate of runs, from their log.jsonl."""
     figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     for run in args.runs or ["runs/svaclr"]:
-        path = Path(run) / "log.jsonl"
-        if not path.exists():
-            raise ValueError(f"no {path}: give the --out folder of a run of pretrain.py")
-        lines = map(json.loads, path.read_text().splitlines())
+        lines = map(json.loads, (Path(run) / "log.jsonl").read_text().splitlines())
         events = [line for line in lines if "loss" in line]
         for axis, key in zip(axes, ("loss", "top1", "lr")):
             axis.plot([e["epoch"] for e in events], [e[key] for e in events], label=Path(run).name)

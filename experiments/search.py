@@ -323,8 +323,24 @@ def compare_videos(args, device):
     check_size(len(g), args.gallery, gallery_left_out | failed, max(RANKS))
     _, labels = np.unique(q_names + g_names, return_inverse=True)       # (n + m,)
     labels, gallery_labels = torch.from_numpy(labels).to(device).split([len(q), len(g)])
-    results = video_ranks(q, g, labels, gallery_labels)
-    report(args, clip, results, labels, gallery_labels, parts)
+    before, right = video_ranks(q, g, labels, gallery_labels)
+
+    n, videos, classes = len(q), len(queries) + len(gallery), len(gallery_labels.unique())
+    without = int((~torch.isin(labels, gallery_labels)).sum())
+    head = {"checkpoint": str(args.checkpoint), "pair": args.pair, "data": args.data,
+            "split": args.split, "gallery": args.gallery, "clips_per_file": args.clips,
+            "feature": "y_v", **clip, "queries": n, "pool": len(g), "classes": classes,
+            "left_out": len(left_out) + len(gallery_left_out), "videos": videos,
+            "failed": videos - n - len(g), "queries_without_class": without}
+    recall = {f"R@{k}": (before < k).double().mean().item() for k in RANKS}
+    recall[f"{NEIGHBOURS}-NN"] = right.double().mean().item()
+    by_chance = {f"R@{k}": by_class for k, (_, by_class)
+                 in chance(labels, gallery_labels=gallery_labels).items()}
+    lines = [("class", "video -> video", recall), ("class", "chance", by_chance)]
+    write_table(head, f"{n} videos of {args.split!r} query {len(g)} of {args.gallery!r} of "
+                f"{classes} classes", f"R@k and {NEIGHBOURS}-NN accuracy", lines, n)
+    if without:
+        say(f"{without} of {n} queries miss always: the gallery has no video of their class.")
 
 
 def encode(args, f, rows, clip):
@@ -358,30 +374,6 @@ def video_ranks(query, gallery, labels, gallery_labels, chunk=256):
         votes = (near[:, :, None] == near[:, None]).sum(2)              # for each one's class
         right.append(near.gather(1, votes.argmax(1, keepdim=True))[:, 0] == label)
     return torch.cat(before), torch.cat(right)
-
-
-def report(args, clip, results, labels, gallery_labels, parts):
-    """Print and write how videos find videos.
-
-    results: from video_ranks. parts: those before files failed, [(rows, left_out)].
-    """
-    (before, right), n, m = results, len(labels), len(gallery_labels)
-    videos, classes = sum(len(rows) for rows, _ in parts), len(gallery_labels.unique())
-    without = int((~torch.isin(labels, gallery_labels)).sum())
-    head = {"checkpoint": str(args.checkpoint), "pair": args.pair, "data": args.data,
-            "split": args.split, "gallery": args.gallery, "clips_per_file": args.clips,
-            "feature": "y_v", **clip, "queries": n, "pool": m, "classes": classes,
-            "left_out": sum(len(reasons) for _, reasons in parts), "videos": videos,
-            "failed": videos - n - m, "queries_without_class": without}
-    recall = {f"R@{k}": (before < k).double().mean().item() for k in RANKS}
-    recall[f"{NEIGHBOURS}-NN"] = right.double().mean().item()
-    by_chance = {f"R@{k}": by_class for k, (_, by_class)
-                 in chance(labels, gallery_labels=gallery_labels).items()}
-    lines = [("class", "video -> video", recall), ("class", "chance", by_chance)]
-    searched = f"{n} videos of {args.split!r} query {m} of {args.gallery!r} of {classes} classes"
-    write_table(head, searched, f"R@k and {NEIGHBOURS}-NN accuracy", lines, n)
-    if without:
-        say(f"{without} of {n} queries miss always: the gallery has no video of their class.")
 
 
 if __name__ == "__main__":

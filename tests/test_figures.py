@@ -40,32 +40,14 @@ def clips_of(checkpoint, part=slice(None)):
     return model.eval(), settings, clips
 
 
-def without_films(tree, folder, *chosen):
-    """A manifest of the tree's test part, from which these films have gone since the scan."""
-    rows = [row for row in scan.scan(tree) if row["split"] == "test"]
-    for n in chosen:
-        rows[n]["path"] = str(folder / "gone.mp4")
-    scan.write(rows, folder / "m.csv")
-    return folder / "m.csv"
-
-
 SOME = slice(10, 13)                                    # three clips of two classes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what,kilobytes,gone", [("method", 250, None),
-                                                 ("affinity", 300, "left out: "),
-                                                 ("neighbours", 300, "failed: ")])
-def test_pictures(what, kilobytes, gone, tree, brief, tmp_path, capsys):
-    """A film that has gone is named, and left out."""
-    data = without_films(tree, tmp_path, *[0] if gone else [])
-    draw(what, "--checkpoint", brief, "--data", data, "--show", 3, "--out", tmp_path / "a.png",
-         *["--clips", 2] if what == "neighbours" else [])
+@pytest.mark.parametrize("what", ["method", "affinity"])
+def test_pictures(what, brief, tmp_path):
+    draw(what, "--checkpoint", brief, "--show", 3, "--out", tmp_path / "a.png")
     assert pixels(tmp_path / "a.png").std() > 20
-    assert (tmp_path / "a.png").stat().st_size < 1000 * kilobytes
-    if gone:
-        sentence = f"{gone}{tmp_path / 'gone.mp4'}: No such file"
-        assert capsys.readouterr().err.count(sentence) == 1
     if what == "affinity":
         means = values(tmp_path / "a.csv", "lambda")
         assert len(means) == 4 and abs(sum(means) - 1) < 1e-3 and max(means) < 0.9
@@ -77,19 +59,16 @@ def test_curves(brief, tmp_path):
 
 
 @pytest.mark.parametrize("what,data,sentence", [
-    ("curves", "gone", "no .*log.jsonl: give the --out folder of a run of pretrain.py"),
     ("affinity", "short", "no clip of the 'test' part lasts 2.0 s, as this picture needs"),
     ("method", "short", "the 'test' part has no 2 classes with clips of 1.5 s"),
-    ("ratios", "m.csv", "none of the clips can be read: see the causes above")])
+    ("ratios", "m.csv", ".*gone.mp4: No such file")])
 def test_bad_input(what, data, sentence, tree, brief, tmp_path):
     if data == "short":
         make_video(tmp_path / "short" / "test" / "c" / "a.mp4", 1.2, 10)
-    else:
-        without_films(tree, tmp_path, *range(24))
-    words = [tmp_path / data] if what == "curves" else ["--checkpoint", brief, "--data",
-                                                        tmp_path / data]
+    rows = [row | {"path": str(tmp_path / "gone.mp4")} for row in scan.scan(tree)]
+    scan.write(rows, tmp_path / "m.csv")
     with pytest.raises(SystemExit, match=f"error: {sentence}"):
-        draw(what, *words, "--out", tmp_path / "x")
+        draw(what, "--checkpoint", brief, "--data", tmp_path / data, "--out", tmp_path / "x")
 
 
 def test_roles_are_those_of_eq_1():
@@ -114,10 +93,9 @@ def test_roles_are_those_of_eq_1():
 @torch.no_grad()
 def test_ratios_show_the_lambda_of_training(brief, tmp_path):
     """Each pair of speeds as in training: two views of each modality, the first at speed 1."""
-    model, settings, clips = clips_of(brief, SOME)
-    lams = lambda_by_speeds(model, settings, clips, "test")
-    assert lams.shape == (3, 4, 4)
-    for row, lam in zip(clips.rows, lams):
+    model, settings, clips = clips_of(brief)
+    lams = lambda_by_speeds(model, settings, clips, "test")             # (24, 4, 4)
+    for row, lam in list(zip(clips.rows, lams, strict=True))[SOME]:
         for tau_a, tau_v in ((1, 1), (2, 4), (4, 3)):
             video, waves = read_clip(row.path, (row.duration - 2) / 2, (1, tau_v), (1, tau_a), 4, 8,
                                      16, centre_crop)
@@ -127,8 +105,8 @@ def test_ratios_show_the_lambda_of_training(brief, tmp_path):
         assert abs(lam[0, 0] - 0.25) < 1e-6             # the same view twice
     draw("ratios", "--checkpoint", brief, "--out", tmp_path / "r.png")
     assert pixels(tmp_path / "r.png").std() > 20
-    whole = lambda_by_speeds(*clips_of(brief), "test").mean(0)           # (4, 4)
-    assert values(tmp_path / "r.csv", "lambda") == pytest.approx(whole.flatten().tolist(), rel=1e-3)
+    mean = lams.mean(0).flatten().tolist()
+    assert values(tmp_path / "r.csv", "lambda") == pytest.approx(mean, rel=1e-3)
 
 
 @pytest.mark.slow
@@ -150,7 +128,6 @@ def test_shifts_move_the_sound(brief, tmp_path):
             assert abs(own[n, k] - s[n]) < 2e-3
             assert abs(others[n, k] - (sum(s) - s[n]) / 2) < 2e-3
     draw("shifts", "--checkpoint", brief, "--out", tmp_path / "s.png")
-    assert pixels(tmp_path / "s.png").std() > 20
     assert values(tmp_path / "s.csv", "shift, s") == SHIFTS
     model, _, clips = clips_of(brief)
     for name, s in zip(("sound of the same file", "sounds of other files"),
