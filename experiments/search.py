@@ -173,7 +173,7 @@ def read_pool(args, model, device):
             pool["settings"] = json.loads(str(arrays["settings"]))
     except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile,
             zlib.error) as error:
-        raise ValueError(f"--pool {path} cannot be read ({error}): give a file that "
+        raise ValueError(f"--pool {path} is missing, damaged or no pool: give a file that "
                          "experiments.search --save wrote") from error
     about = pool["settings"]
     if about["weights"] != weights:

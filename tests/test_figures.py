@@ -32,15 +32,14 @@ def draw(*args):
     figures.main([str(arg) for arg in args])
 
 
-def clips_of(checkpoint, part=slice(None)):
-    """The model in evaluation mode, its settings, and clips of the test part."""
-    model, settings, clips, _ = load(Namespace(checkpoint=checkpoint, data=None, split="test",
-                                               clips=1))
-    clips.rows = clips.rows[part]
+@pytest.fixture
+def some(tree, brief, tmp_path):
+    """The model in evaluation mode, its settings, and three clips of two classes, those of m.csv."""
+    rows = [row for row in scan.scan(tree) if row["split"] == "test"]
+    scan.write(rows[10:13], tmp_path / "m.csv")
+    model, settings, clips, _ = load(Namespace(checkpoint=brief, data=tmp_path / "m.csv",
+                                               split="test", clips=1))
     return model.eval(), settings, clips
-
-
-SOME = slice(10, 13)                                    # three clips of two classes
 
 
 @pytest.mark.slow
@@ -91,11 +90,11 @@ def test_roles_are_those_of_eq_1():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_ratios_show_the_lambda_of_training(brief, tmp_path):
+def test_ratios_show_the_lambda_of_training(some, brief, tmp_path):
     """Each pair of speeds as in training: two views of each modality, the first at speed 1."""
-    model, settings, clips = clips_of(brief)
-    lams = lambda_by_speeds(model, settings, clips, "test")             # (24, 4, 4)
-    for row, lam in list(zip(clips.rows, lams, strict=True))[SOME]:
+    model, settings, clips = some
+    lams = lambda_by_speeds(model, settings, clips, "test")             # (3, 4, 4)
+    for row, lam in zip(clips.rows, lams, strict=True):
         for tau_a, tau_v in ((1, 1), (2, 4), (4, 3)):
             video, waves = read_clip(row.path, (row.duration - 2) / 2, (1, tau_v), (1, tau_a), 4, 8,
                                      16, centre_crop)
@@ -103,7 +102,7 @@ def test_ratios_show_the_lambda_of_training(brief, tmp_path):
             expected = cross_affinity(y_a, y_v)[0, 1, 1]
             assert abs(lam[tau_a - 1, tau_v - 1] - expected) < 1e-5
         assert abs(lam[0, 0] - 0.25) < 1e-6             # the same view twice
-    draw("ratios", "--checkpoint", brief, "--out", tmp_path / "r.png")
+    draw("ratios", "--checkpoint", brief, "--data", tmp_path / "m.csv", "--out", tmp_path / "r.png")
     assert pixels(tmp_path / "r.png").std() > 20
     mean = lams.mean(0).flatten().tolist()
     assert values(tmp_path / "r.csv", "lambda") == pytest.approx(mean, rel=1e-3)
@@ -111,8 +110,8 @@ def test_ratios_show_the_lambda_of_training(brief, tmp_path):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_shifts_move_the_sound(brief, tmp_path):
-    model, settings, clips = clips_of(brief, SOME)
+def test_shifts_move_the_sound(some, brief, tmp_path):
+    model, _, clips = some
     own, others = similarity_by_shift(model, LogMel(), clips, "test")
     assert own.shape == others.shape == (3, len(SHIFTS))
     for shift in (-1, 0, 0.5):
@@ -127,9 +126,7 @@ def test_shifts_move_the_sound(brief, tmp_path):
             k = SHIFTS.index(shift)
             assert abs(own[n, k] - s[n]) < 2e-3
             assert abs(others[n, k] - (sum(s) - s[n]) / 2) < 2e-3
-    draw("shifts", "--checkpoint", brief, "--out", tmp_path / "s.png")
+    draw("shifts", "--checkpoint", brief, "--data", tmp_path / "m.csv", "--out", tmp_path / "s.png")
     assert values(tmp_path / "s.csv", "shift, s") == SHIFTS
-    model, _, clips = clips_of(brief)
-    for name, s in zip(("sound of the same file", "sounds of other files"),
-                       similarity_by_shift(model, LogMel(), clips, "test")):
+    for name, s in (("sound of the same file", own), ("sounds of other files", others)):
         assert values(tmp_path / "s.csv", name) == pytest.approx(s.mean(0).tolist(), abs=1e-3)
