@@ -42,8 +42,6 @@ from prepare import scan, transcode
 from support.processes import at_least, autocast, choose_precision, start
 from support.reading import RATE
 
-MADE_UP = [Row("made up", "", "train", 1e6, 1e6, True, "")]     # a file long enough for any clip
-
 
 def now(device):
     """The time in s, once the device has done its work."""
@@ -166,10 +164,10 @@ def train(flags, rounds, device, chunk=None, profile=False):
     # At this learning rate the weights stay finite on noise.
     args = pretrain.parse(["--data", "made up", "--lr", "0.001", *flags])
     steps = Steps(rounds, chunk, profile)
-    rows = MADE_UP * args.batch_per_process, {}
+    long = Row("made up", "", "train", 1e6, 1e6, True, "")          # enough for any clip
+    rows = [long] * args.batch_per_process, {}
     with (patch("pretrain.lock_folder"), patch("pretrain.Run", steps.begin),
-          patch("pretrain.find_rows", lambda *_: rows),
-          redirect_stdout(io.StringIO())):
+          patch("pretrain.find_rows", lambda *_: rows), redirect_stdout(io.StringIO())):
         pretrain.train(args, device)
     return steps
 
@@ -194,7 +192,8 @@ def step(args):
                     raise
                 yield f"B {clips} does not fit the memory: {str(error).splitlines()[0]}", {}
                 break
-            print(done[-1].table)
+            if args.profile:
+                print(done[-1].table)
             yield of_step(done[-1])
         if len(done) > 1:
             yield of_chunks(*done)
