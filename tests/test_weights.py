@@ -153,10 +153,10 @@ def test_scripts_take_gdt_with_its_sound_input(converted, tree, tmp_path, monkey
         assert json.loads((tmp_path / "retrieval.json").read_text())["pool"] == 24
         shapes.clear()
     flags = ["--checkpoint", str(path), "--data", str(tree), "--out", str(tmp_path / "n.png")]
-    figures.main(["neighbours", *flags, "--clips", "1", "--show", "1"])
+    figures.main(["shifts", *flags])
     assert shapes == {(1, 40, 49)}
     with pytest.raises(SystemExit) as error:
-        figures.main(["method", *flags])
+        figures.main(["affinity", *flags])
     assert error.value.code == (f"error: {path} holds weights of GDT, which has no lambda to draw: "
                                 "give a checkpoint.pt of pretrain.py")
 
