@@ -88,13 +88,16 @@ def run_all(jobs, lines, write):
         free.put(core)
     with ProcessPoolExecutor(len(cores), context, take_core, (free,)) as pool:
         futures = {pool.submit(*job): name for name, job in jobs.items()}
-        for future in as_completed(futures):
-            if error := future.exception():
-                failures += 1
-                print(f"error: {futures[future]}: {error}", file=sys.stderr, flush=True)
-            else:
-                lines += future.result()
-                write(lines)
+        try:
+            for future in as_completed(futures):
+                if error := future.exception():
+                    failures += 1
+                    print(f"error: {futures[future]}: {error}", file=sys.stderr, flush=True)
+                else:
+                    lines += future.result()
+                    write(lines)
+        finally:
+            pool.shutdown(cancel_futures=True)          # otherwise Ctrl-C would go on to the others
     if lines:
         print(write(lines))
     sys.exit(failures > 0)
