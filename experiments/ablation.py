@@ -78,8 +78,9 @@ def run_all(jobs, lines, write):
     """Run the jobs {name: (function, *arguments)}, each on one core, and one on every core.
 
     GPUs are not used. What a function returns is added to the lines of the csv, and write(lines)
-    is called, which returns the tables. A job that raises an error is named, and the others go on.
-    At the end the tables are printed, and the program ends, with status 1 if a job failed.
+    is called, which returns the tables. A ValueError that it raises is printed. Any other error is
+    raised here, when the jobs that have begun have ended. At the end the tables are printed, and
+    the program ends, with status 1 if a job failed.
     """
     cores, failures = os.sched_getaffinity(0), 0
     context = multiprocessing.get_context("spawn")
@@ -90,14 +91,15 @@ def run_all(jobs, lines, write):
         futures = {pool.submit(*job): name for name, job in jobs.items()}
         try:
             for future in as_completed(futures):
-                if error := future.exception():
+                try:
+                    lines += future.result()
+                except ValueError as error:
                     failures += 1
                     print(f"error: {futures[future]}: {error}", file=sys.stderr, flush=True)
                 else:
-                    lines += future.result()
                     write(lines)
         finally:
-            pool.shutdown(cancel_futures=True)          # otherwise Ctrl-C would go on to the others
+            pool.shutdown(cancel_futures=True)
     if lines:
         print(write(lines))
     sys.exit(failures > 0)

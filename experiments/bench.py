@@ -413,8 +413,9 @@ def main():
                    help="step, memory: video encoder (r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32],
                    help="step, memory: clips, one or more sizes, the smallest first (32)")
-    p.add_argument("--chunk", type=at_least(2), help="memory: embed so many clips at a time; step: beside "
-                   "it the same batch in such chunks, and a batch of one chunk (none)")
+    p.add_argument("--chunk", type=at_least(2),
+                   help="memory: embed so many clips at a time; step: beside it the same batch in "
+                   "such chunks, and a batch of one chunk (none)")
     p.add_argument("--frames", type=int, default=4, help="step, memory: T (4)")
     p.add_argument("--size", type=int, default=32, help="step, memory: H = W in pixels (32)")
     p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],

@@ -34,7 +34,7 @@ def draw(*args):
 
 @pytest.fixture
 def some(tree, brief, tmp_path):
-    """The model in evaluation mode, its settings, and three clips of two classes, those of m.csv."""
+    """The model in evaluation mode, its settings, and the clips of m.csv, three of two classes."""
     rows = [row for row in scan.scan(tree) if row["split"] == "test"]
     scan.write(rows[10:13], tmp_path / "m.csv")
     model, settings, clips, _ = load(Namespace(checkpoint=brief, data=tmp_path / "m.csv",
