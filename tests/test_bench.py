@@ -104,7 +104,7 @@ def test_memory_of_a_batch_in_chunks():
     assert chunks[held] == one[held] < whole[held]
     assert one["needed, GB"] < chunks["needed, GB"] < whole["needed, GB"]
     flops = "TFLOP of a clip"
-    assert whole[flops] == pytest.approx(one[flops])
+    assert whole[flops] == pytest.approx(one[flops], rel=1e-3)     # the loss is of N clips
     assert chunks[flops] / one[flops] == pytest.approx(4 / 3, abs=0.02)
 
 
