@@ -105,24 +105,24 @@ def run_all(jobs, lines, write):
     sys.exit(failures > 0)
 
 
-def write_csv(lines, columns, path):
-    """Write the lines [{column: text}] of a csv."""
+def write_csv(lines, columns, tables, path):
+    """Write the lines [{column: text}] of a csv, and beside it their tables, which it returns."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     write_atomic(text.getvalue().encode(), path)
+    path.with_suffix(".md").write_text(tables)
+    return tables
 
 
 def read_csv(path, columns):
     """The lines [{column: text}] of a csv. Without a file there are none.
 
-    Ends the program with a sentence if the csv does not have these columns.
+    Ends the program with a sentence if the csv has other columns.
     """
-    if not path.exists():
-        return []
-    lines = list(csv.DictReader(path.read_text().splitlines()))
-    if any(list(line) != columns or None in line.values() for line in lines):
+    lines = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    if lines and list(lines[0]) != columns:
         sys.exit(f"error: {path} has other columns than this version writes ({', '.join(columns)}):"
                  " move it away, then give the same command again")
     return lines
@@ -137,7 +137,7 @@ def table(head, rows, by_chance=()):
     return text + [f"| {' | '.join([name, *cells])} |" for name, cells in rows.items()]
 
 
-def spread(values, deviation, sign=""):
+def mean_of(values, deviation=statistics.stdev, sign=""):
     """'mean ± deviation', or the value if there is only one, or 'not run'."""
     if not values:
         return "not run"
@@ -192,8 +192,8 @@ def classes_and_clips(checkpoint):
     def probe(n, chosen):
         labelled = [rows["train"].index(row) for row in chosen]
         classifier = fit_linear(y["train"][n][labelled], labels["train"][labelled])
-        answers = classifier(y["test"][n]).argmax(1)                            # (n,)
-        return 100 * (answers == labels["test"]).double().mean().item()
+        right = classifier(y["test"][n]).argmax(1) == labels["test"]            # (n,)
+        return 100 * right.double().mean().item()
 
     draws = [subset(rows["train"], 2 / demo.TRAIN, draw) for draw in range(5)]
     for n, name in enumerate(("audio probe", "video probe")):
@@ -340,18 +340,16 @@ def run_row(study, name, seed, flags, out):
 
 def read_results(path, study):
     """The lines of an earlier csv whose rows still have the same flags."""
-    lines, rows = read_csv(path, columns(study)), rows_of(study)
-    return [line for line in lines if rows.get(line["row"]) == line["flags"]]
+    rows = rows_of(study)
+    return [line for line in read_csv(path, columns(study))
+            if rows.get(line["row"]) == line["flags"]]
 
 
 def write_results(lines, path, study):
     """Write the csv, sorted by row and seed, and the tables beside it, which are returned."""
     order = list(rows_of(study))
     lines.sort(key=lambda line: (order.index(line["row"]), int(line["seed"])))
-    write_csv(lines, columns(study), path)
-    tables = markdown(lines, study)
-    path.with_suffix(".md").write_text(tables)
-    return tables
+    return write_csv(lines, columns(study), markdown(lines, study), path)
 
 
 def chances(study, clips):
@@ -375,7 +373,7 @@ def markdown(lines, study):
                 if line["row"] == name and line[metric]}
 
     def cells(name, metrics, deviation):
-        return [spread([*values(name, metric).values()], deviation) for metric in metrics]
+        return [mean_of([*values(name, metric).values()], deviation) for metric in metrics]
 
     by_chance, text = chances(study, max(int(line["clips"]) for line in lines)), []
     for title, names, _, base in study.tables:
@@ -386,7 +384,7 @@ def markdown(lines, study):
             rows[name] = [*cells(name, study.metrics, statistics.stdev),
                           str(sum(line["row"] == name for line in lines)),
                           "" if name == base or not differences
-                          else spread(differences, standard_error, "+")]
+                          else mean_of(differences, standard_error, "+")]
         text += [f"## {title}", "", "In %, mean ± standard deviation over seeds. The last column "
                  "is paired by seed, mean ± standard error.", "",
                  *table([*study.metrics, "seeds", f"{study.compared} minus that of {base}"], rows,
@@ -414,24 +412,14 @@ def parse(argv=None):
     p.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     args = p.parse_args(argv)
     study = LIPS if args.data else BUILT_IN
-    unknown = set(args.rows or ()) - rows_of(study).keys()
-    if unknown:
-        p.error(f"--rows {' '.join(map(repr, sorted(unknown)))}: give some of "
-                + ", ".join(map(repr, rows_of(study))))
     tables = study.tables[:1] if args.quick else study.tables
+    rows = [name for table in tables for name in table.rows]
+    if not set(args.rows or rows) <= set(rows):
+        p.error(f"--rows: give some of {', '.join(map(repr, rows))}")
     jobs = [(name, seed) for table in tables if table.seeds or args.rows
             for seed in (args.seeds or table.seeds or range(3))[:1 if args.quick else None]
-            for name in table.rows if name in (args.rows or table.rows)]
-    if not jobs:
-        p.error("--quick makes rows of the first table alone: "
-                + ", ".join(map(repr, study.tables[0].rows)))
+            for name in table.rows if name in (args.rows or rows)]
     return args, study, jobs
-
-
-def name_of(data):
-    """The name of a set: "grid" for grid, grid.csv and grid/manifest.csv."""
-    data = Path(data).absolute()
-    return data.parent.name if data.name == "manifest.csv" else data.stem
 
 
 def main(argv=None):
@@ -439,7 +427,8 @@ def main(argv=None):
     args, study, jobs = parse(argv)
     folder, file, common = Path(args.out), "ablation.csv", study.flags.split()
     if args.data:
-        name = name_of(args.data)
+        data = Path(args.data).absolute()       # of a set grid, grid.csv or grid/manifest.csv
+        name = data.parent.name if data.name == "manifest.csv" else data.stem
         folder, file = folder / name, f"ablation-{name}.csv"
         common += ["--data", args.data]
     results, shorter = RESULTS / file, []

@@ -5,7 +5,6 @@
     python -m experiments.bench memory --batch-size 8 --precision fp16      # needs no GPU
     python -m experiments.bench loss            # Eq. 3 at global batches of 512 to 32,768
     python -m experiments.bench loader          # a sample over the bare decode of its window
-    python -m experiments.bench frames          # wrong frames of the reader
 
 `step --batch-size 8 16 32 ...` goes on until the memory is full. Each bench yields what it measured
 with its {quantity: value}. They are printed, and `--csv FILE` adds a line to FILE for each value.
@@ -38,13 +37,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import pretrain
 from augment import LogMel, normalize_frames, random_crop
 from data import AudioVisualClips, Row, make_loader, read_clip, read_manifest
-from experiments import frames as films
 from loss import soft_info_nce
 from prepare import scan, transcode
-from support.processes import autocast, choose_precision, start
+from support.processes import at_least, autocast, choose_precision, start
 from support.reading import RATE
-
-MADE_UP = [Row("made up", "", "train", 1e6, 1e6, True, "")]     # a file long enough for any clip
 
 
 def now(device):
@@ -98,13 +94,12 @@ class Steps:
     So the loop of pretrain.py itself is timed, from the moment at which a Run would hand it a
     batch. Between two steps the bare encoders f and g run, forward and backward, on `chunk` clips
     at a time (None: on all). `ours` and `bare` are lists of s, `flops` is the number of operations
-    of the bare encoders, `peak` the memory of a step in bytes, and `kernels` are what the profiler
-    saw in a step.
+    of the bare encoders, `peak` the memory of a step in bytes, and `table` what the profiler saw.
     """
 
     def __init__(self, rounds, chunk, profile):
         self.rounds, self.chunk, self.profile = rounds, chunk, profile
-        self.ours, self.bare, self.kernels = [], [], []
+        self.ours, self.bare, self.table = [], [], ""
 
     def begin(self, args, loader, model, optimizer, scaler, metadata):
         """Take the arguments of Run, in its place."""
@@ -151,7 +146,8 @@ class Steps:
             with torch.profiler.profile() as profiler:
                 yield 0, [x.to(device, non_blocking=True) for x in batch]
                 now(device)
-            self.kernels = profiler.key_averages()
+            by = f"self_{device.type}_time_total"
+            self.table = profiler.key_averages().table(by, row_limit=10)
 
     def encode(self, encoders, *inputs):
         """The bare encoders, forward and backward."""
@@ -168,10 +164,10 @@ def train(flags, rounds, device, chunk=None, profile=False):
     # At this learning rate the weights stay finite on noise.
     args = pretrain.parse(["--data", "made up", "--lr", "0.001", *flags])
     steps = Steps(rounds, chunk, profile)
-    rows = MADE_UP * args.batch_per_process, {}
+    long = Row("made up", "", "train", 1e6, 1e6, True, "")          # enough for any clip
+    rows = [long] * args.batch_per_process, {}
     with (patch("pretrain.lock_folder"), patch("pretrain.Run", steps.begin),
-          patch("pretrain.find_rows", lambda *_: rows),
-          redirect_stdout(io.StringIO())):
+          patch("pretrain.find_rows", lambda *_: rows), redirect_stdout(io.StringIO())):
         pretrain.train(args, device)
     return steps
 
@@ -196,6 +192,8 @@ def step(args):
                     raise
                 yield f"B {clips} does not fit the memory: {str(error).splitlines()[0]}", {}
                 break
+            if args.profile:
+                print(done[-1].table)
             yield of_step(done[-1])
         if len(done) > 1:
             yield of_chunks(*done)
@@ -210,23 +208,17 @@ def of_step(steps):
     a, b = (torch.randn(size, size, device=steps.device, dtype=steps.dtype) for _ in range(2))
     matmul, = turns([lambda: a @ b], steps.rounds, steps.device)
     rate, limit = steps.flops / min(steps.ours), 2 * size ** 3 / min(matmul)        # FLOP/s
-    what = (f"step {args.arch} B{B} T{args.frames} {args.size}px {dtype}"
-            + (f" chunks of {args.chunk}" if args.chunk else "")
-            + (" compiled" if args.compile else ""))
+    what = f"step {args.arch} B{B} T{args.frames} {args.size}px {dtype}"
+    what += f" chunks of {args.chunk}" if args.chunk else ""
+    what += " compiled" if args.compile else ""
     # Beside --chunk the bare encoders take chunks, also where the step does not.
     over = "step / bare in chunks" if steps.chunk else "step / bare"
     values = ratio(over, steps.ours, steps.bare) | {
         "s": min(steps.ours), "clips per s": B / min(steps.ours), "TFLOP/s": rate / 1e12,
         "share of matmul rate": rate / limit, "peak memory, GB": steps.peak / 1e9}
     if cuda:
-        hours = 231e5 / 8 * min(steps.ours) / B / 3600
-        values["hours on 8 for 231k clips, 100 epochs"] = hours
-    # Kernels, on a CPU operations, by their share of the time.
-    spent = sorted(((e.self_device_time_total if cuda else e.self_cpu_time_total, e.key, e.count)
-                    for e in steps.kernels if not e.is_user_annotation
-                    and (not cuda or e.device_type != torch.autograd.DeviceType.CPU)), reverse=True)
-    total = sum(t for t, _, _ in spent)
-    return what, values | {f"share of {n} x {name[:80]}": t / total for t, name, n in spent[:10]}
+        values["hours on 8 for 231k clips, 100 epochs"] = 231e5 / 8 / values["clips per s"] / 3600
+    return what, values
 
 
 def of_chunks(one, chunked, whole=None):
@@ -389,24 +381,10 @@ def throughput(name, listed, rounds):
     return f"loader {name}", {"samples per s, one worker": rate}
 
 
-def frames(args):
-    """Wrong frames of 50 films of unlike containers and codecs."""
-    wrong = []
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in films.FILMS:
-            path = films.make(kind, Path(folder))
-            count, asked = films.ask(path, *films.truth(path))
-            print(f"{kind.name}: {count} of {asked} frames wrong", flush=True)
-            wrong.append(count)
-    yield "frames", {"wrong": sum(wrong), "asked": asked * len(wrong),
-                     "films with wrong frames": sum(count > 0 for count in wrong)}
-
-
 def hardware():
     """Number and kind of the cores, the GPU if there is one, and versions."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in info if "model name" in line]
-    text = (f"{len(os.sched_getaffinity(0))} core(s) of {names[0] if names else platform.machine()}"
+    cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+    text = (f"{len(os.sched_getaffinity(0))} core(s) of {cpu[1] if cpu else platform.machine()}"
             f", torch {torch.__version__}, av {av.__version__}")
     if torch.cuda.is_available():
         text += f", {torch.cuda.get_device_name()}, cuDNN {torch.backends.cudnn.version()}"
@@ -426,17 +404,18 @@ def record(path, what, values):
 
 def main():
     """Run the command."""
-    benches = {"step": step, "memory": memory, "loss": loss, "loader": loader, "frames": frames}
+    benches = {"step": step, "memory": memory, "loss": loss, "loader": loader}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=list(benches))
-    p.add_argument("--rounds", type=int, default=15, help="measured rounds (15)")
+    p.add_argument("--rounds", type=at_least(2), default=15, help="measured rounds (15)")
     p.add_argument("--csv", help="file to add the results to (none)")
     p.add_argument("--arch", default="r2plus1d_10",
                    help="step, memory: video encoder (r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32],
                    help="step, memory: clips, one or more sizes, the smallest first (32)")
-    p.add_argument("--chunk", type=int, help="memory: embed so many clips at a time; step: beside "
-                   "it the same batch in such chunks, and a batch of one chunk (none)")
+    p.add_argument("--chunk", type=at_least(2),
+                   help="memory: embed so many clips at a time; step: beside it the same batch in "
+                   "such chunks, and a batch of one chunk (none)")
     p.add_argument("--frames", type=int, default=4, help="step, memory: T (4)")
     p.add_argument("--size", type=int, default=32, help="step, memory: H = W in pixels (32)")
     p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
@@ -444,12 +423,8 @@ def main():
     p.add_argument("--compile", action="store_true", help="step: torch.compile (off)")
     p.add_argument("--profile", action="store_true", help="step: where the time goes (off)")
     args = p.parse_args()
-    if args.rounds < 2:
-        p.error(f"--rounds {args.rounds}: quartiles need 2 or more")
-    for B in args.batch_size if args.chunk is not None else ():
-        if args.chunk < 2 or B <= args.chunk or B % args.chunk:
-            p.error(f"--chunk {args.chunk}: give 2 or more clips, fewer than the batch of {B}, "
-                    "that divide it")
+    if any(B % (args.chunk or B) for B in args.batch_size):
+        p.error(f"--chunk {args.chunk} does not divide every --batch-size")
     print(hardware())
     for what, values in benches[args.what](args):
         print(what, *(f"    {name}: {value:.4g}" for name, value in values.items()), sep="\n",

@@ -17,7 +17,6 @@ import json
 import zipfile
 import zlib
 from collections import namedtuple
-from importlib.util import find_spec
 from pathlib import Path
 
 import av
@@ -89,14 +88,10 @@ def check_flags(parser, args):
     if args.pool:
         refuse("data split clips max_failures save",
                "is not read with --pool, which has its own: leave it out")
-    for name, path, ends in (("save", args.save, [".npz"]),
-                             ("figure", args.figure, [".png", ".pdf", ".svg"])):
-        if path and Path(path).suffix not in ends:
-            parser.error(f"--{name} {path}: give a name that ends in {' or '.join(ends)}")
-        if path and not Path(path).absolute().parent.is_dir():
-            parser.error(f"--{name} {path}: there is no folder {Path(path).parent}, make it first")
-    if args.figure and not find_spec("matplotlib"):
-        parser.error("--figure needs matplotlib: pip install matplotlib")
+    for name in ("save", "figure"):
+        path = Path(getattr(args, name) or "")
+        if not path.parent.is_dir():
+            parser.error(f"--{name} {path}: there is no folder {path.parent}, make it first")
     if args.pair == "audio-video":
         refuse("gallery arch frames fps size", "is for --pair video-video: give both or none")
         if not args.query and not args.save:
@@ -123,14 +118,14 @@ def search(args, device):
         check_size(len(clips), args.split, left_out, 1)
     model = model.to(device).eval()
     dtype, _ = choose_precision("auto", device)
-    queries = []
-    for path in args.query or ():                                       # complain before the work
-        queries += read_queries(path, model, settings, dtype, args.feature, args.clips)
+    # The files come first, so that a bad one is named before the work.
+    queries = [query for path in args.query or ()
+               for query in read_queries(path, model, settings, dtype, args.feature, args.clips)]
     if not args.pool:
         pool = make_pool(args, model, settings, clips, dtype)
     if args.save and rank() == 0:
         save_pool(pool, args.save)
-    if args.query and rank() == 0:
+    if queries and rank() == 0:
         answer(args, queries, pool)
 
 
@@ -174,22 +169,17 @@ def read_pool(args, model, device):
         with np.load(path) as arrays:
             pool = {f"{kind}_{modality}": torch.from_numpy(arrays[f"{kind}_{modality}"]).to(device)
                     for kind in "yz" for modality in ASKS}
-            pool |= {name: arrays[name].tolist() for name in ("paths", "labels")}
+            pool |= {name: arrays[name].tolist() for name in ("paths", "labels", "starts")}
             pool["settings"] = json.loads(str(arrays["settings"]))
-            # An earlier version kept no segments of films.
-            pool["starts"] = (arrays["starts"].tolist() if "starts" in arrays
-                              else [0] * len(pool["paths"]))
-            saved_by = pool["settings"]["weights"], pool["settings"]["checkpoint"]
-    except OSError as error:
-        raise ValueError(f"cannot read --pool {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile,
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile,
             zlib.error) as error:
-        raise ValueError(f"--pool {path} is no pool, or it is damaged: give a file that "
+        raise ValueError(f"--pool {path} is missing, damaged or no pool: give a file that "
                          "experiments.search --save wrote") from error
-    if saved_by[0] != weights:
-        raise ValueError(f"--pool {path} has features of another model, {saved_by[1]} with the "
-                         f"weights {saved_by[0]}, but {args.checkpoint} has {weights}: give the "
-                         "same --checkpoint, or save a pool of this one")
+    about = pool["settings"]
+    if about["weights"] != weights:
+        raise ValueError(f"--pool {path} has features of another model, {about['checkpoint']} with "
+                         f"the weights {about['weights']}, but {args.checkpoint} has {weights}: "
+                         "give the same --checkpoint, or save a pool of this one")
     return pool
 
 
@@ -303,10 +293,7 @@ def draw(queries, pool, found, out):
             path = pool["paths"][n]
             axis.set_title(f"{place}: {similarity:.3f}", fontsize=8)
             axis.set_xlabel(f"{pool['labels'][n]}\n{path[-30:]}", fontsize=7, parse_math=False)
-            try:
-                axis.imshow(read(path, [pool["starts"][n] + seconds / 2], 0, 96)[0][0])
-            except (av.error.FFmpegError, OSError, ValueError):
-                axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8)
+            axis.imshow(read(path, [pool["starts"][n] + seconds / 2], 0, 96)[0][0])
     figure.savefig(out, dpi=100)
     print(f"{out}: the queries and what they find")
 
@@ -336,8 +323,24 @@ def compare_videos(args, device):
     check_size(len(g), args.gallery, gallery_left_out | failed, max(RANKS))
     _, labels = np.unique(q_names + g_names, return_inverse=True)       # (n + m,)
     labels, gallery_labels = torch.from_numpy(labels).to(device).split([len(q), len(g)])
-    results = video_ranks(q, g, labels, gallery_labels)
-    report(args, clip, results, labels, gallery_labels, parts)
+    before, right = video_ranks(q, g, labels, gallery_labels)
+
+    n, videos, classes = len(q), len(queries) + len(gallery), len(gallery_labels.unique())
+    without = int((~torch.isin(labels, gallery_labels)).sum())
+    head = {"checkpoint": str(args.checkpoint), "pair": args.pair, "data": args.data,
+            "split": args.split, "gallery": args.gallery, "clips_per_file": args.clips,
+            "feature": "y_v", **clip, "queries": n, "pool": len(g), "classes": classes,
+            "left_out": len(left_out) + len(gallery_left_out), "videos": videos,
+            "failed": videos - n - len(g), "queries_without_class": without}
+    recall = {f"R@{k}": (before < k).double().mean().item() for k in RANKS}
+    recall[f"{NEIGHBOURS}-NN"] = right.double().mean().item()
+    by_chance = {f"R@{k}": by_class for k, (_, by_class)
+                 in chance(labels, gallery_labels=gallery_labels).items()}
+    lines = [("class", "video -> video", recall), ("class", "chance", by_chance)]
+    write_table(head, f"{n} videos of {args.split!r} query {len(g)} of {args.gallery!r} of "
+                f"{classes} classes", f"R@k and {NEIGHBOURS}-NN accuracy", lines, n)
+    if without:
+        say(f"{without} of {n} queries miss always: the gallery has no video of their class.")
 
 
 def encode(args, f, rows, clip):
@@ -371,31 +374,6 @@ def video_ranks(query, gallery, labels, gallery_labels, chunk=256):
         votes = (near[:, :, None] == near[:, None]).sum(2)              # for each one's class
         right.append(near.gather(1, votes.argmax(1, keepdim=True))[:, 0] == label)
     return torch.cat(before), torch.cat(right)
-
-
-def report(args, clip, results, labels, gallery_labels, parts):
-    """Print and write how videos find videos.
-
-    results: from video_ranks. parts: those before files failed, [(rows, left_out)].
-    """
-    (before, right), n, m = results, len(labels), len(gallery_labels)
-    videos = sum(len(rows) for rows, _ in parts)
-    classes = len(gallery_labels.unique())
-    without = int((~torch.isin(labels, gallery_labels)).sum())
-    head = {"checkpoint": str(args.checkpoint), "pair": args.pair, "data": args.data,
-            "split": args.split, "gallery": args.gallery, "clips_per_file": args.clips,
-            "feature": "y_v", **clip, "queries": n, "pool": m, "classes": classes,
-            "left_out": sum(len(reasons) for _, reasons in parts), "videos": videos,
-            "failed": videos - n - m, "queries_without_class": without}
-    recall = {f"R@{k}": (before < k).double().mean().item() for k in RANKS}
-    recall[f"{NEIGHBOURS}-NN"] = right.double().mean().item()
-    by_chance = {f"R@{k}": by_class for k, (_, by_class)
-                 in chance(labels, gallery_labels=gallery_labels).items()}
-    lines = [("class", "video -> video", recall), ("class", "chance", by_chance)]
-    searched = f"{n} videos of {args.split!r} query {m} of {args.gallery!r} of {classes} classes"
-    write_table(head, searched, f"R@k and {NEIGHBOURS}-NN accuracy", lines, n)
-    if without:
-        say(f"{without} of {n} queries miss always: the gallery has no video of their class.")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ delete the csv.
 
 import argparse
 import json
-import statistics
 from functools import partial
 from pathlib import Path
 
-from experiments.ablation import (RESULTS, read_csv, run_all, run_script, spread, table,
+from experiments.ablation import (RESULTS, mean_of, read_csv, run_all, run_script, table,
                                   write_csv)
 from prepare import demo
 
@@ -31,71 +30,36 @@ RECALLS = [(level, k, way) for level, k in (("instance", 5), ("class", 1))
 COLUMNS = ["result", "encoder", "seed", "command", "value"]
 
 
-def commands(seed, folder):
-    """The runs of a seed: [(script, flags, name)].
-
-    name: (protocol, encoder) of a run of finetune.py, None for the other scripts.
-    """
-    run = folder / f"s{seed}"
-    sources = {"pre-trained": str(run / "checkpoint.pt"), "random": "none"}
+def run_seed(seed, folder):
+    """Run the scripts with a seed: the lines of the csv. Raises ValueError if one fails."""
+    out, lines = folder / f"s{seed}", []
     common = ["--seed", str(seed), "--out"]
-    runs = [("pretrain.py", [*common, str(run)], None),
-            ("retrieval.py", ["--checkpoint", sources["pre-trained"]], None)]
-    for n, (name, flags) in enumerate(PROTOCOLS.items()):
-        for encoder, source in sources.items():
-            out = str(folder / f"s{seed}-{n}-{encoder}")
-            runs.append(("finetune.py", [*flags.split(), "--checkpoint", source, *common, out],
-                         (name, encoder)))
-    return runs
 
-
-def found(script, flags, name):
-    """The results of a run of `commands` that has ended: {(result, encoder): %}."""
-    out = Path(flags[-1])                               # --out, or the checkpoint of retrieval.py
-    if script == "retrieval.py":
-        recall = json.loads(out.with_name("retrieval.json").read_text())
-        return {(f"{level} R@{k}, {way}", "pre-trained"):
-                100 * recall[f"{level}, {way}"][f"R@{k}"][0] for level, k, way in RECALLS}
-    if script == "finetune.py":
-        return {name: json.loads((out / "results.json").read_text())["mean"]["video top-1"]}
-    return {}
-
-
-def run_seed(seed, folder, done):
-    """Run the commands of a seed: the lines of the csv but for the results that are `done`.
-
-    Raises ValueError if a command fails.
-    """
-    lines = []
-    for script, flags, name in commands(seed, folder):
+    def run(script, *flags):
         run_script(script, flags, folder / f"s{seed}.txt")
-        lines += [{"result": result, "encoder": encoder, "seed": str(seed),
-                   "command": " ".join(["python", script, *flags]), "value": f"{value:.2f}"}
-                  for (result, encoder), value in found(script, flags, name).items()
-                  if (result, encoder) not in done]
+        return {"seed": str(seed), "command": " ".join(["python", script, *flags])}
+
+    run("pretrain.py", *common, str(out))
+    sources = {"pre-trained": str(out / "checkpoint.pt"), "random": "none"}
+    line = run("retrieval.py", "--checkpoint", sources["pre-trained"])
+    recall = json.loads((out / "retrieval.json").read_text())
+    for level, k, way in RECALLS:
+        value, _ = recall[f"{level}, {way}"][f"R@{k}"]
+        lines.append(line | {"result": f"{level} R@{k}, {way}", "encoder": "pre-trained",
+                             "value": f"{100 * value:.2f}"})
+    for n, (protocol, flags) in enumerate(PROTOCOLS.items()):
+        for encoder, source in sources.items():
+            out = folder / f"s{seed}-{n}-{encoder}"
+            line = run("finetune.py", *flags.split(), "--checkpoint", source, *common, str(out))
+            value = json.loads((out / "results.json").read_text())["mean"]["video top-1"]
+            lines.append(line | {"result": protocol, "encoder": encoder, "value": f"{value:.2f}"})
     return lines
-
-
-def settings(command):
-    """The words of a command but for paths: --out may be another folder."""
-    return tuple(word for word in command.split() if "/" not in word)
-
-
-def read_results(path):
-    """The lines of an earlier csv whose commands are today's."""
-    lines = read_csv(path, COLUMNS)
-    today = {settings(" ".join(["python", script, *flags])) for line in lines
-             for script, flags, _ in commands(int(line["seed"]), Path("runs"))}
-    return [line for line in lines if settings(line["command"]) in today]
 
 
 def write_results(lines, path):
     """Write the csv, sorted by seed, and the table beside it, which is returned."""
     lines.sort(key=lambda line: int(line["seed"]))
-    write_csv(lines, COLUMNS, path)
-    tables = markdown(lines)
-    path.with_suffix(".md").write_text(tables)
-    return tables
+    return write_csv(lines, COLUMNS, markdown(lines), path)
 
 
 def markdown(lines):
@@ -106,7 +70,7 @@ def markdown(lines):
 
     rows = {}
     for result in [*(f"{level} R@{k}, {way}" for level, k, way in RECALLS), *PROTOCOLS]:
-        trained, random = (spread(values(result, name), statistics.stdev) for name in ENCODERS)
+        trained, random = (mean_of(values(result, name)) for name in ENCODERS)
         rows[result] = [trained, random if result in PROTOCOLS else "",
                         str(len(values(result, "pre-trained")))]
     return "\n".join(["In %, mean ± standard deviation over seeds.", "",
@@ -122,11 +86,9 @@ def main(argv=None):
     folder, path = Path(args.out), RESULTS / "transfer.csv"
     folder.mkdir(parents=True, exist_ok=True)
     demo.build(folder / "demo")
-    lines, jobs = read_results(path), {}
-    for seed in args.seeds:
-        done = {(line["result"], line["encoder"]) for line in lines if line["seed"] == str(seed)}
-        if len(done) < len(RECALLS) + len(PROTOCOLS) * len(ENCODERS):
-            jobs[f"seed {seed}"] = run_seed, seed, folder, done
+    lines = read_csv(path, COLUMNS)
+    jobs = {f"seed {seed}": (run_seed, seed, folder) for seed in args.seeds
+            if str(seed) not in {line["seed"] for line in lines}}
     run_all(jobs, lines, partial(write_results, path=path))
 
 

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-from experiments.frames import barcode          # noqa: E402
+from frames import barcode                      # noqa: E402
 from prepare import scan                        # noqa: E402
 from support import processes                   # noqa: E402
 from support.run import locks                   # noqa: E402

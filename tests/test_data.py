@@ -10,7 +10,7 @@ import data
 from augment import centre_band, crop_at
 from data import (ActionClips, AudioVisualClips, Row, evenly_spaced, find_rows, make_loader,
                   read_clip, read_manifest)
-from experiments.frames import read_barcode
+from frames import read_barcode
 from prepare import scan
 from support.batches import TrainingBatches, evaluation_batches
 

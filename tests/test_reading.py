@@ -1,6 +1,6 @@
 """Checks that the right pictures and sound come out of every container.
 
-Most films here show the number of each frame as a barcode. `experiments/frames.py` has a matrix of
+Most films here show the number of each frame as a barcode. `frames.py` has a matrix of
 50 kinds of films; the other tests make still pictures, and odd and damaged files.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from conftest import make_video, peak_hz, remux
 
+import frames
 from data import read_manifest
-from experiments import frames
 from prepare import scan, transcode
 from support.reading import (EXACT, RATE, Damage, begin, lead_in, open_file, open_streams, padded,
                              place_sound, read, read_sound)

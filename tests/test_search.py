@@ -120,9 +120,8 @@ def test_a_saved_pool_answers_as_the_videos_do(tree, brief, pool):
             assert sorted(path for *_, path in hits) == sorted(arrays["paths"])
     read, text = ask(brief, *flags, "--clips", 3)
     assert saved == read and "training clips" not in text
-    for split, n in (("train", 10), ("all", 34)):
-        _, text = ask(brief, "--query", film, "--split", split, "--clips", 1)
-        assert f"pool of {n} clips, includes training clips" in text.splitlines()[0]
+    _, text = ask(brief, "--query", film, "--split", "all", "--clips", 1)
+    assert "pool of 34 clips, includes training clips" in text.splitlines()[0]
 
 
 def test_files_with_one_modality_ask_in_one_direction(brief, pool, tmp_path):
@@ -181,21 +180,15 @@ def test_clips_of_a_query(tmp_path):
 
 @pytest.mark.slow
 def test_figure_of_queries(tree, brief, pool, tmp_path):
-    """A line for each query. Films that have gone leave empty places."""
-    arrays = dict(np.load(pool))
-    arrays["paths"][:] = "/gone/a$^$_$film.mp4"            # is no formula
-    np.savez(tmp_path / "gone.npz", **arrays)
-    write_wave(tmp_path / "a.wav", tone(700, 1))
+    """A line for each query: here the sound and the pictures of a film, and a sound."""
     film, out = rows_of(tree, "test")[0]["path"], tmp_path / "out.png"
-    for queries, saved, height in (([film], pool, 480),
-                                   ([film, tmp_path / "a.wav"], tmp_path / "gone.npz", 720)):
-        _, text = ask(brief, "--query", *queries, "--pool", saved, "--top", 6, "--figure", out)
-        assert f"{out}: the queries and what they find" in text
-        with av.open(str(out)) as container:
-            image = next(container.decode(video=0)).to_ndarray(format="rgb24")
-        drawn = (image[:, 250:] < 240).mean()                           # right of the queries
-        assert image.shape == (height, 1330, 3)
-        assert drawn > 0.4 if saved == pool else drawn < 0.1
+    write_wave(tmp_path / "a$^$_$.wav", tone(700, 1))       # is no formula
+    _, text = ask(brief, "--query", film, tmp_path / "a$^$_$.wav", "--pool", pool, "--top", 6,
+                  "--figure", out)
+    assert f"{out}: the queries and what they find" in text
+    with av.open(str(out)) as container:
+        image = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert image.shape == (720, 1330, 3) and (image[:, 250:] < 240).mean() > 0.4
 
 
 @pytest.mark.slow
@@ -209,7 +202,6 @@ def test_bad_input(tree, brief, pool, tmp_path, capsys):
     np.savez(tmp_path / "array.npz", x=np.zeros(3))
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "cut.npz").write_bytes(pool.read_bytes()[:20000])
-    no_parts = manifest(rows_of(tree, split=""), tmp_path / "no.csv")
     silent = manifest(rows_of(tree, has_audio=0), tmp_path / "silent.csv")
     all_rows = rows_of(tree)
     all_rows[0]["label"] = ""
@@ -223,21 +215,17 @@ def test_bad_input(tree, brief, pool, tmp_path, capsys):
             (["--query", tmp_path / "text.mp4", "--pool", pool],
              "and no sound (Invalid data found when processing input): give a sound or video file"),
             (["--query", film, tmp_path / "gone.wav"], "gone.wav has no pictures"),
-            (["--query", film, "--data", no_parts], "no.csv has no parts"),
             (["--save", tmp_path / "a.npz", "--data", silent], "0 usable clips in the 'test' part, "
              "but a query needs 1 or more; left out: 24 no audio"),
-            ([*saved, tmp_path / "gone.npz"], "gone.npz: No such file or directory"),
-            *(([*saved, tmp_path / name], f"--pool {tmp_path / name} is no pool")
-              for name in ("array.npz", "array.npy", "cut.npz", "text.npz", "other.pt")),
+            *(([*saved, tmp_path / name], f"--pool {tmp_path / name} is missing, damaged or no")
+              for name in ("gone.npz", "array.npz", "array.npy", "cut.npz", "text.npz")),
             ([*saved, pool, "--checkpoint", tmp_path / "other.pt"],
              f"{pool} has features of another model, {brief} with the weights "),
             ([*videos, "--checkpoint", encoder, *CLIP],                 # no built-in set is made
              "does not say what data it is to be measured on: give --data"),
             ([*videos, "--checkpoint", encoder, "--data", silent],
              "does not fit --arch r2plus1d_18"),
-            ([*videos, "--checkpoint", tmp_path / "gone.pt", "--data", silent], "no checkpoint"),
             ([*videos, "--data", silent], "10 usable clips in the 'train' part, but R@20 needs 20"),
-            ([*videos, "--data", silent, "--split", "val"], "has no 'val' part"),
             ([*COMPARE, "--data", unlabelled], "it needs a label for every video")):
         assert run_here(search, "--checkpoint", brief, *flags) == 1
         errors = capsys.readouterr().err
@@ -246,19 +234,11 @@ def test_bad_input(tree, brief, pool, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags,sentence", [
     ("", "nothing to search: give --query FILE, --save FILE.npz or --pair video-video"),
-    ("--pool a.npz", "--pool is for --query FILE: give both or none"),
     ("--save a.npz --top 3", "--top is for --query FILE"),
-    ("--save a.npz --figure a.png", "--figure is for --query FILE"),
-    ("--query a --pool a.npz --clips 4", "--clips is not read with --pool, which has its own"),
-    ("--query a --pool a.npz --data a.csv", "--data is not read with --pool, which has its own"),
-    ("--query a --pool a.npz --save b.npz", "--save is not read with --pool, which has its own"),
+    ("--query a --pool a.npz --max-failures 0", "--max-failures is not read with --pool, which"),
     ("--save no/a.npz", "--save no/a.npz: there is no folder no, make it first"),
-    ("--save a.pt", "--save a.pt: give a name that ends in .npz"),
-    ("--query a --figure a", "--figure a: give a name that ends in .png or .pdf or .svg"),
-    ("--gallery val", "--gallery is for --pair video-video: give both or none"),
-    ("--frames 3", "--frames is for --pair video-video"),
+    ("--frames 3", "--frames is for --pair video-video: give both or none"),
     ("--pair video-video --query a", "--query is for --pair audio-video: leave out --pair"),
-    ("--pair video-video --feature y", "--feature is for --pair audio-video"),
     ("--pair video-video --split train", "--split train --gallery train: a video would find"),
     ("--pair video-video --gallery all", "--split test --gallery all: a video would find itself")])
 def test_bad_flags(flags, sentence, capsys):
@@ -343,8 +323,6 @@ def test_videos_find_videos(brief, silent, capsys, tmp_path, monkeypatch):
     assert (kept["queries"], kept["pool"], kept["classes"]) == (10, 24, 2)
     assert kept["queries_without_class"] == 1
     assert "1 of 10 queries miss always: the gallery has no video of their class." in text
-    assert re.search(r"R@20 +20-NN\nclass +video -> video(?: +[\d.]+ \+- [\d.]+){5}\n"
-                     r"class +chance(?: +[\d.]+){4} *\n", text)
     assert kept["class, chance"]["R@1"] == pytest.approx(0.45)
     run(*COMPARE, "--checkpoint", brief, "--data", data, script="experiments.search", processes=2)
     assert written(brief) == kept
@@ -363,14 +341,11 @@ def test_videos_find_videos(brief, silent, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_save_and_answer_as_one(tree, brief, pool, tmp_path):
-    film = rows_of(tree, "test")[5]["path"]
-    done = run("--checkpoint", brief, "--clips", 3, "--query", film, "--save", tmp_path / "2.npz",
+    film, out = rows_of(tree, "test")[5]["path"], tmp_path / "2.npz"
+    done = run("--checkpoint", brief, "--clips", 3, "--query", film, "--save", out,
                script="experiments.search", processes=2)
     assert done.stdout.count("finds these videos") == 1
-    saved, again = np.load(pool), np.load(tmp_path / "2.npz")
-    assert saved.keys() == again.keys()
-    for name in saved:
-        if saved[name].dtype == np.float32:
-            assert np.allclose(saved[name], again[name], atol=2e-3)
-        elif name != "settings":
-            assert saved[name].tolist() == again[name].tolist()
+    saved, again = np.load(pool), np.load(out)
+    assert saved["paths"].tolist() == again["paths"].tolist()
+    for name in ("y_audio", "y_video", "z_audio", "z_video"):
+        assert np.allclose(saved[name], again[name], atol=2e-3)

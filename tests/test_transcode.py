@@ -16,7 +16,7 @@ import pytest
 
 from conftest import ROOT, command, make_video
 from data import read_clip, read_manifest
-from experiments.frames import read_barcode
+from frames import read_barcode
 from prepare import scan, transcode
 from support.reading import begin, open_file, open_streams
 
