@@ -19,6 +19,7 @@ from experiments import search
 from loss import soft_info_nce
 
 README = (ROOT / "README.md").read_text()
+SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
 DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 SCRIPTS = {f"{script.__name__}.py": script for script in (pretrain, finetune, retrieval)}
 PROGRAMS = SCRIPTS | {"experiments.search": search}         # which check more than their parsers
@@ -44,9 +45,11 @@ def test_first_line_on_the_built_in_set(tmp_path):
 
 @pytest.mark.slow
 def test_snippets_of_the_loss(capsys):
+    of_loss, = SNIPPET.findall(README)
+    from_frames, _ = SNIPPET.findall(DOCUMENTS["readings.md"])
     names = {}
-    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):    # each continues the last
-        exec(code, names)
+    exec(of_loss, names)
+    exec(from_frames, names)
     loss, gradient, one_view, from_frames = map(float, capsys.readouterr().out.split())
     assert loss > 0 and gradient > 0 and one_view > 0 and from_frames > 0
     assert names["ly_v"].shape == (8, 2, 512) and names["video"].shape[:3] == (8, 2, 8)
@@ -55,10 +58,10 @@ def test_snippets_of_the_loss(capsys):
 @pytest.mark.slow
 def test_snippet_of_the_encoders(brief):
     code, = re.findall(r"```\n(import torch\n.*?)```", README, re.DOTALL)
+    assert 'run, arch = "runs/svaclr", "r2plus1d_10"' in code
     frames = torch.zeros(2, 4, 16, 16, 3, dtype=torch.uint8)
     names = {"frames": frames, "wave": torch.zeros(2, 24000)}
-    exec(code.replace("runs/k400", str(brief.parent))
-         .replace("video_encoder()", 'video_encoder("r2plus1d_10")'), names)
+    exec(code.replace("runs/svaclr", str(brief.parent)), names)
     assert names["y_v"].shape == names["y_a"].shape == (2, 512)
     assert names["y_v"].norm() > 0 and not names["f"].training
 
@@ -66,7 +69,7 @@ def test_snippet_of_the_encoders(brief):
 @pytest.mark.slow
 def test_snippet_of_two_processes(tmp_path):
     """The mean loss of the two processes of docs/readings.md is that of one with all clips."""
-    code, = re.findall(r"```python\n(.*?)```", DOCUMENTS["readings.md"], re.DOTALL)
+    _, code = SNIPPET.findall(DOCUMENTS["readings.md"])
     done = run(script=write_script(tmp_path / "two.py", code), processes=2)
     losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
     parts = []
