@@ -108,9 +108,11 @@ def crop_at(frames, size, place=0.5):
     """Cut size x size out of (..., H, W, 3) for evaluation.
 
     The crop lies in the middle of the shorter side. Along the longer side it lies at `place`, from
-    0 (left or top end) to 1 (right or bottom end).
+    0 (left or top end) to 1 (right or bottom end). Raises ValueError if the frames are smaller.
     """
     H, W = frames.shape[-3:-1]
+    if size > min(H, W):
+        raise ValueError(f"a crop of {size} pixels does not fit into frames of {H} x {W}")
     top, left = (round((side - size) * (place if side == max(H, W) else 0.5)) for side in (H, W))
     return frames[..., top:top + size, left:left + size, :]
 

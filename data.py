@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from augment import (centre_band, centre_crop, crop_at, flip_jitter, frame_times, random_crop,
                      random_resized_crop, sample_speeds, speed_up_audio)
 from prepare import demo, scan
-from prepare.scan import Row, make_row
+from prepare.scan import make_row
 from support.batches import TrainingBatches, collate, draw_or_replace, read_or_name
 from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once,
                                world_size)
@@ -34,18 +34,15 @@ from support.reading import RATE, read
 
 
 def read_manifest(path, split=None):
-    """Read the usable rows of a manifest.csv, and the others as {name: reason}, see Row.
+    """Read the usable rows of a manifest.csv, and the others as {name: reason}.
 
-    split: the part to read, None for all. A manifest without parts is read whole. Raises ValueError
-    if the file is no manifest or has no such part.
+    split: the part to read, None for all. A manifest without parts is read whole. A row is a Row of
+    prepare/scan.py. Raises ValueError if the file is no manifest or has no such part.
     """
     path = Path(path)
     table = scan.read_table(path)
-    needed = {*Row._fields, "reason"} - Row._field_defaults.keys()
-    missing = needed - table[0].keys() if table else {"rows"}
-    if missing:
-        raise ValueError(f"{path} is no manifest of this version, it lacks "
-                         f"{', '.join(sorted(missing))}: make one with python -m prepare.manifest")
+    if not table:
+        raise ValueError(f"{path} has no rows: make it anew with python -m prepare.manifest")
     splits = sorted({line["split"] for line in table})
     if split is not None and splits != [""]:
         if split not in splits:
@@ -60,7 +57,7 @@ def read_manifest(path, split=None):
                 raise ValueError(line["reason"])
             rows.append(make_row(line))
         except ValueError as error:
-            name = scan.segment_name(line["path"], line.get("start"), line.get("end"))
+            name = scan.segment_name(line["path"], line["start"], line["end"])
             left_out[name] = str(error)
     return rows, left_out
 

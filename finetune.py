@@ -90,11 +90,11 @@ def parse(argv=None):
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
-    given = {name for name, value in vars(args).items() if value != p.get_default(name)}
-    unread = sorted(given - {"predict", "out", "workers"})
-    if args.predict and unread:
+    given = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
+             if value != p.get_default(name) and name not in ("predict", "out", "workers")]
+    if args.predict and given:
         p.error("--predict takes all settings from OUT/checkpoint.pt (which --linear does not "
-                f"write): leave out {', '.join(unread)}")
+                f"write): leave out {' '.join(given)}")
     if bool(args.fold) != ("{fold}" in (args.data or "")):
         p.error("--fold and a {fold} in --data need each other: --data ucf101-{fold}.csv --fold 1")
     return args

@@ -36,9 +36,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from augment import LogMel, normalize_frames, random_crop
-from data import AudioVisualClips, Row, make_loader, read_clip, read_manifest
+from data import AudioVisualClips, make_loader, read_clip, read_manifest
 from loss import soft_info_nce
 from prepare import scan, transcode
+from prepare.scan import Row
 from support.processes import at_least, autocast, choose_precision, start
 from support.reading import RATE
 

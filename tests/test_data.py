@@ -8,10 +8,11 @@ from conftest import make_video, peak_hz, remux, write_text
 
 import data
 from augment import centre_band, crop_at
-from data import (ActionClips, AudioVisualClips, Row, evenly_spaced, find_rows, make_loader,
+from data import (ActionClips, AudioVisualClips, evenly_spaced, find_rows, make_loader,
                   read_clip, read_manifest)
 from frames import read_barcode
 from prepare import scan
+from prepare.scan import Row
 from support.batches import TrainingBatches, evaluation_batches
 
 

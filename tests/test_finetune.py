@@ -9,10 +9,11 @@ import torch
 from conftest import ROOT, command_lines, error_of, make_video, run, run_here, with_damaged
 
 import finetune
-from data import ActionClips, Row, probe_file, read_manifest
+from data import ActionClips, probe_file, read_manifest
 from finetune import classifier, evaluate, learning_rates, parse
 from models import video_encoder
 from prepare import scan
+from prepare.scan import Row
 from support.classification import fit_linear, say_torchvision, subset
 
 SMALL = ["--arch", "r2plus1d_10", "--size", "16", "--frames", "4", "--fps", "8",
@@ -43,7 +44,7 @@ def test_defaults_are_the_protocols():
     (["--data", "u{fold}.csv"], "--fold and a {fold} in --data need each other: "),
     (["--fraction", "0"], "--fraction: '0' is not a share above 0 and at most 1"),
     (["--predict", "a.mp4", "--data", "u", "--train-clips", "16", "--linear"],
-     "(which --linear does not write): leave out data, linear, train_clips"),
+     "(which --linear does not write): leave out --data --linear --train-clips"),
     (["--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_flags(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:

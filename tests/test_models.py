@@ -44,6 +44,10 @@ def test_svaclr(mapping, tensors):
     assert calls == [(6, 1, 40, 31), (6, 3, 4, 24, 24)]
     for x, part in zip(whole, model(audio[1:2, 1:], video[1:2, 1:])):
         torch.testing.assert_close(x[1:2, 1:], part, atol=1e-4, rtol=1e-3)
+    y_a, y_v = model.g(audio.flatten(0, 1)), model.f(video.flatten(0, 1))       # (6, 512) x 2
+    expected = model.l(y_a), model.l(y_v), model.h_a(y_a), model.h_v(y_v)
+    for x, y in zip(whole, expected):
+        torch.testing.assert_close(x.flatten(0, 1), y, atol=1e-4, rtol=1e-3)
     assert len(list(model.l.parameters())) == tensors
 
 

@@ -17,11 +17,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import finetune
 import pretrain
 import retrieval
-from data import Row
 from experiments import search
 from loss import double_sum, soft_info_nce
 from models import SvaCLR, audio_encoder, video_encoder
 from prepare import scan
+from prepare.scan import Row
 from pretrain import learning_rate, parse
 from support.processes import rank, start, world_size
 

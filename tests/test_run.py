@@ -22,8 +22,9 @@ from conftest import ROOT, SMALL, Job, free_port, log_of, run_here
 
 import pretrain
 import retrieval
-from data import Row, make_loader
+from data import make_loader
 from prepare import scan
+from prepare.scan import Row
 from support import run
 from support.processes import INTERRUPTED
 from support.run import REQUEUE, Run, clearly_more, fingerprint, lock_folder

@@ -60,6 +60,9 @@ def test_manifests_of_another_reader_and_with_a_byte_order_mark(put, tmp_path, f
     for read in (read_manifest, scan.read_table):
         with pytest.raises(ValueError, match="m.csv is no manifest of this version, it lacks note"):
             read(out)
+    out.write_text(",".join(scan.COLUMNS))
+    with pytest.raises(ValueError, match="m.csv has no rows: make it anew"):
+        read_manifest(out)
 
 
 def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch):
