@@ -251,7 +251,7 @@ def test_the_input_of_torchvisions_weights_is_said(capsys):
     say_torchvision("runs/a.pt", 32, 30, 128)
     assert capsys.readouterr().out == ""
     say_torchvision("torchvision", 32, 30, 128)
-    assert "they get 32 frames at 30 fps of 128 pixels" in capsys.readouterr().out
+    assert "here they get --frames 32 --fps 30 --size 128" in capsys.readouterr().out
 
 
 @pytest.mark.slow

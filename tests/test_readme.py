@@ -56,13 +56,14 @@ def test_snippets_of_the_loss(capsys):
 
 
 @pytest.mark.slow
-def test_snippet_of_the_encoders(brief):
+def test_snippet_of_the_encoders(brief, tmp_path):
     code, = re.findall(r"```\n(import torch\n.*?)```", README, re.DOTALL)
     assert 'run, arch = "runs/svaclr", "r2plus1d_10"' in code
-    frames = torch.zeros(2, 4, 16, 16, 3, dtype=torch.uint8)
-    names = {"frames": frames, "wave": torch.zeros(2, 24000)}
-    exec(code.replace("runs/svaclr", str(brief.parent)), names)
-    assert names["y_v"].shape == names["y_a"].shape == (2, 512)
+    make_video(tmp_path / "film.mp4", 2, 10, size=(64, 48), tone=440)
+    names = {}
+    exec(code.replace("runs/svaclr", str(brief.parent))
+         .replace("film.mp4", str(tmp_path / "film.mp4")), names)
+    assert names["y_v"].shape == names["y_a"].shape == (1, 512)
     assert names["y_v"].norm() > 0 and not names["f"].training
 
 
