@@ -44,7 +44,7 @@ def test_defaults_are_the_protocols():
     (["--data", "u{fold}.csv"], "--fold and a {fold} in --data need each other: "),
     (["--fraction", "0"], "--fraction: '0' is not a share above 0 and at most 1"),
     (["--predict", "a.mp4", "--data", "u", "--train-clips", "16", "--linear"],
-     "(which --linear does not write): leave out --data --linear --train-clips"),
+     "(which --linear does not write): leave out --data --train-clips --linear"),
     (["--bogus"], "unrecognized arguments: --bogus")])
 def test_bad_flags(flags, sentence, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -168,7 +168,7 @@ def read_csv(path):
 
 def damaged(ucf, tmp_path, chosen):
     """`with_damaged` of fold 2: six training videos, then two of the test."""
-    _, rows = scan.read_table(ucf / "ucf101-2.csv")
+    rows = scan.read_table(ucf / "ucf101-2.csv")
     return with_damaged(sorted(rows, key=lambda row: row["split"] == "test"), tmp_path, chosen)
 
 
@@ -271,7 +271,7 @@ def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_bad_input(ucf, tmp_path, capsys):
-    _, rows = scan.read_table(ucf / "ucf101-1.csv")
+    rows = scan.read_table(ucf / "ucf101-1.csv")
     strange = lambda row: {"label": "Diving"} if row["split"] == "test" else {}
     for name, change in (("strange", strange), ("undivided", lambda row: {"split": ""})):
         scan.write([row | change(row) for row in rows], tmp_path / f"{name}.csv")

@@ -59,10 +59,10 @@ def test_snippets_of_the_loss(capsys):
 def test_snippet_of_the_encoders(brief, tmp_path):
     _, code = SNIPPET.findall(README)
     assert 'run, arch = "runs/svaclr", "r2plus1d_10"' in code
-    make_video(tmp_path / "film.mp4", 2, 10, size=(64, 48), tone=440)
+    film = make_video(tmp_path / "film.mp4", 2, 10, size=(64, 48), tone=440)
     names = {}
     exec(code.replace("runs/svaclr", str(brief.parent))
-         .replace("film.mp4", str(tmp_path / "film.mp4")), names)
+         .replace("runs/demo/test/bell/000.mp4", str(film)), names)
     assert names["y_v"].shape == names["y_a"].shape == (1, 512)
     assert names["y_v"].norm() > 0 and not names["f"].training
 
