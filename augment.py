@@ -7,6 +7,10 @@
     fast = speed_up_audio(source, tau_a[1])   # (tau L,) -> (L,): the pitch is tau times as high
     x = LogMel()(fast)                        # (L,) -> (1, M, F)
 
+    window, mirrored = random_crop()          # of one clip, for all its frames (T, H, W, 3)
+    left, top, width, height = map(round, window(W, H))             # pixels
+    frames = frames[:, top:top + height, left:left + width]         # then resize, and flip(-2)
+
 This file needs torch, torchvision and torchaudio alone. Speed is a sampling rate ("implemented by
 applying different sampling rates", §2.1): a view at speed tau covers tau times the source in the
 same number of frames and samples. Symbols: T frames of a view, H, W pixels, L samples of a view, M
@@ -26,7 +30,10 @@ def sample_speeds(max_speed, generator=None, same=False):
     Both are lists of two integers. View 0 is the given pair (§2), at speed 1. View 1 draws from
     {1, ..., max_speed}, uniformly (paper silent) and independently for video and audio, or once for
     both (`same`). For a film of few clips give the number of clips that it lasts, if that is less.
+    Raises ValueError if max_speed is not an integer >= 1.
     """
+    if not max_speed >= 1 or max_speed % 1:
+        raise ValueError(f"max_speed is {max_speed}: give a whole speed of 1 or more")
     tau_v, tau_a = torch.randint(1, max_speed + 1, (2,), generator=generator).tolist()
     return [1, tau_v], [1, tau_v if same else tau_a]
 
@@ -108,11 +115,12 @@ def crop_at(frames, size, place=0.5):
     """Cut size x size out of (..., H, W, 3) for evaluation.
 
     The crop lies in the middle of the shorter side. Along the longer side it lies at `place`, from
-    0 (left or top end) to 1 (right or bottom end). Raises ValueError if the frames are smaller.
+    0 (left or top end) to 1 (right or bottom end). Raises ValueError if it lies outside.
     """
     H, W = frames.shape[-3:-1]
-    if size > min(H, W):
-        raise ValueError(f"a crop of {size} pixels does not fit into frames of {H} x {W}")
+    if size > min(H, W) or not 0 <= place <= 1:
+        raise ValueError(f"a crop of {size} pixels at place {place} does not lie in frames of "
+                         f"{H} x {W}: give a smaller one, and a place from 0 to 1")
     top, left = (round((side - size) * (place if side == max(H, W) else 0.5)) for side in (H, W))
     return frames[..., top:top + size, left:left + size, :]
 
@@ -121,8 +129,11 @@ def flip_jitter(frames, seed):
     """Mirror half of the clips of fine-tuning, and change the colours of four of five (GDT).
 
     Brightness, contrast and saturation change by up to 40 %. frames: (T, H, W, 3) uint8 -> the same
-    shape. All frames are treated alike, and the result depends on `seed` alone.
+    shape. All frames are treated alike, and the result depends on `seed` alone. Raises ValueError
+    for other types.
     """
+    if frames.dtype != torch.uint8:
+        raise ValueError(f"frames are {str(frames.dtype)[6:]}: give uint8")
     view = v2.Compose([v2.RandomHorizontalFlip(),
                        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8)])
     with torch.random.fork_rng(devices=[]):      # these transforms draw from the CPU's generator
@@ -149,7 +160,8 @@ class LogMel(torch.nn.Module):
     (..., L) -> (..., 1, M, F), F = 1 + L // hop. Mono at 24 kHz, 40 bands, window 20 ms, hop 10 ms,
     n_fft 1024 (paper silent; GDT), or the window's length if that is more. We measured mean and std
     on 14 real clips (8 of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers.
-    Another rate or number of bands needs others. Raises ValueError for integers.
+    Another rate or number of bands needs others. Raises ValueError for integers, and for waves of
+    n_fft // 2 samples or less.
     """
 
     def __init__(self, rate=24000, bands=40, mean=-0.9, std=4.3):
@@ -160,9 +172,11 @@ class LogMel(torch.nn.Module):
         self.mean, self.std = mean, std
 
     def forward(self, wave):
-        if not wave.is_floating_point():
-            raise ValueError(f"the wave is {str(wave.dtype)[6:]}: give floats in [-1, 1], for "
-                             "16-bit integers wave / 32768")
+        shortest = self.mel.n_fft // 2 + 1
+        if not wave.is_floating_point() or wave.shape[-1] < shortest:
+            raise ValueError(f"the wave is {str(wave.dtype)[6:]} {tuple(wave.shape)}: give floats "
+                             "in [-1, 1] (for 16-bit integers wave / 32768), the samples last, "
+                             f"{shortest} or more")
         with torch.autocast(wave.device.type, enabled=False):
             x = torch.log(self.mel(wave.float()) + 1e-6)                # (..., M, F)
             return ((x - self.mean) / self.std).unsqueeze(-3)           # (..., 1, M, F)

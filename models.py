@@ -5,8 +5,8 @@
 
 This file needs torch and torchvision alone. For other encoders replace model.f or model.g, which
 have to give C numbers for a view (or change C). In several processes BatchNorm takes the statistics
-of all (paper silent; GDT): on GPUs by nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs see
-support/layers.py.
+of all (paper silent; GDT): on GPUs by nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs by
+support/layers.py of this repository.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
 encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.
@@ -70,10 +70,10 @@ class Mapping(nn.Sequential):
 class SvaCLR(nn.Module):
     """audio (B, K, 1, M, F), video (B, K, 3, T, H, W) -> ly_a, ly_v (B, K, C), z_a, z_v (B, K, D).
 
-    audio is the output of augment.LogMel, and video that of augment.normalize_frames. Each encoder
-    runs once over all views, so its BatchNorm sees both speeds together. y = f(v) or g(a),
-    z = h(y), and ly = l(y), which is y itself for the identity mapping. The loss brings z to unit
-    length.
+    audio is the output of augment.LogMel (log-mel of mean 0 and deviation 1), and video that of
+    augment.normalize_frames (uint8 / 255, less 0.45, over 0.225). Each encoder runs once over all
+    views, so its BatchNorm sees both speeds together. y = f(v) or g(a), z = h(y), and ly = l(y),
+    which is y itself for the identity mapping. The loss brings z to unit length.
     """
 
     def __init__(self, arch="r2plus1d_18", mapping="identity", D=256):
@@ -84,9 +84,10 @@ class SvaCLR(nn.Module):
 
     def forward(self, audio, video):
         if (audio.dim() != 5 or video.dim() != 6 or audio.shape[:2] != video.shape[:2]
-                or audio.shape[2] != 1 or video.shape[2] != 3):
-            raise ValueError(f"audio {tuple(audio.shape)}, video {tuple(video.shape)}: give "
-                             "(B, K, 1, M, F) and (B, K, 3, T, H, W), with the same B and K")
+                or audio.shape[2] != 1 or video.shape[2] != 3 or not video.is_floating_point()):
+            raise ValueError(f"audio {tuple(audio.shape)}, video {tuple(video.shape)} of "
+                             f"{video.dtype}: give floats (B, K, 1, M, F) and (B, K, 3, T, H, W), "
+                             "with the same B and K")
         views = video.shape[:2]                                         # (B, K)
         y_a = self.g(audio.flatten(0, 1))                               # (B K, C)
         y_v = self.f(video.flatten(0, 1))                               # (B K, C)

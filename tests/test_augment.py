@@ -28,6 +28,9 @@ def test_speeds_are_uniform_and_independent():
     assert all(abs(n - 500) < 5 * math.sqrt(500) for n in drawn.values())
     both = [sample_speeds(4, g, same=True) for _ in range(100)]
     assert all(tau_v == tau_a for tau_v, tau_a in both) and {v[1] for v, _ in both} == {1, 2, 3, 4}
+    for speed in (0, 2.5):
+        with pytest.raises(ValueError, match=f"max_speed is {speed}: give a whole speed of 1 or"):
+            sample_speeds(speed)
 
 
 def test_a_fast_view_takes_every_sth_time():
@@ -69,6 +72,8 @@ def test_colours_and_mirror_of_fine_tuning():
         changed += not view.equal(frames) and not view.equal(frames.flip(-2))
     assert abs(changed / many - 0.8) < 0.1 and abs(mirrored / many - 0.5) < 0.1
     assert torch.get_rng_state().equal(state)
+    with pytest.raises(ValueError, match="frames are float32: give uint8"):
+        flip_jitter(frames.float(), 0)
 
 
 def boxes_of(windows, W, H):
@@ -115,6 +120,9 @@ def test_windows_and_crops_of_evaluation():
         crop = crop_at(wide, 8, place)
         assert crop.shape == (8, 8, 3) and crop[0, 0, 0] == first
         assert crop_at(wide.transpose(0, 1), 8, place).equal(crop.transpose(0, 1))
+    for size, place in ((15, 0.5), (8, 2)):
+        with pytest.raises(ValueError, match=f"a crop of {size} pixels at place {place} does not"):
+            crop_at(wide, size, place)
 
 
 def test_normalize_frames():
@@ -144,6 +152,7 @@ def test_log_mel():
         torch.testing.assert_close(log_mel(waves[1]), x[1])
     torch.testing.assert_close(log_mel(10 * waves[:1])[0, 0, :, 50].max() - x[0, 0, :, 50].max(),
                                torch.tensor(2 * math.log(10) / 4.3), atol=1e-3, rtol=0)
-    with pytest.raises(ValueError, match="the wave is int16: give floats in .-1, 1., for 16-bit"):
-        log_mel(waves.short())
+    for wrong, given in ((waves.short(), "int16"), (waves[..., :512], "float32")):
+        with pytest.raises(ValueError, match=f"the wave is {given} .*: give floats in .-1, 1."):
+            log_mel(wrong)
     assert LogMel(96000)(tone(300, rate=96000)).shape == (1, 40, 101)   # its window is longer
