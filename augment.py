@@ -34,7 +34,7 @@ def sample_speeds(max_speed, generator=None, same=False):
     """
     if not max_speed >= 1 or max_speed % 1:
         raise ValueError(f"max_speed is {max_speed}: give a whole speed of 1 or more")
-    tau_v, tau_a = torch.randint(1, max_speed + 1, (2,), generator=generator).tolist()
+    tau_v, tau_a = torch.randint(1, int(max_speed) + 1, (2,), generator=generator).tolist()
     return [1, tau_v], [1, tau_v if same else tau_a]
 
 
@@ -118,7 +118,7 @@ def crop_at(frames, size, place=0.5):
     0 (left or top end) to 1 (right or bottom end). Raises ValueError if it lies outside.
     """
     H, W = frames.shape[-3:-1]
-    if size > min(H, W) or not 0 <= place <= 1:
+    if not 0 < size <= min(H, W) or not 0 <= place <= 1:
         raise ValueError(f"a crop of {size} pixels at place {place} does not lie in frames of "
                          f"{H} x {W}: give a smaller one, and a place from 0 to 1")
     top, left = (round((side - size) * (place if side == max(H, W) else 0.5)) for side in (H, W))
@@ -130,10 +130,11 @@ def flip_jitter(frames, seed):
 
     Brightness, contrast and saturation change by up to 40 %. frames: (T, H, W, 3) uint8 -> the same
     shape. All frames are treated alike, and the result depends on `seed` alone. Raises ValueError
-    for other types.
+    for other types or layouts.
     """
-    if frames.dtype != torch.uint8:
-        raise ValueError(f"frames are {str(frames.dtype)[6:]}: give uint8")
+    if frames.dtype != torch.uint8 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {str(frames.dtype)[6:]} {tuple(frames.shape)}: give uint8 "
+                         "(T, H, W, 3), the colours last")
     view = v2.Compose([v2.RandomHorizontalFlip(),
                        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8)])
     with torch.random.fork_rng(devices=[]):      # these transforms draw from the CPU's generator
@@ -166,6 +167,7 @@ class LogMel(torch.nn.Module):
 
     def __init__(self, rate=24000, bands=40, mean=-0.9, std=4.3):
         super().__init__()
+        rate = int(rate)                                                # samples in 1 s
         window = rate // 50                                             # samples in 20 ms
         self.mel = torchaudio.transforms.MelSpectrogram(
             rate, n_fft=max(1024, window), win_length=window, hop_length=rate // 100, n_mels=bands)

@@ -57,7 +57,8 @@ def info_nce(z_a, z_v, own, eta):
     Returns:
         L (B, K, K), audio view p by video view q. Raises ValueError if N < 2.
 
-    It neither normalises nor gathers: soft_info_nce(None, None, z_a, z_v, affinity="none") does.
+    It neither checks, normalises nor gathers: soft_info_nce(None, None, z_a, z_v, affinity="none")
+    does.
     """
     s, log_negatives = similarities(z_a, z_v, own, eta)                 # (B, K, N, K), (B, K)
     s_own = s[torch.arange(len(own), device=own.device), :, own]        # (B, K, K), s[i,p,i,q]
@@ -74,7 +75,7 @@ def cross_affinity(ly_a, ly_v, scope="clip", temperature=1.0, raw=False):
         raw: False: bring l(y) to unit length first (paper silent; SNCLR, its reference [6]) |
             True: take it as it is. Raw outputs are about 17 long and saturate the softmax.
     Returns:
-        lam (B, K, K), audio view p by video view q.
+        lam (B, K, K), audio view p by video view q. soft_info_nce alone checks the arguments.
     """
     if scope not in ("clip", "view"):
         raise ValueError(f"scope={scope!r}: choose 'clip' or 'view', or affinity='none'")
@@ -111,8 +112,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
         affinity_temperature, raw_affinity: of Eq. 2, see `cross_affinity`.
         detach_affinity: True: no gradient through lam | False: as printed.
         one_way: True: audio -> video alone, as printed | False: the mean of both directions.
-        check: True: refuse NaN, infinity, and processes with different B or K. A GPU then stops
-            for a moment at each call | False: the caller sees to that.
+        check: True: refuse NaN, infinity, and processes with different shapes. A GPU then
+            stops for a moment at each call | False: the caller sees to that.
     Returns:
         A scalar: the loss of this process's clips against all videos. The mean of the losses, and
         of the gradients of the weights as DDP takes it, over the processes are those of the global
@@ -168,7 +169,7 @@ def check_inputs(tensors, eta, affinity_temperature, check):
     """Check z_a, z_v and, where they are needed, ly_a, ly_v; return them in one precision.
 
     z gets unit length. Raises ValueError if a shape or a temperature does not fit or, with `check`
-    and on all processes, if a value is NaN or infinite or if B or K differs.
+    and on all processes, if a value is NaN or infinite or if shapes or precisions differ.
     """
     if not (eta > 0 and affinity_temperature > 0):
         raise ValueError(f"eta={eta}, affinity_temperature={affinity_temperature}: temperatures "
@@ -183,11 +184,12 @@ def check_inputs(tensors, eta, affinity_temperature, check):
                          "z[:, None]); only soft_info_nce with affinity='none' works without ly")
     if check:
         diverged = [name for name, x in zip(names, tensors) if not x.isfinite().all()]
-        state = torch.tensor([[*shapes[0][:2], len(diverged)]], device=tensors[0].device)
-        B, K, faults = all_gather(state).T.tolist()     # of each process: all raise, so none waits
-        if len({*zip(B, K)}) > 1:
-            raise ValueError(f"the processes have {B} clips of {K} views: give all the same number "
-                             "(drop_last=True of a DataLoader)")
+        double = any(x.dtype == torch.float64 for x in tensors)
+        state = torch.tensor([[*shapes[0], double, len(diverged)]], device=tensors[0].device)
+        B, K, D, double, faults = all_gather(state).T.tolist()          # all raise, so none waits
+        if len({*zip(B, K, D, double)}) > 1:
+            raise ValueError(f"the processes have {B} clips of {K} views of {D} numbers (float64: "
+                             f"{double}): give all the same (drop_last=True of a DataLoader)")
         if any(faults):
             raise ValueError(f"{', '.join(diverged) or 'a tensor of another process'} holds NaN or "
                              "infinity: look for the step before it that diverged")

@@ -54,7 +54,7 @@ def projector(D=256):
 
 
 class Mapping(nn.Sequential):
-    """l of Eq. 2, one for both modalities: (..., C) -> (..., C).
+    """l of Eq. 2, one for both modalities (as Eq. 2 writes it): (..., C) -> (..., C).
 
     mapping: "identity" (the paper's best) | "linear" | "mlp", which has two layers.
     """
@@ -84,10 +84,11 @@ class SvaCLR(nn.Module):
 
     def forward(self, audio, video):
         if (audio.dim() != 5 or video.dim() != 6 or audio.shape[:2] != video.shape[:2]
-                or audio.shape[2] != 1 or video.shape[2] != 3 or not video.is_floating_point()):
-            raise ValueError(f"audio {tuple(audio.shape)}, video {tuple(video.shape)} of "
-                             f"{video.dtype}: give floats (B, K, 1, M, F) and (B, K, 3, T, H, W), "
-                             "with the same B and K")
+                or audio.shape[2] != 1 or video.shape[2] != 3
+                or not audio.is_floating_point() or not video.is_floating_point()):
+            raise ValueError(f"audio {audio.dtype} {tuple(audio.shape)}, video {video.dtype} "
+                             f"{tuple(video.shape)}: give floats (B, K, 1, M, F) and (B, K, 3, T, "
+                             "H, W), with the same B and K")
         views = video.shape[:2]                                         # (B, K)
         y_a = self.g(audio.flatten(0, 1))                               # (B K, C)
         y_v = self.f(video.flatten(0, 1))                               # (B K, C)

@@ -72,8 +72,9 @@ def test_colours_and_mirror_of_fine_tuning():
         changed += not view.equal(frames) and not view.equal(frames.flip(-2))
     assert abs(changed / many - 0.8) < 0.1 and abs(mirrored / many - 0.5) < 0.1
     assert torch.get_rng_state().equal(state)
-    with pytest.raises(ValueError, match="frames are float32: give uint8"):
-        flip_jitter(frames.float(), 0)
+    for wrong in (frames.float(), frames.movedim(-1, 1)):
+        with pytest.raises(ValueError, match="give uint8 .T, H, W, 3., the colours last"):
+            flip_jitter(wrong, 0)
 
 
 def boxes_of(windows, W, H):

@@ -180,8 +180,10 @@ def compare_two_processes_with_one():
     start()
     nan = torch.full((4, 2, 4), torch.nan if rank() else 1)
     for z, sentence in (
-            (torch.randn(4 + rank(), 2, 4), "processes have .4, 5. clips of .2, 2. views: give "),
-            (torch.randn(4, 2 + rank(), 4), "processes have .4, 4. clips of .2, 3. views: give "),
+            (torch.randn(4 + rank(), 2, 4), "processes have .4, 5. clips of .2, 2. views of .4, 4"),
+            (torch.randn(4, 2 + rank(), 4), "processes have .4, 4. clips of .2, 3. views of .4, 4"),
+            (torch.randn(4, 2, 4 + rank()), "processes have .4, 4. clips of .2, 2. views of .4, 5"),
+            (torch.randn(4, 2, 4, dtype=torch.float64 if rank() else torch.float32), "64: .0, 1."),
             (nan, f"^{'z_a, z_v' if rank() else 'a tensor of another process'} holds NaN")):
         with pytest.raises(ValueError, match=sentence):     # on both, so neither waits
             soft_info_nce(None, None, z, z, affinity="none")

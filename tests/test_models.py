@@ -59,7 +59,7 @@ def test_what_does_not_fit_gets_a_sentence():
                          ((2, 2, 1, 40, 31), (2, 2, 4, 3, 24, 24))):
         with pytest.raises(ValueError, match="give floats .B, K, 1, M, F. and .B, K, 3, T, H, W."):
             model(torch.zeros(audio), torch.zeros(video))
-    with pytest.raises(ValueError, match="of torch.uint8: give floats"):
+    with pytest.raises(ValueError, match="video torch.uint8 .*: give floats"):
         model(torch.zeros(2, 2, 1, 40, 31), torch.zeros(2, 2, 3, 4, 24, 24, dtype=torch.uint8))
     for make, name in ((video_encoder, "r50"), (Mapping, "cubic")):
         with pytest.raises(ValueError, match=f"'{name}': choose "):
