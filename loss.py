@@ -214,9 +214,10 @@ class AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous())
-        return rows                                                     # (W B, ...)
+        x = x.contiguous()
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x)            # all_gather_into_tensor warns in torch 2.14
+        return torch.cat(rows)                                          # (W B, ...)
 
     @staticmethod
     def backward(ctx, grad):

@@ -72,6 +72,7 @@ def test_snippet_of_two_processes(tmp_path):
     """The mean loss of the two processes of docs/readings.md is that of one with all clips."""
     _, code = SNIPPET.findall(DOCUMENTS["readings.md"])
     done = run(script=write_script(tmp_path / "two.py", code), processes=2)
+    assert "Warning" not in done.stderr
     losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
     parts = []
     for rank in (0, 1):
