@@ -42,8 +42,8 @@ DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, epochs=15, batch_per_p
 DEMO_BATCH = 32
 
 
-def parse(argv=None):
-    """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
+def flags():
+    """The parser of the command line."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
@@ -103,6 +103,12 @@ def parse(argv=None):
     optim.add_argument("--weight-decay", type=at_least(0, float), default=1e-5,
                        help="of SGD, on all weights (1e-5; paper silent, GDT)")
     add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
+    return p
+
+
+def parse(argv=None):
+    """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
+    p = flags()
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
