@@ -124,9 +124,9 @@ def classifier(encoder, classes):
 def train(args, model, clips, dtype):
     """§3.1: train all layers by SGD, the head at ten times the rate of the trunk."""
     device = next(model.parameters()).device
-    if len(clips) < args.global_batch or args.global_batch % world_size():
-        raise ValueError(f"--global-batch {args.global_batch}: give at most the {len(clips)} "
-                         f"training clips, and a multiple of the {world_size()} process(es)")
+    if len(clips) < args.global_batch:
+        raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.global_batch}: "
+                         "give a smaller --global-batch")
     loader = make_loader(clips, args.global_batch // world_size(), args.workers, args.epochs)
     model = trainable(model, device)
     groups = [{"params": model.head.parameters()}, {"params": model.f.parameters()}]
@@ -200,6 +200,9 @@ def linear_probe(encoder, clips, args, dtype):
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
     lock_folder(args.out, None if args.linear else args)
+    if args.global_batch % world_size() and not args.linear:
+        raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
+                         f"processes: give a multiple of {world_size()}")
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.checkpoint, video_encoder(args.arch), args.arch)
     train_rows, train_left_out = find_rows(args.data, "train", args.out)

@@ -92,6 +92,8 @@ def check_flags(parser, args):
         path = Path(getattr(args, name) or "")
         if not path.parent.is_dir():
             parser.error(f"--{name} {path}: there is no folder {path.parent}, make it first")
+    if args.figure and Path(args.figure).suffix not in (".png", ".pdf", ".svg"):
+        parser.error(f"--figure {args.figure}: give a name that ends in .png, .pdf or .svg")
     if args.pair == "audio-video":
         refuse("gallery arch frames fps size", "is for --pair video-video: give both or none")
         if not args.query and not args.save:
@@ -293,7 +295,10 @@ def draw(queries, pool, found, out):
             path = pool["paths"][n]
             axis.set_title(f"{place}: {similarity:.3f}", fontsize=8)
             axis.set_xlabel(f"{pool['labels'][n]}\n{path[-30:]}", fontsize=7, parse_math=False)
-            axis.imshow(read(path, [pool["starts"][n] + seconds / 2], 0, 96)[0][0])
+            try:
+                axis.imshow(read(path, [pool["starts"][n] + seconds / 2], 0, 96)[0][0])
+            except (av.error.FFmpegError, OSError, ValueError):     # a pool outlives its videos
+                axis.text(0.5, 0.5, "cannot be read", ha="center", va="center", fontsize=8)
     figure.savefig(out, dpi=100)
     print(f"{out}: the queries and what they find")
 

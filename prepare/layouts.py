@@ -154,12 +154,15 @@ def cut_and_uncut(clips, numbers):
 
 # ---- layouts
 
-def folder(root, test_share=None, seed=0):
+def folder(root, test_share=None, seed=None):
     """ROOT/[train|val|test/]class/*: the folders give the labels and the splits (see SPLITS).
 
     If ROOT has another folder beside train, val and test, all of its folders are classes.
     test_share: where the folders give no splits, draw this share of the files for the test part.
+    seed: of this draw, None for 0.
     """
+    if seed is not None and test_share is None:
+        raise ValueError("--seed draws a test part: give --test-share too, e.g. --test-share 0.2")
     root = Path(root).resolve()
     paths, notes = find_videos(root)
     entries, tops = [], {path.relative_to(root).parts[0] for path in paths if path.parent != root}
@@ -178,12 +181,12 @@ def folder(root, test_share=None, seed=0):
         *folders, _ = name.parts
         split = splits[folders.pop(0)] if folders and folders[0] in splits else ""
         if test_share is not None:
-            split = draw_split(name, test_share, seed)
+            split = draw_split(name, test_share, seed or 0)
         entries.append((path, Entry("/".join(folders) or root.name, split, "", path)))
     if test_share is not None:
         counts = Counter(entry.split for _, entry in entries)
         notes.insert(0, f"{counts['train']} files in train and {counts['test']} in test, drawn "
-                     f"with seed {seed}")
+                     f"with seed {seed or 0}")
     return entries, notes
 
 

@@ -48,7 +48,7 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: run the same command to go on")
+        sys.exit("stopped: what was read is kept, run the same command to go on")
     for row in [row for row in rows if row["reason"]][:10]:
         print(f"left out: {segment_name(row['path'], row['start'], row['end'])}: {row['reason']}",
               file=sys.stderr)

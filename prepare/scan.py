@@ -83,12 +83,16 @@ def probe_all(entries, workers, verify, out):
     to_probe = [file for path, file in files.items() if path not in rows]
     done = in_workers(partial(probe, verify=verify), to_probe, workers,
                       VERIFY_LIMIT if verify else PROBE_LIMIT)
-    for file, row, failure in tqdm(done, "scanning", len(files), initial=len(rows), unit="file",
-                                   file=sys.stderr):
-        rows[file[0]] = row or empty_row(*file, failure)
-        if out and time.monotonic() - saved > SAVE_EVERY:
+    try:
+        for file, row, failure in tqdm(done, "scanning", len(files), initial=len(rows),
+                                       unit="file", file=sys.stderr):
+            rows[file[0]] = row or empty_row(*file, failure)
+            if out and time.monotonic() - saved > SAVE_EVERY:
+                write(rows.values(), unfinished)
+                saved = time.monotonic()
+    finally:
+        if out and len(rows) < len(files):              # after Ctrl-C, for instance
             write(rows.values(), unfinished)
-            saved = time.monotonic()
     return [empty_row(path, entry.label, entry.split, entry.reason) if entry.reason
             else row_of(entry, rows[path]) for path, entry in entries]
 

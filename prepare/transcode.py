@@ -280,6 +280,9 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     """
     rows, out = read_table(manifest), Path(out).resolve()
     jobs = plan([row for row in rows if not row["reason"]], out)
+    if not jobs:
+        raise ValueError(f"{manifest} has no usable row, each has a reason: look at its last "
+                         "columns")
     if os.path.realpath(manifest) == str(out / "manifest.csv"):
         raise ValueError(f"the copy's manifest would overwrite {manifest}: "
                          f"choose another folder than {out}")

@@ -290,7 +290,7 @@ def test_bad_input(ucf, tmp_path, capsys):
             (["--checkpoint", tmp_path / "r3d.pt"], "; it was trained with --arch r3d_18"),
             (["--checkpoint", "torchvision"],
              "torchvision has no weights for r2plus1d_10: choose r2plus1d_18 or r3d_18"),
-            (["--global-batch", "64"], "give at most the 12 training clips")):
+            (["--global-batch", "64"], "12 training clips do not fill a batch of 64")):
         assert run_here(finetune, "--data", ucf / "ucf101-1.csv", "--checkpoint", "none", "--out",
                         tmp_path / "o", *SMALL, *flags) == 1
         assert sentence in error_of(capsys.readouterr().err)

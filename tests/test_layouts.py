@@ -207,6 +207,7 @@ def test_lists_with_errors(tmp_path, layout, name, content, message):
      "{0}/own has parts of its own (test, train): leave out --test-share"),
     (("folder", "own/test", "--test-share", "20"),
      "--test-share 20.0: give a share above 0 and below 1, e.g. 0.2"),
+    (("folder", "own", "--seed", "1"), "--seed draws a test part: give --test-share too"),
     (("kinetics-sounds", "own", "--seed", "2"), "layout kinetics-sounds takes no --seed"),
     (("hmdb51", "own"), "layout hmdb51 needs --annotations: docs/data.md says which lists"),
     (("kinetics400", "own", "--annotations", "notes.txt"), "--annotations notes.txt has no *.csv: "

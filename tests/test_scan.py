@@ -65,21 +65,25 @@ def test_manifests_of_another_reader_and_with_a_byte_order_mark(put, tmp_path, f
         read_manifest(out)
 
 
-def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch):
+@pytest.mark.parametrize("save_every,saved", [(0, 3), (30, 0)])
+def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch, save_every, saved):
+    """A killed scan can continue too, because progress is not only saved when Python cleans up."""
     for n in range(6):
         put(f"r/a/{n}.mp4")
-    in_workers = scan.in_workers
+    in_workers, found = scan.in_workers, []
 
     def interrupted(*args):
         for n, done in enumerate(in_workers(*args)):
             if n == 3:
+                found.append(len(scan.read_rows(tmp_path / "m.csv.partial")))
                 raise KeyboardInterrupt
             yield done
-    monkeypatch.setattr(scan, "SAVE_EVERY", 0)
+    monkeypatch.setattr(scan, "SAVE_EVERY", save_every)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(scan, "in_workers", interrupted)
         scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
     assert sorted(path.name for path in tmp_path.glob("m.csv*")) == ["m.csv.partial"]
+    assert found == [saved] and len(scan.read_rows(tmp_path / "m.csv.partial")) == 3
     files_read.clear()
     assert len(scan.scan(tmp_path / "r", out=tmp_path / "m.csv")) == 6 and len(files_read) == 3
     assert sorted(path.name for path in tmp_path.glob("m.csv*")) == ["m.csv"]

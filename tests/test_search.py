@@ -189,6 +189,11 @@ def test_figure_of_queries(tree, brief, pool, tmp_path):
     with av.open(str(out)) as container:
         image = next(container.decode(video=0)).to_ndarray(format="rgb24")
     assert image.shape == (720, 1330, 3) and (image[:, 250:] < 240).mean() > 0.4
+    arrays = dict(np.load(pool))                            # its films are elsewhere by now
+    arrays["paths"] = np.array([f"gone/{n}.mp4" for n in range(len(arrays["paths"]))])
+    np.savez(tmp_path / "moved.npz", **arrays)
+    _, text = ask(brief, "--query", film, "--pool", tmp_path / "moved.npz", "--figure", out)
+    assert "gone/" in text and f"{out}: the queries and what they find" in text
 
 
 @pytest.mark.slow
@@ -236,6 +241,7 @@ def test_bad_input(tree, brief, pool, tmp_path, capsys):
     ("", "nothing to search: give --query FILE, --save FILE.npz or --pair video-video"),
     ("--save a.npz --top 3", "--top is for --query FILE"),
     ("--query a --pool a.npz --max-failures 0", "--max-failures is not read with --pool, which"),
+    ("--query a --figure a", "--figure a: give a name that ends in .png, .pdf or .svg"),
     ("--save no/a.npz", "--save no/a.npz: there is no folder no, make it first"),
     ("--frames 3", "--frames is for --pair video-video: give both or none"),
     ("--pair video-video --query a", "--query is for --pair audio-video: leave out --pair"),

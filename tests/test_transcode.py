@@ -229,12 +229,14 @@ def test_failures_are_named_and_left_out(put, tmp_path, capsys):
 
 @pytest.mark.parametrize("name, folder, words", [
     ("gone", "out", "No such file"), ("good", "in", "overwrite an original"),
-    ("away", "out", "leads out of"), ("own/manifest", "own", "would overwrite")])
+    ("away", "out", "leads out of"), ("own/manifest", "own", "would overwrite"),
+    ("none", "out", "none.csv has no usable row, each has a reason")])
 def test_wrong_input_gives_one_sentence(put, tmp_path, name, folder, words):
     source = put("in/x/a.mp4")
     row, content = scan.probe((source, "x", "")), source.read_bytes()
     if name != "gone":
         row["label"] = "../../x" if name == "away" else "x"
+        row["reason"] = "empty file" if name == "none" else ""
         scan.write([row], tmp_path / f"{name}.csv")
     status, stdout, stderr = command(transcode, tmp_path / f"{name}.csv", tmp_path / folder)
     assert (status, stdout) == (1, "") and stderr.count("\n") == 1
