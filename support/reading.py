@@ -524,8 +524,10 @@ class ClipReader:
         keys = [p.pts * self.tick for p in self.pictures if p.is_keyframe and p.pts is not None]
         key = max((time for time in keys if time <= start), default=min(keys, default=0.0))
         # If there is damage, and these packets are the last of the file, the file may end within
-        # its last picture, so try without it.
-        for packets in (self.pictures, self.pictures[:-1])[:1 + self.ended]:
+        # its last picture, so try without it, if another one is left.
+        rest = self.pictures[:-1]
+        alone = not self.ended or all(map(self.is_hidden, rest))
+        for packets in [self.pictures] if alone else [self.pictures, rest]:
             damaged = Damage()
             images, missing, fault = decode_pictures(packets, damaged)
             damaged = [time for time in damaged if time >= key]     # earlier ones are not needed

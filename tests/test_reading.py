@@ -364,6 +364,18 @@ def test_files_that_end_within_a_packet(tmp_path, suffix, codec, sound):
     assert shown(path, last + np.arange(12) / 25)[-1] == numbers[-1]
 
 
+@pytest.mark.parametrize("tone", [None, 400])
+def test_the_only_picture_is_damaged(tmp_path, tone):
+    """A sentence, which training understands, and no other error."""
+    path = make_video(tmp_path / "a.mkv", 0.1, 10, codec="libvpx", tone=tone, sound_seconds=1)
+    (pos, size), = packets_of(path)
+    data = bytearray(path.read_bytes())
+    data[pos + size // 8:pos + size] = b"\xff" * (size - size // 8)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged at 0.00 s"):
+        shown(path, [0.0], tone is not None)
+
+
 def pictures_of(path):
     """Return {time in s: (H, W, 3)} of all pictures that FFmpeg shows, damaged or not."""
     pictures = {}
