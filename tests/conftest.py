@@ -234,7 +234,8 @@ def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, codec="libx26
     unit = time_base or 1 / frame_rate
     width, height = (image.width, image.height) if image else size
     pixels = image.format.name if image else "yuv420p"
-    defaults = {"libx264": {"g": str(gop), "crf": "5"},
+    # On one thread the bytes do not depend on the number of cores.
+    defaults = {"libx264": {"g": str(gop), "crf": "5", "threads": "1"},
                 "libvpx": {"deadline": "realtime", "cpu-used": "8"}}.get(codec, {})
     with av.open(str(path), "w", options=muxer) as out:
         video = out.add_stream(codec, rate=frame_rate, width=width, height=height, pix_fmt=pixels,
