@@ -147,6 +147,9 @@ def test_left_out_and_replaced(put, tmp_path):
         str(folder / "short.mp4"): "shorter than one clip of 0.50 s",
         str(folder / "silent.mp4"): "no audio stream",
         str(folder / "broken.mp4"): "cannot be read: Invalid data found when processing input"}
+    for late, usable in ((0.4, True), (0.6, False)):    # frames of 1/16 s by which a file is short
+        row = rows[0]._replace(duration=0.5 - late / 16)
+        assert len(AudioVisualClips([row], frames=8, fps=16)) == usable
     (folder / "good1.mp4").write_bytes(b"overwritten")
     for index in range(3):
         video, _, (path, failures) = clips[0, index]
