@@ -3,6 +3,7 @@
 In a film the picture tells its number, and the sound tells its pitch.
 """
 
+import fcntl
 import io
 import json
 import multiprocessing
@@ -319,16 +320,29 @@ def peak_hz(wave, rate=24000):
     return np.abs(np.fft.rfft(wave)).argmax() * rate / len(wave)
 
 
+def once(factory, name, make):
+    """The folder `name`, which one of the test processes makes by make(folder), for all of them."""
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / name).exists():
+            make(base / f"{name}.part")
+            (base / f"{name}.part").rename(base / name)
+    return base / name
+
+
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory):
     """ROOT/{train,test}/{low,high}/: 10 and 24 films of 3 s, of two unlike classes."""
-    root = tmp_path_factory.mktemp("tree")
-    for split, many in (("train", 5), ("test", 12)):
-        for label, tone, level in (("low", 300, 60), ("high", 900, 190)):
-            for n in range(many):
-                make_video(root / split / label / f"{n}.mp4", 3.0, 10, tone=tone + 20 * n,
-                           gray=lambda t: level + 3 * n)
-    return root
+    def make(root):
+        for split, many in (("train", 5), ("test", 12)):
+            for label, tone, level in (("low", 300, 60), ("high", 900, 190)):
+                for n in range(many):
+                    make_video(root / split / label / f"{n}.mp4", 3.0, 10, tone=tone + 20 * n,
+                               gray=lambda t: level + 3 * n)
+
+    return once(tmp_path_factory, "tree", make)
 
 
 @pytest.fixture(scope="session")
@@ -337,8 +351,13 @@ def trained(tree, tmp_path_factory):
 
     It tells the two classes. An epoch has 2 steps.
     """
-    out = tmp_path_factory.mktemp("runs") / "brief"
-    return out, run("--data", tree, "--out", out, *SMALL, "--epochs", "10").stdout
+    def make(folder):
+        printed = run("--data", tree, "--out", folder, *SMALL, "--epochs", "10").stdout
+        (folder / "printed").write_text(printed)
+
+    out = tmp_path_factory.mktemp("runs") / "brief"     # retrieval writes beside the checkpoint
+    shutil.copytree(once(tmp_path_factory, "brief", make), out)
+    return out, (out / "printed").read_text()
 
 
 @pytest.fixture(scope="session")
