@@ -1,22 +1,23 @@
 """Table 1 in small: the paper's rows and the readings that it leaves open, on two sets of videos.
 
-    python -m experiments.ablation                      # 25 runs of 14 minutes on a core each
+    python -m experiments.ablation                      # 15 runs of 13 to 28 minutes of a core
     python -m experiments.ablation --data grid.csv      # 24 runs of 17 minutes on a core each
-    python -m experiments.ablation --seeds 5 6 --rows "s = [1, 4], SoftInfoNCE" "raw y"
+    python -m experiments.ablation --seeds 3 4 --rows "s = [1, 4], SoftInfoNCE" "raw y"
     python -m experiments.ablation --quick              # 2 epochs, one seed: does it run?
 
 A run is pretrain.py with one row's flags. experiments/results/ablation.csv, or ablation-grid.csv,
 gets a line per run, and the .md beside it the tables. Without --rows the first table is made. Runs
 with a line in the csv are left out, so the same command continues after an interruption. To repeat
-a run, delete its line and its folder.
+a run, delete its line and its folder. Give one command at a time: each writes the whole csv.
 
-Without --data the set is the built-in one, at 6 frames per second, so that a clip lasts 0.67 s and
-speed 6 fits into the 4.5 s of a film: see classes_and_clips. --data is for a set in which timing
-alone links sight and sound, GRID of docs/data.md, whose clips of 0.67 s fit speed 4 into 3 s: see
-timing. There "no speed" has as many epochs as the other rows, or twice as many, so that it encodes
-the same number of clips.
+Without --data the set is the built-in one, with pretrain.py's own settings, in float32 so that all
+machines train alike: see both_levels. Speed 6 of the paper's Table 1 does not fit there, because a
+clip of 1 s would take 6 s of films of 4.5 s.
+--data is for a set in which timing alone links sight and sound, GRID of docs/data.md, whose clips
+of 0.67 s fit speed 4 into 3 s: see timing. On both sets "no speed" has as many epochs as the other
+rows, or twice as many, so that it encodes the same number of clips.
 
-Symbols: n test clips, C and D the widths of y and z.
+Symbols: n test clips, D the width of z.
 """
 
 import argparse
@@ -42,9 +43,8 @@ from augment import centre_crop
 from data import read_clip
 from prepare import demo
 from prepare.weights import sound_input
-from retrieval import RANKS, chance, embed, extract, load, recall_at_k
+from retrieval import RANKS, chance, embed, load, recall_at_k
 from support.checkpoints import write_atomic
-from support.classification import fit_linear, subset
 from support.processes import choose_precision, start
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +52,6 @@ RESULTS = ROOT / "experiments" / "results"
 LEVELS = "instance", "class"
 WAYS = "video -> audio", "audio -> video"       # as in Table 3
 SPEEDS = 1, 2, 3, 4
-PROBES = ("video probe", "audio probe", "video probe, 2 labels", "audio probe, 2 labels")
 
 
 # ---- many runs of the scripts; experiments/transfer.py uses these functions too
@@ -139,9 +138,7 @@ def table(head, rows, by_chance=()):
 
 
 def mean_of(values, deviation=statistics.stdev, sign=""):
-    """'mean ± deviation', or the value if there is only one, or 'not run'."""
-    if not values:
-        return "not run"
+    """'mean ± deviation', or the value if there is only one."""
     text = f"{statistics.mean(values):{sign}.1f}"
     return text + (f" ± {deviation(values):.1f}" if len(values) > 1 else "")
 
@@ -157,50 +154,34 @@ def recall_names(level):
     return [f"{level}, {way}, R@{k}" for way in WAYS for k in RANKS]
 
 
-def recalls(audio, video, labels):
-    """Table 3 of features (n, D) in %, and the means of both directions: {metric: %}."""
-    found = {}
-    by_video, by_audio = recall_at_k(video, audio, labels), recall_at_k(audio, video, labels)
-    for k in RANKS:
-        for level, *shares in zip(LEVELS, by_video[k], by_audio[k]):
-            percent = [100 * share for share in shares]
-            found |= {f"{level}, {way}, R@{k}": x for way, x in zip(WAYS, percent)}
-            found[f"{level} R@{k}"] = statistics.mean(percent)
-    return found
+def with_means(found):
+    """Measures of Table 3 {name: %} of both ways, and their means {f"{level} R@{k}": %}."""
+    means = {}
+    for name, value in found.items():
+        level, _, k = name.split(", ")
+        means.setdefault(f"{level} {k}", []).append(value)
+    return found | {name: statistics.mean(values) for name, values in means.items()}
 
 
-def classes_and_clips(checkpoint):
-    """{metric: %}: retrieval by z and linear classifiers of y, on the mean of 2 clips per film.
+def both_levels(checkpoint):
+    """{metric: %}, by clip and by class, of retrieval.py. "clips" is the size n of its pool.
 
-    A probe is a classifier of the video or of the sound, fitted on all labels of the train part or
-    on two per class (mean of 5 draws), because that of sound reaches 100 % with all. "clips/s" is
-    the rate of training, and "clips" is n. Raises ValueError if a film cannot be read.
+    Raises ValueError if the script fails, as it does if a film cannot be read.
     """
-    device = start()
-    dtype, _ = choose_precision("auto", device)
-    y, rows, labels = {}, {}, {}
-    for split in ("train", "test"):
-        model, _, clips, _ = load(
-            Namespace(checkpoint=checkpoint, data=None, split=split, clips=2))
-        rows[split], names = clips.rows, sorted({row.label for row in clips.rows})
-        labels[split] = torch.tensor([names.index(row.label) for row in clips.rows], device=device)
-        model = model.to(device)
-        model.l = torch.nn.Identity()           # y are encoder outputs, whatever the mapping was
-        y[split] = extract(model, clips, dtype, "y", max_failures=0)[:2]        # (n, C) x 2
-    audio, video, _ = extract(model, clips, dtype, max_failures=0)              # (n, D) x 2
-    result = recalls(audio, video, labels["test"])
+    run_script("retrieval.py", ["--checkpoint", str(checkpoint), "--max-failures", "0"],
+               checkpoint.parent.with_suffix(".txt"))
+    report = json.loads(checkpoint.with_name("retrieval.json").read_text())
+    return with_means({f"{level}, {way}, R@{k}": 100 * report[f"{level}, {way}"][f"R@{k}"][0]
+                       for level in LEVELS for way in WAYS for k in RANKS}
+                      ) | {"clips": report["pool"]}
 
-    def probe(n, chosen):
-        labelled = [rows["train"].index(row) for row in chosen]
-        classifier = fit_linear(y["train"][n][labelled], labels["train"][labelled])
-        right = classifier(y["test"][n]).argmax(1) == labels["test"]            # (n,)
-        return 100 * right.double().mean().item()
 
-    draws = [subset(rows["train"], 2 / demo.TRAIN, draw) for draw in range(5)]
-    for n, name in enumerate(("audio probe", "video probe")):
-        result[name] = probe(n, rows["train"])
-        result[f"{name}, 2 labels"] = statistics.mean(probe(n, draw) for draw in draws)
-    return result | {"clips/s": from_log(checkpoint)[1], "clips": len(rows["test"])}
+def by_clip(audio, video):
+    """{metric: %}, by clip alone, of features (n, D)."""
+    own = torch.arange(len(audio), device=audio.device)                                 # (n,)
+    pairs = zip(WAYS, (recall_at_k(video, audio, own), recall_at_k(audio, video, own)))
+    return with_means({f"instance, {way}, R@{k}": 100 * found[k][0]
+                       for way, found in pairs for k in RANKS})
 
 
 @torch.no_grad()
@@ -210,26 +191,25 @@ def timing(checkpoint):
     "mixed" are those of a pool in which clip i has sound and video at speed 1 + i mod 4. "same
     speed" is the share of its 5 nearest that have the query's speed, which a model finds that hears
     and sees the speed alone. "loss" is that of about the last epoch of training, in % of the loss
-    of a model that cannot tell clips apart, log(1 + K (N - 1)). "clips/s" is the rate of training,
-    and "clips" is n. Raises ValueError if a film cannot be read.
+    of a model that cannot tell clips apart, log(1 + K (N - 1)). "clips" is n. Raises ValueError
+    if a film cannot be read.
     """
     device = start()
     dtype, _ = choose_precision("auto", device)
     model, settings, clips, _ = load(
         Namespace(checkpoint=checkpoint, data=None, split="test", clips=1))
-    model, own = model.to(device).eval(), torch.arange(len(clips), device=device)
+    model = model.to(device).eval()
     z = torch.stack([embed_at(model, settings, clips, dtype, tau) for tau in SPEEDS])   # (4,2,n,D)
-    found = recalls(*z[0], own)
+    own = torch.arange(len(clips), device=device)
     speeds = own % len(SPEEDS)                                                          # (n,)
     audio, video = z[speeds, :, own].unbind(1)                                          # (n, D) x 2
     nearest = torch.cat([(audio @ video.T).topk(5).indices, (video @ audio.T).topk(5).indices])
     same = speeds[nearest] == speeds.repeat(2)[:, None]                                 # (2 n, 5)
     N, K = settings.batch_per_process, 1 if settings.max_speed == 1 else 2
-    loss, rate = from_log(checkpoint)
-    return found | {"mixed R@5": recalls(audio, video, own)["instance R@5"],
-                    "mixed, same speed": 100 * same.double().mean().item(),
-                    "loss": 100 * loss / math.log(1 + K * (N - 1)), "clips/s": rate,
-                    "clips": len(clips)}
+    return by_clip(*z[0]) | {"mixed R@5": by_clip(audio, video)["instance R@5"],
+                             "mixed, same speed": 100 * same.double().mean().item(),
+                             "loss": 100 * last_loss(checkpoint) / math.log(1 + K * (N - 1)),
+                             "clips": len(clips)}
 
 
 def embed_at(model, settings, clips, dtype, tau):
@@ -247,71 +227,63 @@ def embed_at(model, settings, clips, dtype, tau):
     return torch.cat(z, 1)
 
 
-def from_log(checkpoint):
-    """The mean loss of about the last epoch of training, and the median clips/s, from a run's log.
+def last_loss(checkpoint):
+    """The mean loss of about the last epoch of training, from a run's log.
 
     The first line that counts may cover some steps of the epoch before.
     """
     lines = map(json.loads, Path(checkpoint).with_name("log.jsonl").read_text().splitlines())
     events = [line for line in lines if "loss" in line]
-    first = events[-1]["epoch"] - 1
-    return (statistics.mean(line["loss"] for line in events if line["epoch"] > first),
-            statistics.median(line["clips_per_s"] for line in events))
+    return statistics.mean(line["loss"] for line in events
+                           if line["epoch"] > events[-1]["epoch"] - 1)
 
 
 # ---- the rows {name: flags of pretrain.py}
-
-def for_epochs(number, rows, suffix=""):
-    """The rows with this number of epochs, and with a suffix to their names."""
-    return {name + suffix: f"{flags} --epochs {number}" for name, flags in rows.items()}
-
 
 PLAIN = "--max-speed {} --affinity none"
 SOFT = "--max-speed 4 --affinity clip --affinity-temperature 1"
 COOL = SOFT.removesuffix("1") + "0.1"
 SHARED = " --same-speed"
 BASE = "s = [1, 4], SoftInfoNCE"
-EQ_1 = {"no speed, InfoNCE": PLAIN.format(1),
-        "s = [1, 2], InfoNCE": PLAIN.format(2),
-        "s = [1, 4], InfoNCE": PLAIN.format(4),
-        "s = [1, 6], InfoNCE": PLAIN.format(6),
-        BASE: SOFT}
-EQ_2 = {"temperature 0.1": COOL,
-        "raw y": SOFT + " --raw-affinity",
-        "detached": SOFT + " --detach-affinity",
-        "scope view": SOFT.replace("clip", "view"),
-        "scope batch": SOFT.replace("clip", "batch"),
-        "mapping linear": SOFT + " --mapping linear",
-        "mapping mlp": SOFT + " --mapping mlp"}
-PAPER = for_epochs(30, EQ_1)
-READINGS = for_epochs(30, EQ_2 | {"shared speed": SOFT + SHARED})
-SHORT = for_epochs(15, EQ_1 | EQ_2, ", 15 epochs")
-TIMING = for_epochs(32, {"no speed, InfoNCE": PLAIN.format(1)}) | for_epochs(16, {
-    "no speed, InfoNCE, 16 epochs": PLAIN.format(1),
-    "s = [1, 2], InfoNCE": PLAIN.format(2),
-    "s = [1, 4], InfoNCE": PLAIN.format(4),
-    "s = [1, 4], InfoNCE, shared speed": PLAIN.format(4) + SHARED,
-    "s = [1, 4], SoftInfoNCE, shared speed": SOFT + SHARED,
-    BASE: SOFT,
-    "s = [1, 4], SoftInfoNCE, temperature 0.1": COOL})
+PAPER = {"no speed, InfoNCE": PLAIN.format(1),
+         "no speed, InfoNCE, 30 epochs": PLAIN.format(1) + " --epochs 30",
+         "s = [1, 2], InfoNCE": PLAIN.format(2),
+         "s = [1, 4], InfoNCE": PLAIN.format(4),
+         BASE: SOFT}
+READINGS = {"shared speed": SOFT + SHARED,
+            "temperature 0.1": COOL,
+            "raw y": SOFT + " --raw-affinity",
+            "detached": SOFT + " --detach-affinity",
+            "scope view": SOFT.replace("clip", "view"),
+            "scope batch": SOFT.replace("clip", "batch"),
+            "mapping linear": SOFT + " --mapping linear",
+            "mapping mlp": SOFT + " --mapping mlp"}
+SHORT = " --epochs 16"
+TIMING = {"no speed, InfoNCE": PLAIN.format(1) + " --epochs 32",
+          "no speed, InfoNCE, 16 epochs": PLAIN.format(1) + SHORT,
+          "s = [1, 2], InfoNCE": PLAIN.format(2) + SHORT,
+          "s = [1, 4], InfoNCE": PLAIN.format(4) + SHORT,
+          "s = [1, 4], InfoNCE, shared speed": PLAIN.format(4) + SHARED + SHORT,
+          "s = [1, 4], SoftInfoNCE, shared speed": SOFT + SHARED + SHORT,
+          BASE: SOFT + SHORT,
+          "s = [1, 4], SoftInfoNCE, temperature 0.1": COOL + SHORT}
 
 # seeds: of a run without --seeds, none if it runs with --rows alone. base: the row with which the
 # others are compared.
 Table = namedtuple("Table", "title rows seeds base")
-# flags: of pretrain.py, for all rows. metrics: columns of the tables. compared: the metric whose
-# differences from the base's are in the last column. levels: of Table 3. measure: from a checkpoint
-# to {metric: value}.
+# flags: of pretrain.py, for all rows. metrics: columns of the tables. compared: the metrics whose
+# differences from the base's are in the last columns. levels: of Table 3. measure: from a
+# checkpoint to {metric: value}.
 Study = namedtuple("Study", "flags tables metrics compared levels measure")
-BUILT_IN = Study("--fps 6 --warmup 1",
-                 [Table("The paper's rows", PAPER, range(5), BASE),
-                  Table("Open readings", READINGS, (), BASE),
-                  Table("15 epochs", SHORT, (), f"{BASE}, 15 epochs")],
-                 ["class R@1", "class R@5", "instance R@1", "instance R@5", *PROBES],
-                 "class R@1", LEVELS, classes_and_clips)
+BUILT_IN = Study("--precision fp32",
+                 [Table("The paper's rows", PAPER, range(3), BASE),
+                  Table("Open readings", READINGS, (), BASE)],
+                 ["class R@1", "class R@5", "instance R@1", "instance R@5"],
+                 ["class R@1", "instance R@5"], LEVELS, both_levels)
 LIPS = Study("--arch r2plus1d_10 --frames 8 --fps 12 --size 32 --batch-per-process 32",
              [Table("Timing alone", TIMING, range(3), "no speed, InfoNCE")],
              [*(f"instance R@{k}" for k in RANKS), "mixed R@5", "mixed, same speed", "loss"],
-             "instance R@5", LEVELS[:1], timing)
+             ["instance R@5"], LEVELS[:1], timing)
 
 
 def rows_of(study):
@@ -322,13 +294,13 @@ def rows_of(study):
 def columns(study):
     """The columns of the csv. "clips" is the size n of the pool, which decides chance."""
     table_3 = [name for level in study.levels for name in recall_names(level)]
-    return ["row", "seed", "flags", *study.metrics, *table_3, "clips/s", "clips"]
+    return ["row", "seed", "flags", *study.metrics, *table_3, "clips"]
 
 
 def run_row(study, name, seed, flags, out):
     """Start or continue one run of pretrain.py, measure it, and return [the line of the csv].
 
-    Raises ValueError if pretrain.py fails, or if a file of the test part cannot be read.
+    Raises ValueError if a script fails, or if a file of the test part cannot be read.
     """
     run_script("pretrain.py", [*flags, "--out", str(out)], out.with_suffix(".txt"))
     values = study.measure(out / "checkpoint.pt")
@@ -356,7 +328,7 @@ def write_results(lines, path, study):
 def chances(study, clips):
     """{metric: its value, as text, for a model that knows nothing} in a pool of so many clips."""
     kinds = len(demo.KINDS) if study is BUILT_IN else clips
-    found = dict.fromkeys(PROBES, 1 / kinds) | {"loss": 1, "mixed, same speed": 1 / len(SPEEDS)}
+    found = {"loss": 1, "mixed, same speed": 1 / len(SPEEDS)}
     for k, shares in chance(torch.arange(kinds).repeat_interleave(clips // kinds)).items():
         for level, share in zip(LEVELS, shares):
             names = [f"{level} R@{k}", *(f"{level}, {way}, R@{k}" for way in WAYS)]
@@ -367,33 +339,40 @@ def chances(study, clips):
 
 def markdown(lines, study):
     """The tables of the lines of the csv, means over seeds with chance: those of the study, and
-    Table 3 for the rows of the first."""
+    Table 3 for the rows of the first. Rows that were not run are left out."""
+    ran = {line["row"] for line in lines}
+
     def values(name, metric):
-        """A measure of the lines of a row that have it, by seed: {seed: value}."""
-        return {line["seed"]: float(line[metric]) for line in lines
-                if line["row"] == name and line[metric]}
+        """A measure of a row by seed: {seed: value}."""
+        return {line["seed"]: float(line[metric]) for line in lines if line["row"] == name}
 
     def cells(name, metrics, deviation):
         return [mean_of([*values(name, metric).values()], deviation) for metric in metrics]
 
+    def minus(name, base, metric):
+        """The difference from the base, paired by seed."""
+        of_base = values(base, metric)
+        differences = [value - of_base[seed] for seed, value in values(name, metric).items()
+                       if seed in of_base and name != base]
+        return mean_of(differences, standard_error, "+") if differences else ""
+
     by_chance, text = chances(study, max(int(line["clips"]) for line in lines)), []
     for title, names, _, base in study.tables:
-        of_base, rows = values(base, study.compared), {}
-        for name in names:
-            differences = [value - of_base[seed] for seed, value
-                           in values(name, study.compared).items() if seed in of_base]
-            rows[name] = [*cells(name, study.metrics, statistics.stdev),
-                          str(sum(line["row"] == name for line in lines)),
-                          "" if name == base or not differences
-                          else mean_of(differences, standard_error, "+")]
-        text += [f"## {title}", "", "In %, mean ± standard deviation over seeds. The last column "
-                 "is paired by seed, mean ± standard error.", "",
-                 *table([*study.metrics, "seeds", f"{study.compared} minus that of {base}"], rows,
+        if not ran.intersection(names):
+            continue
+        rows = {name: [*cells(name, study.metrics, statistics.stdev),
+                       str(sum(line["row"] == name for line in lines)),
+                       *(minus(name, base, metric) for metric in study.compared)]
+                for name in names if name in ran}
+        text += [f"## {title}", "", "In %, mean ± standard deviation over seeds. A difference is "
+                 "paired by seed, mean ± standard error.", "",
+                 *table([*study.metrics, "seeds",
+                         *(f"{metric} minus that of {base}" for metric in study.compared)], rows,
                         [by_chance[metric] for metric in study.metrics]), ""]
     for level in study.levels:
         metrics = recall_names(level)
         rows = {name: [*cells(name, metrics, standard_error), str(len(values(name, metrics[0])))]
-                for name in study.tables[0].rows}
+                for name in study.tables[0].rows if name in ran}
         text += [f"## Table 3, {level}-level", "", "In %, mean ± standard error over seeds.", "",
                  *table([*(metric.removeprefix(f"{level}, ") for metric in metrics), "seeds"],
                         rows, [by_chance[metric] for metric in metrics]), ""]
@@ -405,8 +384,7 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("--data", help="folder or manifest.csv of a set in which timing alone links "
                    "sight and sound (default: the built-in set)")
-    p.add_argument("--seeds", type=int, nargs="+",
-                   help="(0 to 4 for the paper's rows, 0 to 2 for those of --data and --rows)")
+    p.add_argument("--seeds", type=int, nargs="+", help="(0 1 2)")
     p.add_argument("--rows", nargs="+", metavar="ROW", help="(those of the first table)")
     p.add_argument("--quick", action="store_true",
                    help="the first table, 2 epochs, the first seed, results in --out (off)")

@@ -1,13 +1,13 @@
-"""The scripts with their own settings on the built-in set: retrieval, and Table 2 in small.
+"""Table 2 in small: pretrain.py and finetune.py with their own settings on the built-in set.
 
     python -m experiments.transfer              # three seeds
     python -m experiments.transfer --seeds 3 4
 
-With each seed it runs pretrain.py, retrieval.py and finetune.py by four protocols, each from the
-pre-trained encoder and from random weights. experiments/results/transfer.csv gets a line per
-result, and transfer.md the means over seeds. Seeds whose results are in the csv are left out, so
-the same command continues after an interruption. After a change of the scripts' own settings,
-delete the csv.
+With each seed it runs pretrain.py, and finetune.py by four protocols, each from the pre-trained
+encoder and from random weights. experiments/results/transfer.csv gets a line per result, and
+transfer.md the means over seeds. Seeds whose results are in the csv are left out, so the same
+command continues after an interruption. After a change of the scripts' own settings, delete the
+csv.
 """
 
 import argparse
@@ -25,8 +25,6 @@ PROTOCOLS = {
     "fine-tuned on one video per class": "--fraction 0.0139 --train-clips 40",
     "linear classifier on one video per class": "--linear --fraction 0.0139 --train-clips 40"}
 ENCODERS = "pre-trained", "random"
-RECALLS = [(level, k, way) for level, k in (("instance", 5), ("class", 1))
-           for way in ("audio -> video", "video -> audio")]
 COLUMNS = ["result", "encoder", "seed", "command", "value"]
 
 
@@ -41,12 +39,6 @@ def run_seed(seed, folder):
 
     run("pretrain.py", *common, str(out))
     sources = {"pre-trained": str(out / "checkpoint.pt"), "random": "none"}
-    line = run("retrieval.py", "--checkpoint", sources["pre-trained"])
-    recall = json.loads((out / "retrieval.json").read_text())
-    for level, k, way in RECALLS:
-        value, _ = recall[f"{level}, {way}"][f"R@{k}"]
-        lines.append(line | {"result": f"{level} R@{k}, {way}", "encoder": "pre-trained",
-                             "value": f"{100 * value:.2f}"})
     for n, (protocol, flags) in enumerate(PROTOCOLS.items()):
         for encoder, source in sources.items():
             out = folder / f"s{seed}-{n}-{encoder}"
@@ -68,11 +60,8 @@ def markdown(lines):
         return [float(line["value"]) for line in lines
                 if (line["result"], line["encoder"]) == (result, encoder)]
 
-    rows = {}
-    for result in [*(f"{level} R@{k}, {way}" for level, k, way in RECALLS), *PROTOCOLS]:
-        trained, random = (mean_of(values(result, name)) for name in ENCODERS)
-        rows[result] = [trained, random if result in PROTOCOLS else "",
-                        str(len(values(result, "pre-trained")))]
+    rows = {result: [*(mean_of(values(result, name)) for name in ENCODERS),
+                     str(len(values(result, "pre-trained")))] for result in PROTOCOLS}
     return "\n".join(["In %, mean ± standard deviation over seeds.", "",
                       *table([*ENCODERS, "seeds"], rows)]) + "\n"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import log_of, run_here
+from conftest import log_of
 
 import finetune
 import pretrain
@@ -33,21 +33,21 @@ def settings(rows):
 
 def test_rows_are_settings_of_pretraining():
     paper, readings = settings(ablation.PAPER), settings(ablation.READINGS)
-    assert [args["max_speed"] for args in paper.values()] == [1, 2, 4, 6, 4]            # Table 1
+    assert [args["max_speed"] for args in paper.values()] == [1, 1, 2, 4, 4]            # Table 1
     assert [args["affinity"] for args in paper.values()] == ["none"] * 4 + ["clip"]
+    assert [args["epochs"] for args in paper.values()] == [15, 30, 15, 15, 15]
+    assert paper[SOFT] == settings({"": ""})[""]                # the defaults of pretrain.py
     for args in readings.values():              # each differs from SoftInfoNCE in one setting
         assert sum(args[name] != paper[SOFT][name] for name in NAMES) == 1, args
-    for row, args in settings(ablation.SHORT).items():      # differs from its row in its length
-        assert args == (paper | readings)[row.removesuffix(", 15 epochs")] | {"epochs": 15}
     timing = settings(ablation.TIMING)
     assert {args["max_speed"] for args in timing.values()} == {1, 2, 4}
     assert len({tuple(args.values()) for args in timing.values()}) == 8
 
 
 @pytest.mark.parametrize("flags,expected", [
-    ([], [(row, seed) for seed in range(5) for row in ablation.PAPER]),
-    (["--seeds", "7", "--rows", "s = [1, 2], InfoNCE", "raw y, 15 epochs"],
-     [("s = [1, 2], InfoNCE", 7), ("raw y, 15 epochs", 7)]),
+    ([], [(row, seed) for seed in range(3) for row in ablation.PAPER]),
+    (["--seeds", "7", "--rows", "s = [1, 2], InfoNCE", "raw y"],
+     [("s = [1, 2], InfoNCE", 7), ("raw y", 7)]),
     (["--data", "grid.csv"], [(row, seed) for seed in range(3) for row in ablation.TIMING]),
     (["--quick"], [(row, 0) for row in ablation.PAPER])])
 def test_jobs(flags, expected):
@@ -62,20 +62,23 @@ def test_unknown_rows_are_refused(capsys):
 
 
 @pytest.mark.slow
-def test_retrieval_is_that_of_the_script(brief):
-    """Table 3 by retrieval.py with 2 clips of a file, and the means of both ways."""
-    assert run_here(retrieval, "--checkpoint", brief, "--clips", "2") == 0
-    printed = json.loads(brief.with_name("retrieval.json").read_text())
-    found = ablation.classes_and_clips(brief)
-    for level in ablation.LEVELS:
+def test_both_levels_are_those_of_the_features(brief):
+    """Table 3 of 10 clips of a file, by clip and by class, and the means of both ways."""
+    found = ablation.both_levels(brief)
+    model, _, clips, _ = retrieval.load(
+        Namespace(checkpoint=brief, data=None, split="test", clips=10))
+    audio, video, rows = retrieval.extract(model, clips, torch.float32)
+    labels = torch.tensor([int(row.label == "high") for row in rows])
+    by_video = retrieval.recall_at_k(video, audio, labels)
+    by_audio = retrieval.recall_at_k(audio, video, labels)
+    for n, level in enumerate(("instance", "class")):
         for k in retrieval.RANKS:
-            both = {f"{level}, {way}, R@{k}": 100 * printed[f"{level}, {way}"][f"R@{k}"][0]
-                    for way in ablation.WAYS}
-            both[f"{level} R@{k}"] = sum(both.values()) / 2
-            assert {name: found[name] for name in both} == pytest.approx(both)
+            ways = 100 * by_video[k][n], 100 * by_audio[k][n]
+            assert (found[f"{level}, video -> audio, R@{k}"],
+                    found[f"{level}, audio -> video, R@{k}"]) == pytest.approx(ways)
+            assert found[f"{level} R@{k}"] == pytest.approx(sum(ways) / 2)
     assert found.keys() >= {*ablation.columns(ablation.BUILT_IN)} - {"row", "seed", "flags"}
     assert found["clips"] == 24
-    assert all(0 <= found[name] <= 100 for name in ablation.PROBES)
 
 
 @pytest.mark.slow
@@ -119,10 +122,10 @@ def test_a_pool_of_mixed_speeds(brief, monkeypatch, known):
 
 
 def test_the_log_gives_the_loss_of_the_last_epoch(tmp_path):
-    events = (0.5, 4.0, 1.0), (1.0, 3.0, 5.0), (1.5, 2.0, 6.0), (2.0, 1.0, 7.0)
-    lines = [{"step": 0}, *(dict(zip(("epoch", "loss", "clips_per_s"), event)) for event in events)]
+    events = (0.5, 4.0), (1.0, 3.0), (1.5, 2.0), (2.0, 1.0)
+    lines = [{"step": 0}, *({"epoch": epoch, "loss": loss} for epoch, loss in events)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert ablation.from_log(tmp_path / "checkpoint.pt") == (1.5, 5.5)
+    assert ablation.last_loss(tmp_path / "checkpoint.pt") == 1.5
 
 
 @pytest.mark.slow
@@ -132,14 +135,16 @@ def test_a_film_that_fails_ends_the_measurement(tree, brief, tmp_path):
     next(row for row in rows if row["split"] == "test")["path"] = str(tmp_path / "gone.mp4")
     scan.write(rows, tmp_path / "manifest.csv")
     shutil.copy(brief, tmp_path)
-    for measure in (ablation.classes_and_clips, ablation.timing):
-        with pytest.raises(ValueError, match="gone.mp4: No such file"):
-            measure(tmp_path / brief.name)
+    with pytest.raises(ValueError, match="gone.mp4: No such file"):
+        ablation.timing(tmp_path / brief.name)
+    with pytest.raises(ValueError, match=f"retrieval.py ended with 1: see {tmp_path}.txt"):
+        ablation.both_levels(tmp_path / brief.name)
+    assert "gone.mp4: No such file" in tmp_path.with_suffix(".txt").read_text()
 
 
 @pytest.mark.slow
 def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, capsys):
-    """Three seeds of the row are in the csv. pretrain.py refuses the fourth, which is negative."""
+    """Three seeds of the row are in the csv. pretrain.py refuses another, which is negative."""
     files = {name: (ablation.RESULTS / name).read_text()
              for name in ("ablation.csv", "ablation.md", "ablation-grid.csv", "ablation-grid.md")}
     for name in ("ablation.csv", "ablation-grid.csv"):
@@ -147,16 +152,16 @@ def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, 
     monkeypatch.setattr(ablation, "RESULTS", tmp_path)
     monkeypatch.setattr(demo, "build", lambda folder: None)      # no run gets as far as its data
     for flags, status, name in (
-            (["--rows", "raw y, 15 epochs", "--seeds", "0", "1", "2", "-1"], 1, "ablation.md"),
+            (["--rows", SOFT, "--seeds", "0", "1", "2", "-1"], 1, "ablation.md"),
             (["--data", "grid/manifest.csv"], 0, "ablation-grid.md")):
         with pytest.raises(SystemExit) as stop:
             ablation.main(["--out", str(tmp_path / "runs"), *flags])
         printed = capsys.readouterr()
         assert stop.value.code == status and printed.out.strip() == files[name].strip()
-        assert printed.err.count("raw y, 15 epochs, seed -1: pretrain.py ended with 2: see "
+        assert printed.err.count(f"{SOFT}, seed -1: pretrain.py ended with 2: see "
                                  ) == printed.err.count("error") == status
     assert {name: (tmp_path / name).read_text() for name in files} == files
-    assert "--seed: '-1' is not" in (tmp_path / "runs" / "19--1.txt").read_text()
+    assert "--seed: '-1' is not" in (tmp_path / "runs" / "04--1.txt").read_text()
 
 
 @pytest.mark.parametrize("name,read,write", [
@@ -180,31 +185,28 @@ def test_results_that_are_written_can_be_read(name, read, write, tmp_path):
 
 
 def test_cells_are_means_over_seeds():
-    """Those of a table of two seeds, the second without the base's. A single value has no ±."""
-    columns = dict.fromkeys(ablation.columns(ablation.BUILT_IN), "")
+    """Those of a row of three seeds, of which the base has two. A single value has no ±."""
+    columns = dict.fromkeys(ablation.columns(ablation.BUILT_IN), "9")
     lines = [columns | {"row": row, "seed": seed, "class R@1": value, "clips": "224"}
              for row, seed, value in (("raw y", "0", "50"), ("raw y", "1", "53"),
                                       ("raw y", "2", "62"), (SOFT, "0", "51"), (SOFT, "1", "52"))]
     deviation = statistics.stdev((50, 53, 62))
     line, = [line for line in ablation.markdown(lines, ablation.BUILT_IN).splitlines()
              if line.startswith("| raw y | ")]
-    assert line.startswith(f"| raw y | 55.0 ± {deviation:.1f} | not run |")
-    assert line.endswith(" | 3 | +0.0 ± 1.0 |")                 # of the seeds 0 and 1: -1 and 1
+    assert line.startswith(f"| raw y | 55.0 ± {deviation:.1f} | 9.0 ± 0.0 |")
+    assert " | 3 | +0.0 ± 1.0 | " in line                       # of the seeds 0 and 1: -1 and 1
+    assert ablation.markdown(lines[:1], ablation.BUILT_IN).count("| raw y | 50.0 |") == 1
+    assert "shared speed" not in ablation.markdown(lines, ablation.BUILT_IN)    # was not run
     assert ablation.mean_of([70.0]) == "70.0"
 
 
-@pytest.mark.slow
-def test_each_protocol_runs_with_both_encoders(brief, tmp_path, monkeypatch):
-    """The results of retrieval.py are those of the script."""
+def test_each_protocol_runs_with_both_encoders(tmp_path, monkeypatch):
     parsed, outs, run = [], [], tmp_path / "s3"
 
     def run_script(name, flags, log):
-        outs.append(Path(flags[-1]))                            # of retrieval.py, the checkpoint
+        outs.append(Path(flags[-1]))
         if name == "pretrain.py":
             assert pretrain.parse(flags).data is None           # the built-in set
-            shutil.copytree(brief.parent, outs[-1])
-        elif name == "retrieval.py":
-            assert run_here(retrieval, *flags, "--clips", 1) == 0
         else:
             args = finetune.parse(flags)
             assert args.seed == 3 and args.data is None
@@ -217,13 +219,9 @@ def test_each_protocol_runs_with_both_encoders(brief, tmp_path, monkeypatch):
     monkeypatch.setattr(transfer, "run_script", run_script)
     lines = transfer.run_seed(3, tmp_path)
     assert len(set(parsed)) == len(parsed) == 8
-    assert len(set(outs)) == len(outs) == 10                    # no run writes over another
+    assert len(set(outs)) == len(outs) == 9                     # no run writes over another
     found = {(line["result"], line["encoder"]): float(line["value"]) for line in lines}
     assert found["fine-tuned", "random"] == 2
     assert found["linear classifier on the frozen encoder", "pre-trained"] == 3
-    recall = json.loads((run / "retrieval.json").read_text())
-    for level, k, way in transfer.RECALLS:
-        assert found[f"{level} R@{k}, {way}", "pre-trained"] == pytest.approx(
-            100 * recall[f"{level}, {way}"][f"R@{k}"][0], abs=0.01)
-    assert len(found) == len(lines) == 12
+    assert len(found) == len(lines) == 8
     assert all({*line} == {*transfer.COLUMNS} for line in lines)
