@@ -1,6 +1,6 @@
 """Table 1 in small: the paper's rows and the readings that it leaves open, on two sets of videos.
 
-    python -m experiments.ablation                      # 15 runs of 14 to 30 minutes of a core
+    python -m experiments.ablation                      # 15 runs of 17 to 36 minutes of a core
     python -m experiments.ablation --data grid.csv      # 24 runs of 17 minutes on a core each
     python -m experiments.ablation --seeds 3 4 --rows "s = [1, 4], SoftInfoNCE" "raw y"
     python -m experiments.ablation --quick              # 2 epochs, one seed: does it run?
