@@ -35,12 +35,13 @@ def test_step(tmp_path):
     assert [re.search("B.*px", what)[0] for what in whats[:3]] == [
         f"B{clips} T4 16px" for clips in (2, 4, 4)]
     assert "chunks of 2" in whats[1] and "chunks" not in whats[0] + whats[2]
-    assert 0.5 < values[3]["time / whole"] < 10
+    assert 0.1 < values[3]["time / whole"] < 10     # two rounds beside other tests are no more
     for name, other in (("of one chunk", 0), ("whole", 2)):
         assert values[3][f"peak memory / {name}"] == pytest.approx(
             values[1]["peak memory, GB"] / values[other]["peak memory, GB"], rel=2e-3)
-    for step in values[:3]:
-        assert step["clips per s"] > 0 and step["step / bare in chunks"] > 0.5
+    for step, clips in zip(values, (2, 4, 4)):
+        assert step["clips per s"] == pytest.approx(clips / step["s"], rel=1e-2)
+        assert 0.1 < step["step / bare in chunks"] < 10
         assert 0 < step["share of matmul rate"] < 2
 
 
