@@ -12,10 +12,10 @@ a run, delete its line and its folder. Give one command at a time: each writes t
 
 Without --data the set is the built-in one, with pretrain.py's own settings, in float32 so that all
 machines train alike: see both_levels. Speed 6 of the paper's Table 1 does not fit there, because a
-clip of 1 s would take 6 s of films of 4.5 s.
---data is for a set in which timing alone links sight and sound, GRID of docs/data.md, whose clips
-of 0.67 s fit speed 4 into 3 s: see timing. On both sets "no speed" has as many epochs as the other
-rows, or twice as many, so that it encodes the same number of clips.
+clip of 1 s would take 6 s of films of 4.5 s. --data is for a set in which timing alone links sight
+and sound, GRID of docs/data.md, whose clips of 0.67 s fit speed 4 into 3 s: see timing. On both
+sets "no speed" has as many epochs as the other rows, or twice as many, so that it encodes the same
+number of clips.
 
 Symbols: n test clips, D the width of z.
 """
@@ -191,8 +191,8 @@ def timing(checkpoint):
     "mixed" are those of a pool in which clip i has sound and video at speed 1 + i mod 4. "same
     speed" is the share of its 5 nearest that have the query's speed, which a model finds that hears
     and sees the speed alone. "loss" is that of about the last epoch of training, in % of the loss
-    of a model that cannot tell clips apart, log(1 + K (N - 1)). "clips" is n. Raises ValueError
-    if a film cannot be read.
+    of a model that cannot tell clips apart, log(1 + K (N - 1)). "clips" is n. Raises ValueError if
+    a film cannot be read.
     """
     device = start()
     dtype, _ = choose_precision("auto", device)

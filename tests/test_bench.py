@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def test_step(tmp_path):
     """Beside the batch in chunks stand a batch of one chunk, and the batch as a whole. The csv has
     what is printed."""
-    flags = ["step", "--rounds", "2", "--frames", "4", "--size", "16", "--batch-size", "4"]
+    flags = ["step", "--rounds", "5", "--frames", "4", "--size", "16", "--batch-size", "4"]
     status, text, _ = command(bench, *flags, "--chunk", "2", "--profile", "--csv", tmp_path / "b")
     assert status == 0 and text.count("aten::convolution_backward") >= 3
     with open(tmp_path / "b", newline="") as file:
@@ -35,13 +35,13 @@ def test_step(tmp_path):
     assert [re.search("B.*px", what)[0] for what in whats[:3]] == [
         f"B{clips} T4 16px" for clips in (2, 4, 4)]
     assert "chunks of 2" in whats[1] and "chunks" not in whats[0] + whats[2]
-    assert 0.1 < values[3]["time / whole"] < 10     # two rounds beside other tests are no more
+    assert 0.5 < values[3]["time / whole"] < 10
     for name, other in (("of one chunk", 0), ("whole", 2)):
         assert values[3][f"peak memory / {name}"] == pytest.approx(
             values[1]["peak memory, GB"] / values[other]["peak memory, GB"], rel=2e-3)
     for step, clips in zip(values, (2, 4, 4)):
         assert step["clips per s"] == pytest.approx(clips / step["s"], rel=1e-2)
-        assert 0.1 < step["step / bare in chunks"] < 10
+        assert step["step / bare in chunks"] > 0.5      # the median of the rounds
         assert 0 < step["share of matmul rate"] < 2
 
 
