@@ -59,8 +59,12 @@ SPEEDS = 1, 2, 3, 4
 def run_script(name, flags, log):
     """Run a script of the top level, and add its output to the file `log`.
 
-    Raises ValueError if it fails.
+    Raises ValueError if it fails. Where the command that runs all jobs was killed, this process
+    ends in place of starting another script.
     """
+    parent = multiprocessing.parent_process()
+    if parent and not parent.is_alive():
+        os._exit(1)
     with open(log, "a") as file:
         done = subprocess.run([sys.executable, ROOT / name, *flags], stdout=file, stderr=file)
     if done.returncode:

@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import shutil
 import statistics
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -162,6 +166,37 @@ def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, 
                                  ) == printed.err.count("error") == status
     assert {name: (tmp_path / name).read_text() for name in files} == files
     assert "--seed: '-1' is not" in (tmp_path / "runs" / "04--1.txt").read_text()
+
+
+@pytest.mark.slow
+def test_no_run_begins_after_the_command_was_killed(tmp_path):
+    """It is killed while the first of three scripts, on its only core, sleeps."""
+    (tmp_path / "script.py").write_text("""
+import pathlib, sys, time
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(2)
+pathlib.Path(sys.argv[1] + "-ended").touch()
+""")
+    (tmp_path / "command.py").write_text(f"""
+import os
+from experiments import ablation
+if __name__ == "__main__":
+    os.chdir({str(tmp_path)!r})
+    os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+    job = ablation.run_script, {str(tmp_path / "script.py")!r}
+    ablation.run_all({{n: (*job, [n], "log") for n in "abc"}}, [], len)
+""")
+    command = subprocess.Popen([sys.executable, tmp_path / "command.py"],
+                               env=os.environ | {"PYTHONPATH": str(ablation.ROOT)})
+    while not (tmp_path / "a").exists():
+        assert command.poll() is None
+        time.sleep(0.02)
+    command.kill()
+    command.wait()
+    while not (tmp_path / "a-ended").exists():
+        time.sleep(0.02)
+    time.sleep(1)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("name,read,write", [
