@@ -1,6 +1,7 @@
 """Table 1 in small: the paper's rows and the readings that it leaves open, on two sets of videos.
 
     python -m experiments.ablation                      # 15 runs of 17 to 36 minutes of a core
+    python -m experiments.ablation --hide kind          # 6 runs on films without that link
     python -m experiments.ablation --data grid.csv      # 24 runs of 17 minutes on a core each
     python -m experiments.ablation --seeds 3 4 --rows "s = [1, 4], SoftInfoNCE" "raw y"
     python -m experiments.ablation --quick              # 2 epochs, one seed: does it run?
@@ -12,7 +13,9 @@ a run, delete its line and its folder. Give one command at a time: each writes t
 
 Without --data the set is the built-in one, with pretrain.py's own settings, in float32 so that all
 machines train alike: see both_levels. Speed 6 of the paper's Table 1 does not fit there, because a
-clip of 1 s would take 6 s of films of 4.5 s. --data is for a set in which timing alone links sight
+clip of 1 s would take 6 s of films of 4.5 s. --hide leaves links of sight and sound out of its
+films: see prepare/demo.py. The settings stay, and the results have the csv ablation-hide-kind.csv
+(-rhythm.csv, -kind-rhythm.csv). --data is for a set in which timing alone links sight
 and sound, GRID of docs/data.md, whose clips of 0.67 s fit speed 4 into 3 s: see timing. On both
 sets "no speed" has as many epochs as the other rows, or twice as many, so that it encodes the same
 number of clips.
@@ -284,6 +287,11 @@ BUILT_IN = Study("--precision fp32",
                   Table("Open readings", READINGS, (), BASE)],
                  ["class R@1", "class R@5", "instance R@1", "instance R@5"],
                  ["class R@1", "instance R@5"], LEVELS, both_levels)
+EQUAL = "no speed, InfoNCE", BASE
+HIDDEN = BUILT_IN._replace(         # with the settings of the built-in set
+    flags="--precision fp32 --arch r2plus1d_10 --frames 4 --fps 4 --size 32 --epochs 15 "
+    "--batch-per-process 32",
+    tables=[Table("Equal epochs", {name: PAPER[name] for name in EQUAL}, range(3), BASE)])
 LIPS = Study("--arch r2plus1d_10 --frames 8 --fps 12 --size 32 --batch-per-process 32",
              [Table("Timing alone", TIMING, range(3), "no speed, InfoNCE")],
              [*(f"instance R@{k}" for k in RANKS), "mixed R@5", "mixed, same speed", "loss"],
@@ -331,7 +339,7 @@ def write_results(lines, path, study):
 
 def chances(study, clips):
     """{metric: its value, as text, for a model that knows nothing} in a pool of so many clips."""
-    kinds = len(demo.KINDS) if study is BUILT_IN else clips
+    kinds = clips if study is LIPS else len(demo.KINDS)
     found = {"loss": 1, "mixed, same speed": 1 / len(SPEEDS)}
     for k, shares in chance(torch.arange(kinds).repeat_interleave(clips // kinds)).items():
         for level, share in zip(LEVELS, shares):
@@ -386,15 +394,18 @@ def markdown(lines, study):
 def parse(argv=None):
     """The arguments of the command line, the study, and its jobs [(row, seed)]."""
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("--data", help="folder or manifest.csv of a set in which timing alone links "
-                   "sight and sound (default: the built-in set)")
+    films = p.add_mutually_exclusive_group()
+    films.add_argument("--data", help="folder or manifest.csv of a set in which timing alone links "
+                       "sight and sound (default: the built-in set)")
+    films.add_argument("--hide", nargs="+", choices=demo.HIDDEN,
+                       help="links of sight and sound to leave out of the built-in set (none)")
     p.add_argument("--seeds", type=int, nargs="+", help="(0 1 2)")
     p.add_argument("--rows", nargs="+", metavar="ROW", help="(those of the first table)")
     p.add_argument("--quick", action="store_true",
                    help="the first table, 2 epochs, the first seed, results in --out (off)")
     p.add_argument("--out", default="runs/ablation", help="folder of the runs (runs/ablation)")
     args = p.parse_args(argv)
-    study = LIPS if args.data else BUILT_IN
+    study = LIPS if args.data else HIDDEN if args.hide else BUILT_IN
     tables = study.tables[:1] if args.quick else study.tables
     rows = [name for table in tables for name in table.rows]
     if not set(args.rows or rows) <= set(rows):
@@ -414,6 +425,10 @@ def main(argv=None):
         name = data.parent.name if data.name == "manifest.csv" else data.stem
         folder, file = folder / name, f"ablation-{name}.csv"
         common += ["--data", args.data]
+    if args.hide:
+        folder = folder / "-".join(["hide", *sorted(args.hide)])
+        file = f"ablation-{folder.name}.csv"
+        common += ["--data", str(folder / "films")]
     results, shorter = RESULTS / file, []
     if args.quick:
         folder, shorter = folder / "quick", ["--epochs", "2"]
@@ -421,7 +436,7 @@ def main(argv=None):
         shutil.rmtree(folder, ignore_errors=True)       # it shows anew whether it runs
     folder.mkdir(parents=True, exist_ok=True)
     if not args.data:
-        demo.build(folder / "demo")
+        demo.build(folder / ("films" if args.hide else "demo"), hide=args.hide or ())
     lines, rows, runs = read_results(results, study), rows_of(study), {}
     done = {(line["row"], int(line["seed"])) for line in lines}
     for name, seed in jobs:

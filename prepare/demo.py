@@ -1,6 +1,7 @@
 """The built-in set: 800 short films of hopping bodies that sound, as H.264 and AAC in mp4 files.
 
     python -m prepare.demo runs/demo              # runs/demo/{train,test}/<kind>/*.mp4, 24 MB
+    python -m prepare.demo runs/timing --hide kind rhythm       # sets with fewer links
 
 The method needs clips in which sight and sound share two kinds of links: one that a change of speed
 keeps and one that it breaks, as with the cow of the paper's Fig. 1. The films have both.
@@ -15,6 +16,11 @@ keeps and one that it breaks, as with the cow of the paper's Fig. 1. The films h
 (c) Everything else is noise, independent between sight and sound: the colours of body and wall, the
     pattern of the wall, the place, camera noise; loudness, background noise, and the place in the
     rhythm at which the clip begins.
+
+Links can be hidden, to see what speed does to those that are left. `--hide kind` gives all bodies
+the shape, modes and size of one drum: sight and sound then share the rhythm of a kind, the tempo,
+and the moments of landing. `--hide rhythm` makes all intervals of a clip equal. With both, timing
+alone links them, and a film's class is a name without meaning.
 
 Physics: between two landings T seconds apart the body flies a parabola whose height is ~ T^2. A
 landing excites modes A_k exp(-t / tau_k) sin(2 pi ratio_k f t). A noisy material is noise that
@@ -39,6 +45,7 @@ VERSION = 1                     # of the recipe; a set of another version is bui
 PIXELS, FPS, RATE = 64, 16, 24000
 SECONDS = 4.5                   # a window of 1 s at speed 4 fits, with some room for its start
 TRAIN, TEST = 72, 28            # clips per kind
+HIDDEN = "kind", "rhythm"       # links that can be left out
 
 # kind: (shape, ratios of the modes, damping time of the first mode in s, share of noise,
 #        rhythm: relative intervals)
@@ -170,14 +177,16 @@ def write(path, film, wave):
     os.replace(temporary, path)
 
 
-def make_clip(root, seed, name):
-    """Write the film `name` = (split, kind, n), which depends on seed and name alone."""
+def make_clip(root, seed, hide, name):
+    """Write the film `name` = (split, kind, n), which depends on seed, `hide` and name alone."""
     split, kind, n = name
-    shape, ratios, damping, noise, rhythm = KINDS[kind]
+    shape, ratios, damping, noise, _ = KINDS["drum" if "kind" in hide else kind]
+    rhythm = (1,) if "rhythm" in hide else KINDS[kind][-1]
     sequence = np.random.SeedSequence(
         [seed, ["train", "test"].index(split), list(KINDS).index(kind), n])
     sight, sound, both = (np.random.default_rng(child) for child in sequence.spawn(3))
-    r = 8 * 2.5 ** both.uniform()                       # 8 to 20 pixels
+    size = both.uniform()
+    r = 8 * 2.5 ** (0.5 if "kind" in hide else size)    # 8 to 20 pixels
     f = 180 * 20 / r                                    # 180 to 450 Hz: pitch ~ 1 / size
     tempo = 1.2 * 3 ** both.uniform()                   # 1.2 to 3.6 landings per second
     times = landings(rhythm, tempo, both.uniform(0, len(rhythm)))
@@ -186,11 +195,11 @@ def make_clip(root, seed, name):
     write(root / split / kind / f"{n:03d}.mp4", film, wave)
 
 
-def build(root, seed=0, workers=None):
+def build(root, seed=0, workers=None, hide=()):
     """Build the set under root and return root. Nothing is done if the set is complete already, and
-    of this version and seed. workers: processes (default: one for each core)."""
+    of this version, seed and `hide`. workers: processes (default: one for each core)."""
     root = Path(root)
-    recipe = {"version": VERSION, "seed": seed}
+    recipe = {"version": VERSION, "seed": seed} | ({"hide": sorted(hide)} if hide else {})
     recipe_file = root / "recipe.json"                  # written when the set is complete
     if recipe_file.exists() and json.loads(recipe_file.read_text()) == recipe:
         return root
@@ -199,7 +208,7 @@ def build(root, seed=0, workers=None):
     # Ctrl-C ends this process, which then ends the pool.
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=signal.signal,
                              initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        done = pool.map(partial(make_clip, root, seed), names, chunksize=8)
+        done = pool.map(partial(make_clip, root, seed, hide), names, chunksize=8)
         for _ in tqdm(done, total=len(names), desc="building the built-in set", unit="clip",
                       file=sys.stderr):
             pass
@@ -212,8 +221,10 @@ def main():
     parser = argparse.ArgumentParser(description="Build the built-in set.")
     parser.add_argument("root", help="folder to build it in")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    parser.add_argument("--hide", nargs="+", default=(), choices=HIDDEN,
+                        help="links of sight and sound to leave out (none)")
     args = parser.parse_args()
-    print(build(args.root, args.seed))
+    print(build(args.root, args.seed, hide=args.hide))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def test_rows_are_settings_of_pretraining():
     assert paper[SOFT] == settings({"": ""})[""]                # the defaults of pretrain.py
     for args in readings.values():              # each differs from SoftInfoNCE in one setting
         assert sum(args[name] != paper[SOFT][name] for name in NAMES) == 1, args
+    hidden, built_in = (vars(pretrain.parse(study.flags.split()
+                             + ["--data", "films"] * (study is ablation.HIDDEN)))
+                        for study in (ablation.HIDDEN, ablation.BUILT_IN))
+    differ = {name for name in built_in if hidden[name] != built_in[name]}
+    assert differ == {"data", "batch_per_process"} and hidden["batch_per_process"] == 32
     timing = settings(ablation.TIMING)
     assert {args["max_speed"] for args in timing.values()} == {1, 2, 4}
     assert len({tuple(args.values()) for args in timing.values()}) == 8
@@ -52,6 +57,7 @@ def test_rows_are_settings_of_pretraining():
     ([], [(row, seed) for seed in range(3) for row in ablation.PAPER]),
     (["--seeds", "7", "--rows", "s = [1, 2], InfoNCE", "raw y"],
      [("s = [1, 2], InfoNCE", 7), ("raw y", 7)]),
+    (["--hide", "kind"], [(row, seed) for seed in range(3) for row in ablation.EQUAL]),
     (["--data", "grid.csv"], [(row, seed) for seed in range(3) for row in ablation.TIMING]),
     (["--quick"], [(row, 0) for row in ablation.PAPER])])
 def test_jobs(flags, expected):

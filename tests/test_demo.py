@@ -14,7 +14,7 @@ def test_a_clip_depends_on_seed_and_name_alone(tmp_path):
         # Free memory has other contents each time, and none of it may come into the files.
         sizes = np.random.default_rng().integers(100, 1e5, 300)
         held = [np.random.bytes(size) for size in sizes][::2]
-        demo.make_clip(tmp_path / root, seed, ("train", "bell", 3))
+        demo.make_clip(tmp_path / root, seed, (), ("train", "bell", 3))
         contents.append((tmp_path / root / "train" / "bell" / "003.mp4").read_bytes())
         assert len(held) == 150
     assert contents[0] == contents[1] != contents[2]
@@ -41,6 +41,33 @@ def test_landings_are_seen_and_heard_together():
     for landing in inside:
         n = int(landing * demo.RATE)
         assert np.abs(wave[n:n + 1200]).max() > 3 * np.abs(wave[n - 2400:n - 100]).max()
+
+
+def test_hidden_links(tmp_path, monkeypatch):
+    """What is drawn and sounded of films of three kinds: looks, sizes, and patterns of landings."""
+    made = []
+    monkeypatch.setattr(demo, "draw", lambda shape, r, times, rng: made.append([shape, r, times]))
+    monkeypatch.setattr(demo, "synthesise", lambda f, ratios, damping, noise, times, rng:
+                        made[-1].append((f, ratios, damping, noise, times is made[-1][2])))
+    monkeypatch.setattr(demo, "write", lambda *_: None)
+
+    def count(*hide):
+        """How many looks, sounds and sizes there are among 6 films, and which share of the hops of
+        a film are as long as its first."""
+        made.clear()
+        for kind in ("bell", "string", "plate"):
+            for n in range(2):
+                demo.make_clip(tmp_path, 0, hide, ("test", kind, n))
+        assert all(sound[-1] for *_, sound in made)         # landings are seen and heard together
+        even = [np.mean(np.isclose(np.diff(times), np.diff(times)[0])) for *_, times, _ in made]
+        return (len({shape for shape, *_ in made}), len({sound[1:] for *_, sound in made}),
+                len({r for _, r, *_ in made}), max(even) < 1, min(even) == 1)
+
+    assert count() == (3, 3, 6, True, False)
+    assert count("kind") == (1, 1, 1, True, False)
+    assert count("rhythm") == (3, 3, 6, False, True)
+    assert count("kind", "rhythm") == (1, 1, 1, False, True)
+    assert len({times[0] for *_, times, _ in made}) == 6    # tempo and phase stay their own
 
 
 def test_shapes_differ():
