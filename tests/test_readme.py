@@ -45,7 +45,7 @@ def test_first_line_on_the_built_in_set(tmp_path):
 
 @pytest.mark.slow
 def test_snippets_of_the_loss(capsys):
-    of_loss, _ = SNIPPET.findall(README)
+    _, of_loss = SNIPPET.findall(README)
     from_frames, _ = SNIPPET.findall(DOCUMENTS["readings.md"])
     names = {}
     exec(of_loss, names)
@@ -57,7 +57,7 @@ def test_snippets_of_the_loss(capsys):
 
 @pytest.mark.slow
 def test_snippet_of_the_encoders(brief, tmp_path):
-    _, code = SNIPPET.findall(README)
+    code, _ = SNIPPET.findall(README)
     assert 'run, arch = "runs/svaclr", "r2plus1d_10"' in code
     film = make_video(tmp_path / "film.mp4", 2, 10, size=(64, 48), tone=440)
     names = {}
