@@ -4,13 +4,15 @@
     python -m experiments.figures ratios --out ratios.png           # lambda as in training
     python -m experiments.figures shifts --out shifts.png           # does the model know synchrony?
     python -m experiments.figures curves runs/svaclr [RUN ...] --out curves.png
+    python -m experiments.figures links --out links.png             # what speed does to each link
 
-`affinity`, `ratios` and `shifts` write what they draw to a csv beside the picture.
+`links` draws the csv files of experiments.ablation with and without --hide. `affinity`, `ratios` and `shifts` write what they draw to a csv beside the picture.
 """
 
 import argparse
 import csv
 import json
+import statistics
 import sys
 from itertools import product
 from pathlib import Path
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
+from experiments.ablation import BUILT_IN, EQUAL, RESULTS
 from loss import cross_affinity
 from prepare.weights import sound_input
 from retrieval import load
@@ -189,6 +192,27 @@ def curves(args):
     save(figure, args.out)
 
 
+def links(args):
+    """Retrieval with and without speed at equal epochs, by what sight and sound share."""
+    steps = {"kind, rhythm, timing": "", "rhythm, timing": "-hide-kind",
+             "timing": "-hide-kind-rhythm"}
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    for axis, metric, by_chance in zip(axes, BUILT_IN.compared, (12.5, 2.2)):
+        for name in EQUAL:
+            found = []
+            for step in steps.values():
+                with open(RESULTS / f"ablation{step}.csv", newline="") as file:
+                    found.append([float(line[metric]) for line in csv.DictReader(file)
+                                  if line["row"] == name])
+            mean, deviation = ([f(values) for values in found]
+                               for f in (statistics.mean, statistics.stdev))
+            axis.errorbar(steps, mean, deviation, marker="o", capsize=4, label=name)
+        axis.axhline(by_chance, color="grey", linestyle=":", label="chance")
+        axis.set(title=metric, xlabel="what sight and sound share", ylabel="%", ylim=(0, None))
+    axes[0].legend()
+    save(figure, args.out)
+
+
 def save(figure, out, dpi=72, columns=None):
     """Write the picture, print its size, and write the columns {name: numbers} to a csv beside."""
     out = Path(out)
@@ -206,7 +230,8 @@ def save(figure, out, dpi=72, columns=None):
 @torch.no_grad()
 def main(argv=None):
     """The command. An error becomes one sentence and exit status 1."""
-    draw = {"affinity": affinity, "ratios": ratios, "shifts": shifts, "curves": curves}
+    draw = {"affinity": affinity, "ratios": ratios, "shifts": shifts, "curves": curves,
+            "links": links}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=list(draw))
     p.add_argument("runs", nargs="*", help="curves: --out folders of pretrain.py (runs/svaclr)")
