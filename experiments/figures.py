@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
-from experiments.ablation import BUILT_IN, EQUAL, RESULTS
+from experiments.ablation import EQUAL, HIDDEN, RESULTS, chances
 from loss import cross_affinity
 from prepare.weights import sound_input
 from retrieval import load
@@ -196,18 +196,19 @@ def links(args):
     """Retrieval with and without speed at equal epochs, by what sight and sound share."""
     steps = {"kind, rhythm, timing": "", "rhythm, timing": "-hide-kind",
              "timing": "-hide-kind-rhythm"}
+    lines = []                                      # of each step those of its csv
+    for step in steps.values():
+        with open(RESULTS / f"ablation{step}.csv", newline="") as file:
+            lines.append(list(csv.DictReader(file)))
+    by_chance = chances(HIDDEN, int(lines[0][0]["clips"]))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, metric, by_chance in zip(axes, BUILT_IN.compared, (12.5, 2.2)):
+    for axis, metric in zip(axes, HIDDEN.compared):
         for name in EQUAL:
-            found = []
-            for step in steps.values():
-                with open(RESULTS / f"ablation{step}.csv", newline="") as file:
-                    found.append([float(line[metric]) for line in csv.DictReader(file)
-                                  if line["row"] == name])
-            mean, deviation = ([f(values) for values in found]
-                               for f in (statistics.mean, statistics.stdev))
-            axis.errorbar(steps, mean, deviation, marker="o", capsize=4, label=name)
-        axis.axhline(by_chance, color="grey", linestyle=":", label="chance")
+            values = [[float(line[metric]) for line in of_step if line["row"] == name]
+                      for of_step in lines]
+            axis.errorbar([*steps], [*map(statistics.mean, values)],
+                          [*map(statistics.stdev, values)], marker="o", capsize=4, label=name)
+        axis.axhline(float(by_chance[metric]), color="grey", linestyle=":", label="chance")
         axis.set(title=metric, xlabel="what sight and sound share", ylabel="%", ylim=(0, None))
     axes[0].legend()
     save(figure, args.out)

@@ -160,7 +160,8 @@ def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, 
     for name in ("ablation.csv", "ablation-grid.csv"):
         shutil.copy(ablation.RESULTS / name, tmp_path)
     monkeypatch.setattr(ablation, "RESULTS", tmp_path)
-    monkeypatch.setattr(demo, "build", lambda folder: None)      # no run gets as far as its data
+    built = []                                  # no run gets as far as its data
+    monkeypatch.setattr(demo, "build", lambda folder, hide: built.append((folder.name, [*hide])))
     for flags, status, name in (
             (["--rows", SOFT, "--seeds", "0", "1", "2", "-1"], 1, "ablation.md"),
             (["--data", "grid/manifest.csv"], 0, "ablation-grid.md")):
