@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
-from experiments.ablation import EQUAL, HIDDEN, RESULTS, chances
+from experiments.ablation import EQUAL, HIDDEN, RESULTS, chances, columns, read_csv
 from loss import cross_affinity
 from prepare.weights import sound_input
 from retrieval import load
@@ -193,19 +193,20 @@ def curves(args):
 
 
 def links(args):
-    """Retrieval with and without speed at equal epochs, by what sight and sound share."""
-    steps = {"kind, rhythm, timing": "", "rhythm, timing": "-hide-kind",
-             "timing": "-hide-kind-rhythm"}
-    lines = []                                      # of each step those of its csv
-    for step in steps.values():
-        with open(RESULTS / f"ablation{step}.csv", newline="") as file:
-            lines.append(list(csv.DictReader(file)))
-    by_chance = chances(HIDDEN, int(lines[0][0]["clips"]))
+    """Retrieval with and without speed at equal epochs, by what sight and sound share.
+
+    A set without a csv was not run, and is left out.
+    """
+    shared = {"kind, rhythm, timing": "ablation.csv", "rhythm, timing": "ablation-hide-kind.csv",
+              "timing": "ablation-hide-kind-rhythm.csv"}
+    steps = {name: read_csv(RESULTS / file, columns(HIDDEN)) for name, file in shared.items()
+             if (RESULTS / file).exists()}                              # {name: lines of the csv}
+    by_chance = chances(HIDDEN, int(steps["kind, rhythm, timing"][0]["clips"]))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, metric in zip(axes, HIDDEN.compared):
         for name in EQUAL:
-            values = [[float(line[metric]) for line in of_step if line["row"] == name]
-                      for of_step in lines]
+            values = [[float(line[metric]) for line in lines if line["row"] == name]
+                      for lines in steps.values()]
             axis.errorbar([*steps], [*map(statistics.mean, values)],
                           [*map(statistics.stdev, values)], marker="o", capsize=4, label=name)
         axis.axhline(float(by_chance[metric]), color="grey", linestyle=":", label="chance")
