@@ -1,6 +1,5 @@
 """support/checkpoints.py: how checkpoints and published weights are read, and what is refused."""
 
-import re
 from urllib.error import URLError
 
 import pytest
@@ -17,17 +16,10 @@ def load(source, arch="r2plus1d_18"):
 
 
 @pytest.mark.slow
-def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
+def test_torchvisions_encoder_comes_from_its_file_and_its_address(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = SvaCLR("r2plus1d_10")
     theirs = torchvision.models.video.r2plus1d_18(weights=None)
-    checkpoint = {"settings": {"arch": "r2plus1d_10"}, "model": model.state_dict()}
-    torch.save(checkpoint, tmp_path / "checkpoint.pt")
-    torch.save(model.f.state_dict(), tmp_path / "video_encoder.pt")
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")      # this one has a classifier, fc
-    for name in ("checkpoint.pt", "video_encoder.pt"):
-        loaded = load(tmp_path / name, "r2plus1d_10").state_dict()
-        assert all(x.equal(loaded[key]) for key, x in model.f.state_dict().items())
     urls = []
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url",
                         lambda url, **_: urls.append(url) or theirs.state_dict())
@@ -38,18 +30,7 @@ def test_encoders_come_back_from_every_source(tmp_path, monkeypatch):
     assert not load("none").stem[0].weight.equal(theirs.stem[0].weight)
 
 
-def test_encoders_that_do_not_fit(tmp_path, monkeypatch):
-    state = video_encoder("r2plus1d_10").state_dict()
-    first = state.pop("stem.0.weight")
-    torch.save(state, tmp_path / "lacks.pt")
-    torch.save(state | {"stem.0.weight": first[:3], "more": first}, tmp_path / "other.pt")
-    for name, sentence in (
-            ("lacks.pt", "it lacks 1 tensors, stem.0.weight the first"),
-            ("other.pt", "it has besides 1 tensors, more the first; "
-                         "has in another shape 1 tensors, stem.0.weight")):
-        with pytest.raises(ValueError, match=re.escape(sentence)):
-            load(tmp_path / name, "r2plus1d_10")
-
+def test_a_download_that_fails(monkeypatch):
     def offline(url, **_):
         raise URLError("no network")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
@@ -81,21 +62,13 @@ def test_checkpoints_are_not_trusted(tmp_path):
                                              "program wrote it, or it carries code"):
             read_state(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
-    with pytest.raises(ValueError, match="it lacks model; delete it or name another"):
-        read_state(tmp_path / "good.pt", ("settings", "model"))
-    with pytest.raises(ValueError, match="no checkpoint .*gone.pt: run pretrain.py first"):
-        read_state(tmp_path / "gone.pt")
 
 
 def test_svaclr_comes_back_with_its_settings(brief, tmp_path):
     """Of a checkpoint.pt of pretrain.py alone: one of finetune.py has other settings."""
-    model, settings = load_svaclr(brief, SvaCLR)
-    state = torch.load(brief, weights_only=True)
-    assert vars(settings) == state["settings"] | {"sound": None}
+    _, settings = load_svaclr(brief, SvaCLR)
+    assert vars(settings) == torch.load(brief, weights_only=True)["settings"] | {"sound": None}
     assert settings.arch == "r2plus1d_10" and settings.frames == 4 and settings.max_speed == 4
-    weights = model.state_dict()
-    assert weights.keys() == state["model"].keys()
-    assert all(x.equal(state["model"][name]) for name, x in weights.items())
     other = tmp_path / "finetune.pt"
     torch.save({"settings": vars(finetune.parse([])), "model": {}}, other)
     with pytest.raises(ValueError, match="finetune.pt was not written by pretrain.py: give a"):
