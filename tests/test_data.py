@@ -8,17 +8,10 @@ from conftest import make_video, peak_hz, remux, write_text
 
 import data
 from augment import centre_band, crop_at
-from data import (ActionClips, AudioVisualClips, evenly_spaced, find_rows, make_loader,
-                  read_clip, read_manifest)
+from data import ActionClips, AudioVisualClips, evenly_spaced, find_rows, make_loader, read_clip
 from frames import read_barcode
-from prepare import scan
 from prepare.scan import Row
 from support.batches import TrainingBatches, evaluation_batches
-
-
-def rows_of(root, out):
-    scan.write(scan.scan(root), out)
-    return read_manifest(out)[0]
 
 
 # ---- one clip
@@ -28,7 +21,7 @@ def rows_of(root, out):
 def test_views_come_from_their_times(tmp_path, fps, suffix, start, has_sound):
     path = make_video(tmp_path / f"a.{suffix}", 6.5, fps, start=start,
                       tone=400 if has_sound else None)
-    speeds = (1, 3, 4) if has_sound else ()
+    speeds = (1, 2, 3, 4) if has_sound else ()
     with av.open(str(path)) as container:                 # what the file itself says of its frames
         times = torch.tensor([frame.time for frame in container.decode(video=0)])
         times -= max(float(s.start_time * s.time_base) for s in container.streams)
@@ -45,7 +38,7 @@ def test_views_come_from_their_times(tmp_path, fps, suffix, start, has_sound):
 
 
 def test_the_ends_of_what_can_be_read(tmp_path):
-    """Of two tracks one is heard. Past the end the last frame stands. Failures name the cause."""
+    """Of two tracks one is heard. Past the end the last frame stands. Without sound it fails."""
     path = make_video(tmp_path / "a.mp4", 1.0, 30)
     remux(path, tmp_path / "two.mkv", ("video", "audio", "audio"))
     for name in ("a.mp4", "two.mkv"):
@@ -53,12 +46,8 @@ def test_the_ends_of_what_can_be_read(tmp_path):
         assert read_barcode(video)[0].tolist() == [*range(15, 30), *[29] * 15]
         assert abs(peak_hz(audio[0, :11000]) - 400) < 3 and audio[0, :11000].std() > 0.3
         assert audio[0, 14000:].abs().max() == 0
-    remux(path, tmp_path / "silent.mp4", ["video"])
-    write_text(tmp_path / "broken.mp4", "no video at all" * 100)
-    for name, cause in (("silent.mp4", "no audio stream"), ("broken.mp4", "Invalid data"),
-                        ("gone.mp4", "No such file")):
-        with pytest.raises(ValueError, match=f"{name}: {cause}"):
-            read_clip(tmp_path / name, 0)
+    with pytest.raises(ValueError, match="silent.mp4: no audio stream"):
+        read_clip(remux(path, tmp_path / "silent.mp4", ["video"]), 0)
 
 
 # ---- what is drawn
@@ -66,13 +55,11 @@ def test_the_ends_of_what_can_be_read(tmp_path):
 def test_a_sample_depends_on_seed_epoch_and_index_alone(put, tmp_path):
     for n in range(6):
         put(f"c/{n}.mp4")
-    rows = rows_of(tmp_path, tmp_path / "m.csv")
+    rows, _ = find_rows(tmp_path, None, tmp_path)
     clips, other_seed = (AudioVisualClips(rows, 4, 16, 24, 2, seed=seed) for seed in (1, 2))
     video, audio, source = clips[3, 5]
     assert video.shape == (2, 4, 24, 24, 3) and audio.shape == (2, 6000)
     assert source == (rows[5].path, [])
-    again = clips[3, 5]
-    assert again[0].equal(video) and again[1].equal(audio)
     for other in (clips[4, 5], clips[3, 4], other_seed[3, 5]):
         assert not other[1].equal(audio)
     batches = []
@@ -156,25 +143,6 @@ def test_left_out_and_replaced(put, tmp_path):
         assert video.shape[0] == 2 and not path.endswith("good1.mp4")
         assert {failure.split(": ", 1)[1] for failure in failures} <= {
             "Invalid data found when processing input"} and (index != 1 or failures)
-    for n in (0, 2):
-        (folder / f"good{n}.mp4").unlink()
-    with pytest.raises(ValueError, match="10 files in a row failed, the last: .*good"):
-        clips[0, 0]
-
-
-def test_data_that_cannot_be_found(tmp_path):
-    row = scan.empty_row("a.mp4", "c", "train", "empty file")
-    scan.write([row, row | {"split": "test"}], tmp_path / "m.csv")
-    (tmp_path / "empty").mkdir()
-    for sentence, job, *arguments in (
-            ("no 'val' part, it has 'test', 'train'", read_manifest, tmp_path / "m.csv", "val"),
-            ("no video in .*empty", scan.scan, tmp_path / "empty"),
-            ("gone is no folder", scan.scan, tmp_path / "gone"),
-            ("--data .*gone is no folder", find_rows, tmp_path / "gone", "train", tmp_path),
-            ("--data .*gone.csv: no such manifest", find_rows, tmp_path / "gone.csv", "train",
-             tmp_path)):
-        with pytest.raises(ValueError, match=sentence):
-            job(*arguments)
 
 
 # ---- batches
@@ -220,7 +188,7 @@ def test_other_processes_are_dealt_the_rest(world_size):
 def test_evaluation_clips_are_evenly_spaced(tmp_path):
     make_video(tmp_path / "c" / "a.mp4", 5, 10, gray=lambda t: 20 + 40 * t, sound_seconds=3.5)
     make_video(tmp_path / "c" / "b.mp4", 5, 10)         # its left and right ends differ
-    rows = rows_of(tmp_path, tmp_path / "m.csv")
+    rows, _ = find_rows(tmp_path, None, tmp_path)
     clips = AudioVisualClips(rows, frames=4, fps=8, size=24, clips_per_file=4)
     video, audio, source = clips[0]
     assert video.shape == (4, 4, 24, 24, 3) and audio.shape == (4, 12000) and source == (0, None)
@@ -245,7 +213,7 @@ def test_files_that_fail_leave_an_evaluation(put, tmp_path, workers, capfd):
     """Of the batches of three, one fails as a whole and one in part: the rest comes as it is."""
     for n in range(8):
         put(f"c/{n}.mp4")
-    rows = rows_of(tmp_path, tmp_path / "m.csv")
+    rows, _ = find_rows(tmp_path, None, tmp_path)
     clips = AudioVisualClips(rows, frames=4, fps=8, size=24, clips_per_file=2)
     whole = clips[3]
     bad = (0, 1, 2, 7)
@@ -264,7 +232,5 @@ def test_files_that_fail_leave_an_evaluation(put, tmp_path, workers, capfd):
     said = capfd.readouterr().err
     for n in bad:
         assert said.count(f"failed: {tmp_path / 'c' / f'{n}.mp4'}: Invalid data") == 1
-    with pytest.raises(ValueError, match=f"4 of 8 videos failed, .* of 0.45, the last: {path}: "):
-        list(evaluation_batches(make_loader(clips, 3, workers), 0.45))
     with pytest.raises(ValueError, match="3 of 8 videos failed, .* of 0.25, the last: .*2.mp4: "):
         next(evaluation_batches(make_loader(clips, 3, workers), 0.25))

@@ -163,7 +163,8 @@ def test_a_run_that_has_ended(trained, tree, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("data,flags,sentence", [
-    ("gone", [], "no folder"), ("gone.csv", [], "no such manifest"), ("empty", [], "no video in"),
+    ("gone", [], "gone is no folder"), ("gone.csv", [], "gone.csv: no such manifest"),
+    ("empty", [], "no video in"),
     ("few", [], "1 usable clips (1 left out) do not fill one global batch of 4: give a smaller "
      "--batch-per-process or more data"),
     ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
