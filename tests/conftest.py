@@ -158,6 +158,11 @@ def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT, fresh=Fa
     return subprocess.CompletedProcess(args, status, text, errors)
 
 
+def run_two(tmp_path, body):
+    """The words that two processes print that run a script with this body."""
+    return run(script=write_script(tmp_path / "two.py", body), processes=2).stdout.split()
+
+
 def captured(job):
     """Call job() in this process. Returns (exit status, stdout, stderr)."""
     text, errors = io.StringIO(), io.StringIO()

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (ROOT, SMALL, error_of, log_of, make_video, run, run_here, with_damaged,
-                      write_script)
+from conftest import ROOT, SMALL, error_of, log_of, make_video, run, run_here, run_two, with_damaged
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import finetune
@@ -19,7 +18,7 @@ import pretrain
 import retrieval
 from experiments import search
 from loss import double_sum, soft_info_nce
-from models import SvaCLR, audio_encoder, video_encoder
+from models import SvaCLR
 from prepare import scan
 from prepare.scan import Row
 from pretrain import learning_rate, parse
@@ -134,8 +133,6 @@ def test_what_a_run_prints_and_writes(trained):
     assert [event["step"] for event in events] == [10, 20]
     assert math.isfinite(events[0]["loss"]) and events[0]["replaced"] == 0
     assert 0 <= events[0]["wait"] <= 1
-    for name, net in (("video", video_encoder("r2plus1d_10")), ("audio", audio_encoder())):
-        net.load_state_dict(torch.load(out / f"{name}_encoder.pt", weights_only=True))
 
 
 @pytest.mark.slow
@@ -169,8 +166,6 @@ def test_a_run_that_has_ended(trained, tree, tmp_path, capsys):
      "--batch-per-process or more data"),
     ("few", ["--split", "val"], "has no 'val' part, it has 'train'"),
     ("gone", ["--init", "gone.pt"], "no checkpoint gone.pt"),       # said before a scan
-    ("few", ["--batch-per-process", "1"],
-     "Eq. 1 contrasts a clip with other clips, but the global batch has 1: give it 2 or more"),
     ("with.csv", [], "10 files in a row failed, the last: ")])
 def test_bad_data(data, flags, sentence, tree, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
@@ -333,28 +328,25 @@ def chunks_of_two_processes():
 
 @pytest.mark.slow
 def test_chunks_of_two_processes(tmp_path):
-    script = write_script(tmp_path / "two.py", """
-        import test_pretrain
-        test_pretrain.chunks_of_two_processes()
-        """)
-    assert run(script=script, processes=2).stdout.split() == ["equal", "equal"]
+    script = "import test_pretrain\ntest_pretrain.chunks_of_two_processes()"
+    assert run_two(tmp_path, script) == ["equal", "equal"]
 
 
 # ---- two processes
 
 def one_step(data, out, B, *flags, processes=1):
-    """One step of ten clips, B on each process: what is printed, loss, gradient, weights.
+    """One step of ten clips, B on each process: loss, gradient, weights.
 
     Rounding, which one core and two do not do alike, moves the gradient by 1.1 % with seed 0, and
     by 0.6 % at most with seed 1. (test_chunks_of_two_processes compares it in float64.)
     """
-    done = run("--data", data, *SMALL, "--seed", 1, "--epochs", 1, "--batch-per-process", B,
-               "--out", out, *flags, processes=processes)
+    run("--data", data, *SMALL, "--seed", 1, "--epochs", 1, "--batch-per-process", B, "--out", out,
+        *flags, processes=processes)
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     momentum = [x["momentum_buffer"].flatten() for x in state["optimizer"]["state"].values()]
     line = log_of(out)[-1]
     assert line["step"] == 1                    # so momentum is the gradient
-    return done.stdout, line["loss"], torch.cat(momentum), state["model"]
+    return line["loss"], torch.cat(momentum), state["model"]
 
 
 @pytest.mark.slow
@@ -365,11 +357,9 @@ def test_two_processes_are_one(flags, tmp_path):
         pytest.skip("torch.compile needs a C++ compiler on CPUs")
     for n in range(10):                         # BatchNorm would enlarge rounding on one gray
         make_video(tmp_path / f"ten/a/{n}.mp4", 2.0, 10, tone=300 + 50 * n)
-    _, loss, gradient, model = one_step(tmp_path / "ten", tmp_path / "one", 10)
-    printed, loss_of_two, gradient_of_two, model_of_two = one_step(
+    loss, gradient, model = one_step(tmp_path / "ten", tmp_path / "one", 10)
+    loss_of_two, gradient_of_two, model_of_two = one_step(
         tmp_path / "ten", tmp_path / "two", 5, *flags, processes=2)
-    assert "2 process(es) on cpu" in printed
-    assert "global batch 10 = 2 process(es) x 5 clips, 2 view(s): 18 negatives per" in printed
     assert abs(loss - loss_of_two) < 1e-4 and model.keys() == model_of_two.keys()
     for name, x in model.items():
         if flags or "running" in name:
