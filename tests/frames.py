@@ -181,7 +181,7 @@ def ask(path, times, numbers, begins):
     """Ask the reader for FRAMES frames, at a random frame rate, at each of PLACES random places.
 
     Sound is read at every other place of a film that has it. times, numbers, begins: as `truth`
-    returns them. Returns how many frames were wrong, and how many were asked for.
+    returns them. Returns how many frames were wrong.
     """
     rng, wrong = random.Random(path.name), 0
     for n in range(PLACES):
@@ -192,18 +192,20 @@ def ask(path, times, numbers, begins):
         asked = t0 + np.arange(FRAMES) / fps
         distance = abs(clock - asked[:, None])          # (FRAMES, number of frames in the film)
         right = distance <= distance.min(1, keepdims=True) + TIE
-        shown = read_barcode(ours(path, asked.tolist(), sound))
-        wrong += sum(number not in numbers[near] for number, near in zip(shown, right))
-    return wrong, PLACES * FRAMES
+        found = shown(path, asked, sound)
+        wrong += sum(number not in numbers[near] for number, near in zip(found, right))
+    return wrong
 
 
-def ours(path, asked, sound):
-    """Read with this project's reader, as data.read_clip does."""
-    samples = round((asked[-1] - asked[0] + 0.1) * RATE) if sound else 0
-    return np.stack(read(path, asked, samples, size=48)[0])
+def shown(path, times, sound=False):
+    """Return the numbers of the frames that the reader gives for the times."""
+    samples = round((times[-1] - times[0] + 0.1) * RATE) if sound else 0
+    return read_barcode(np.stack(read(path, times, samples, size=48)[0]))
 
 
-def onsets(wave, rate):
-    """Return when the beeps of a waveform begin, in s from its start."""
-    loud = np.flatnonzero(abs(np.asarray(wave)) > 0.3)
-    return loud[np.diff(loud, prepend=-rate) > rate / 5] / rate
+def beeps_of(path, t0, seconds):
+    """Return when the beeps of a clip begin, in s after zero, but not a beep that the clip cuts."""
+    _, wave = read(path, [t0], round(seconds * RATE), size=48)
+    loud = np.flatnonzero(abs(wave) > 0.3)
+    beeps = loud[np.diff(loud, prepend=-RATE) > RATE / 5] / RATE
+    return t0 + beeps[beeps > 0.025]

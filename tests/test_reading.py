@@ -19,17 +19,13 @@ from conftest import make_video, peak_hz, remux
 
 import frames
 from data import read_manifest
+from frames import beeps_of, shown
 from prepare import scan, transcode
 from support.reading import (EXACT, RATE, Damage, begin, lead_in, open_file, open_streams, padded,
                              place_sound, read, read_sound)
 
 SIDE = 48
 STORE_NO_DELAY = {".avi", ".3gp"}     # these do not store the delay of the sound encoder
-
-
-def shown(path, times, sound=False):
-    """Return the numbers of the frames that the reader gives for the times."""
-    return frames.read_barcode(frames.ours(path, times, sound))
 
 
 def usable(path, verify=True):
@@ -46,11 +42,6 @@ def with_copy(path, short_side=SIDE, sound=True):
     return path, copy
 
 
-def all_right(path, times, numbers, begins):
-    """Assert that the reader gives the right frames of a film at random places."""
-    assert frames.ask(path, times, numbers, begins) == (0, frames.PLACES * frames.FRAMES)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("film", frames.FILMS, ids=lambda film: film.name)
 def test_matrix(film, tmp_path):
@@ -63,7 +54,7 @@ def test_matrix(film, tmp_path):
     _, copy = with_copy(path, sound=film.sound is not None)
     usable(copy)
     for source in (path, copy):
-        all_right(source, times, numbers, begins)
+        assert frames.ask(source, times, numbers, begins) == 0
     if film.sound is None:
         return
     # The film beeps at 0.5 s, 1.5 s and so on by its own clock, which shows `zero` at time 0.
@@ -77,13 +68,6 @@ def test_matrix(film, tmp_path):
         for t0 in np.random.default_rng(0).uniform(0, length - 1.5, 6):
             beeps = beeps_of(source, t0, 1.5) + zero
             assert len(beeps) and abs(whole[:, None] - beeps).min(0).max() < 0.01, (source, t0)
-
-
-def beeps_of(path, t0, seconds):
-    """Return when the beeps of a clip begin, in s after zero, but not a beep that the clip cuts."""
-    _, wave = read(path, [t0], round(seconds * RATE), SIDE)
-    beeps = frames.onsets(wave, RATE)
-    return t0 + beeps[beeps > 0.025]
 
 
 # ---- still pictures
@@ -359,7 +343,7 @@ def test_files_that_end_within_a_packet(tmp_path, suffix, codec, sound):
     assert len(times) >= len(pictures) - 1
     for source in with_copy(path, sound=sound is not None):
         usable(source)
-        all_right(source, times, numbers, begins)
+        assert frames.ask(source, times, numbers, begins) == 0
     last = times[-1] - begins[0] - 0.2
     assert shown(path, last + np.arange(12) / 25)[-1] == numbers[-1]
 
