@@ -1,33 +1,20 @@
 """prepare/transcode.py: the copy shows and sounds the same at the same times as its source, is
 small, and survives interruptions."""
 
-import csv
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 
-from conftest import ROOT, command, make_video
+from conftest import Job, command, make_video
 from data import read_clip, read_manifest
-from frames import read_barcode
+from frames import read_barcode, truth
 from prepare import scan, transcode
 from support.reading import begin, open_file, open_streams
-
-
-def read_frames(path):
-    """All frames: [(time, number in the barcode)], and [is a keyframe]."""
-    with av.open(str(path)) as container:
-        frames = list(container.decode(video=0))
-    numbers = [(frame.pts * frame.time_base, int(read_barcode(frame.to_ndarray(format="rgb24"))))
-               for frame in frames]
-    return numbers, [frame.key_frame for frame in frames]
 
 
 def transcode_one(path, tmp_path, short_side=64, gop=15, crop=None):
@@ -35,8 +22,7 @@ def transcode_one(path, tmp_path, short_side=64, gop=15, crop=None):
     scan.write([scan.probe((path, "a", "train"))], tmp_path / "in.csv")
     line = transcode.run(tmp_path / "in.csv", tmp_path / "out", short_side, gop, 1, crop)
     assert "1 done" in line, line
-    with open(tmp_path / "out" / "manifest.csv") as file:
-        [row] = csv.DictReader(file)
+    row, = scan.read_table(tmp_path / "out" / "manifest.csv")
     assert row["path"] == str(tmp_path / "out" / "train" / "a" / f"{path.stem}.mp4")
     assert row["reason"] == ""
     return row["path"], row
@@ -54,22 +40,18 @@ UNEVEN = np.random.default_rng(0).integers(900, 18000, 60).cumsum() + 38889
     ("a.mp4", 15, {"ticks": UNEVEN.tolist(), "time_base": Fraction(1, 90000), "seconds": 5,
                    "muxer": {"movie_timescale": "90000"}})])
 def test_all_frames_keep_their_times(tmp_path, name, gop, film):
-    """The copy has keyframes of its own and mono sound. read_clip sees no difference."""
+    """The copy has keyframes of its own and mono sound."""
     film = {"seconds": 4, "size": (180, 136), "tone": 50} | film
     path = make_video(tmp_path / name, **film)
     copy, row = transcode_one(path, tmp_path, gop=gop)
-    (frames, keys), (source_frames, _) = read_frames(copy), read_frames(path)
-    assert frames == source_frames and len(frames) >= 60
-    assert np.diff(np.flatnonzero(keys + [True])).max() == gop
+    (times, numbers, _), (source_times, source_numbers, _) = truth(copy), truth(path)
+    assert times == pytest.approx(source_times, abs=1e-6) and len(times) >= 60
+    assert (numbers == source_numbers).all()
     with av.open(copy) as container:
         video, audio = container.streams
         assert (video.codec.name, audio.codec.name, audio.channels) == ("h264", "aac", 1)
-    assert row["has_audio"] == "1"
-    for t0 in (0, 0.77):
-        (video, audio), (video_copy, audio_copy) = (
-            read_clip(file, t0, (1, 3), (1, 3), 12, 12, 64) for file in (path, copy))
-        assert (read_barcode(video) == read_barcode(video_copy)).all()
-        assert np.corrcoef(audio.flatten(), audio_copy.flatten())[0, 1] > 0.98
+        keys = [frame.key_frame for frame in container.decode(video)]
+    assert np.diff(np.flatnonzero(keys + [True])).max() == gop and row["has_audio"] == "1"
 
 
 @pytest.mark.parametrize("suffix, video_start, sound_start", [
@@ -181,17 +163,15 @@ def test_a_killed_run_leaves_no_broken_copy(tmp_path):
         shutil.copy(film, film.with_name(f"{n}.mp4"))
     out, listed = tmp_path / "out", tmp_path / "in.csv"
     scan.write(scan.scan(tmp_path / "in"), listed)
-    words = [sys.executable, "-m", "prepare.transcode", str(listed), str(out), "--workers", "2"]
-    process = subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    while not any(path.stat().st_size > 0 for path in out.glob("a/*.part") if path.exists()):
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    job = Job("prepare.transcode", listed, out, "--workers", 2)
+    job.wait_for(lambda: any(path.stat().st_size > 0 for path in out.glob("a/*.part")
+                             if path.exists()))
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
     assert list(out.glob("a/*.part")) and not (out / "manifest.csv").exists()
     finished = list(out.glob("a/*.mp4"))
     for path in finished:
-        assert len(read_frames(path)[0]) == 360
+        assert len(truth(path)[0]) == 360
     assert len(finished) < 4
     again = command(transcode, listed, out)
     assert again[0] == 0 and f"{4 - len(finished)} done, {len(finished)} skipped" in again[1], again
