@@ -1,7 +1,6 @@
 """prepare/layouts.py on small copies of every layout, with lists in their official formats, and the
 command prepare/manifest.py on them."""
 
-import csv
 import os
 from pathlib import Path
 
@@ -245,8 +244,7 @@ def test_command(put, tmp_path, monkeypatch, files_read, words, lists, summary):
         command(manifest, *words.replace("2", "1").split(), "--out", "new/m.csv")
     status, stdout, stderr = command(manifest, *words.split(), "--out", "new/m.csv")
     assert os.listdir("new") == ["m.csv"] and len(files_read) in (0, 4, 5)
-    with open("new/m.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = scan.read_table("new/m.csv")
     assert rows[0].keys() == set(scan.COLUMNS) and len(rows) == 5
     if status:
         assert stderr.splitlines()[-1] == f"error: new/m.csv: {summary}"
