@@ -86,7 +86,6 @@ def test_the_counted_memory_is_that_of_a_real_step(precision, dtype, share):
                 "gradients": sum(x.grad.nbytes for x in model.parameters()),
                 "momentum": sum(x["momentum_buffer"].nbytes for x in optimizer.state.values()),
                 "frames and sound": 2 * 2 * (4 * 16 * 16 * 3 * (1 + 4) + 4 * (RATE + 40 * 101))}
-    assert audio.nbytes == 2 * 2 * 40 * 101 * 4
     for name, expected in bytes_of.items():
         error = max(0.1, share * expected)
         assert counted[f"{name}, GB"] * 1e9 == pytest.approx(expected, abs=error), name

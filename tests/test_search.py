@@ -215,11 +215,10 @@ def test_bad_input(tree, brief, pool, tmp_path, capsys):
     film = rows_of(tree, "test")[0]["path"]
     saved, videos = ["--query", film, "--pool"], ["--pair", "video-video"]
     for flags, sentence in (
-            (["--query", tmp_path / "gone.wav", "--pool", pool],
-             f"--query {tmp_path}/gone.wav has no pictures (cannot be read: No such file"),
             (["--query", tmp_path / "text.mp4", "--pool", pool],
              "and no sound (Invalid data found when processing input): give a sound or video file"),
-            (["--query", film, tmp_path / "gone.wav"], "gone.wav has no pictures"),
+            (["--query", film, tmp_path / "gone.wav"],
+             f"--query {tmp_path}/gone.wav has no pictures (cannot be read: No such file"),
             (["--save", tmp_path / "a.npz", "--data", silent], "0 usable clips in the 'test' part, "
              "but a query needs 1 or more; left out: 24 no audio"),
             *(([*saved, tmp_path / name], f"--pool {tmp_path / name} is missing, damaged or no")
@@ -291,28 +290,22 @@ def test_video_ranks_are_the_plain_ones(ties):
     assert missing.any() and (found[0][missing] == 50).all() and not found[1][missing].any()
 
 
-@pytest.fixture
-def silent(tree, tmp_path):
-    """Rows and manifest of the tree. Half of the files have no sound, one query's class is unique,
-    and one query becomes brighter from clip to clip."""
+@pytest.mark.slow
+def test_videos_find_videos(tree, brief, capsys, tmp_path, monkeypatch):
+    """The features in a plain loop, y_v of each clip through f, and their ranks in plain loops.
+    video_encoder.pt gives the same numbers, where flags replace the settings of checkpoint.pt, and
+    so do two processes. Half of the files have no sound, one query's class is unique, and one query
+    becomes brighter from clip to clip."""
+    def watched(query, *more):
+        features.append(query)                          # y_v of the queries
+        return video_ranks(query, *more)
+
     rows = [row | {"has_audio": n % 2} for n, row in enumerate(rows_of(tree))]
     only, bright = (row for row in rows if row["path"].endswith(("train/low/0.mp4",
                                                                  "train/low/1.mp4")))
     only["label"] = "only"
     bright["path"] = str(make_video(tmp_path / "bright.mp4", 3.0, 10, gray=lambda t: 30 + 60 * t))
-    return rows, manifest(rows, tmp_path / "silent.csv")
-
-
-@pytest.mark.slow
-def test_videos_find_videos(brief, silent, capsys, tmp_path, monkeypatch):
-    """The features in a plain loop, y_v of each clip through f, and their ranks in plain loops.
-    video_encoder.pt gives the same numbers, where flags replace the settings of checkpoint.pt, and
-    so do two processes."""
-    def watched(query, *more):
-        features.append(query)                          # y_v of the queries
-        return video_ranks(query, *more)
-
-    features, (rows, data) = [], silent
+    features, data = [], manifest(rows, tmp_path / "silent.csv")
     monkeypatch.setattr(search, "video_ranks", watched)
     assert run_here(search, *COMPARE, "--checkpoint", brief, "--data", data) == 0
     kept, text = written(brief), capsys.readouterr().out
