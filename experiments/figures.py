@@ -6,7 +6,8 @@
     python -m experiments.figures curves runs/svaclr [RUN ...] --out curves.png
     python -m experiments.figures links --out links.png             # what speed does to each link
 
-`links` draws the csv files of experiments.ablation with and without --hide. `affinity`, `ratios` and `shifts` write what they draw to a csv beside the picture.
+`links` draws the csv files of experiments.ablation with and without --hide. `affinity`, `ratios`
+and `shifts` write what they draw to a csv beside the picture.
 """
 
 import argparse

@@ -154,15 +154,17 @@ def test_a_film_that_fails_ends_the_measurement(tree, brief, tmp_path):
 @pytest.mark.slow
 def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, capsys):
     """Three seeds of the row are in the csv. pretrain.py refuses another, which is negative."""
-    files = {name: (ablation.RESULTS / name).read_text()
-             for name in ("ablation.csv", "ablation.md", "ablation-grid.csv", "ablation-grid.md")}
-    for name in ("ablation.csv", "ablation-grid.csv"):
+    files = {f"{name}.{suffix}": (ablation.RESULTS / f"{name}.{suffix}").read_text()
+             for name in ("ablation", "ablation-hide-kind", "ablation-grid")
+             for suffix in ("csv", "md")}
+    for name in files:
         shutil.copy(ablation.RESULTS / name, tmp_path)
     monkeypatch.setattr(ablation, "RESULTS", tmp_path)
     built = []                                  # no run gets as far as its data
     monkeypatch.setattr(demo, "build", lambda folder, hide: built.append((folder.name, [*hide])))
     for flags, status, name in (
             (["--rows", SOFT, "--seeds", "0", "1", "2", "-1"], 1, "ablation.md"),
+            (["--hide", "kind"], 0, "ablation-hide-kind.md"),
             (["--data", "grid/manifest.csv"], 0, "ablation-grid.md")):
         with pytest.raises(SystemExit) as stop:
             ablation.main(["--out", str(tmp_path / "runs"), *flags])
@@ -171,6 +173,7 @@ def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, 
         assert printed.err.count(f"{SOFT}, seed -1: pretrain.py ended with 2: see "
                                  ) == printed.err.count("error") == status
     assert {name: (tmp_path / name).read_text() for name in files} == files
+    assert built == [("demo", []), ("films", ["kind"])]
     assert "--seed: '-1' is not" in (tmp_path / "runs" / "04--1.txt").read_text()
 
 

@@ -6,9 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from conftest import peak_hz
 
-from augment import (LogMel, centre_band, centre_crop, crop_at, flip_jitter, normalize_frames,
-                     random_crop, random_resized_crop, sample_speeds, speed_up_audio)
+from augment import (LogMel, centre_band, centre_crop, crop_at, flip_jitter, frame_times,
+                     normalize_frames, random_crop, random_resized_crop, sample_speeds,
+                     speed_up_audio)
 
 
 def tone(hz, seconds=1.0, rate=24000):
@@ -24,13 +26,26 @@ def test_speeds_are_uniform_and_independent():
         drawn[tau_v, tau_a] += 1
     assert set(drawn) == {(v, a) for v in range(1, 5) for a in range(1, 5)}
     assert all(abs(n - 500) < 5 * math.sqrt(500) for n in drawn.values())
+    both = [sample_speeds(4, g, same=True) for _ in range(100)]
+    assert all(tau_v == tau_a for tau_v, tau_a in both) and {v[1] for v, _ in both} == {1, 2, 3, 4}
     for speed in (0, 2.5):
         with pytest.raises(ValueError, match=f"max_speed is {speed}: give a whole speed of 1 or"):
             sample_speeds(speed)
 
 
+def test_a_fast_view_takes_every_sth_time():
+    assert frame_times(4, 1, 3).tolist() == [0, 3, 6, 9]
+    assert frame_times(12, 24, 3).equal(frame_times(36, 24, 1)[::3])
+
+
 def test_speed_up_audio():
-    """Speed 2 moves a tone of 8 kHz past the Nyquist limit, 12 kHz. It must not fold back."""
+    """The pitch rises, and the length and loudness stay. Speed 2 moves a tone of 8 kHz past the
+    Nyquist limit, 12 kHz. It must not fold back."""
+    for s in (1, 2, 3, 4):
+        fast = speed_up_audio(tone(500, s), s)            # s L samples -> L
+        assert fast.shape == (24000,)
+        assert abs(peak_hz(fast) - 500 * s) < 2
+        assert abs(fast[2000:-2000].std() - tone(500).std()) < 0.01
     assert speed_up_audio(tone(8000, 2), 2)[500:-500].abs().max() < 0.01
     assert speed_up_audio(tone(4100, 2), 2)[500:-500].abs().max() > 0.9
     wave = tone(440)

@@ -21,7 +21,7 @@ from support.batches import TrainingBatches, evaluation_batches
 def test_views_come_from_their_times(tmp_path, fps, suffix, start, has_sound):
     path = make_video(tmp_path / f"a.{suffix}", 6.5, fps, start=start,
                       tone=400 if has_sound else None)
-    speeds = (1, 2, 3, 4) if has_sound else ()
+    speeds = (1, 3, 4) if has_sound else ()
     with av.open(str(path)) as container:                 # what the file itself says of its frames
         times = torch.tensor([frame.time for frame in container.decode(video=0)])
         times -= max(float(s.start_time * s.time_base) for s in container.streams)
