@@ -212,6 +212,7 @@ def links(args):
                           [*map(statistics.stdev, values)], marker="o", capsize=4, label=name)
         axis.axhline(float(by_chance[metric]), color="grey", linestyle=":", label="chance")
         axis.set(title=metric, xlabel="what sight and sound share", ylabel="%", ylim=(0, None))
+        axis.margins(x=0.2)
     axes[0].legend()
     save(figure, args.out)
 
