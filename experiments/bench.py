@@ -295,7 +295,7 @@ def loss(args):
         others = F.normalize(torch.randn(N - B, K, D, device=device), dim=2).requires_grad_()
         def both():                         # the clips of the other processes are made up
             with patch("loss.all_gather", lambda z: torch.cat([z, others])):    # (N, K, D)
-                L = soft_info_nce(y_a, y_v, z_a, z_v)
+                L = soft_info_nce(y_a, y_v, z_a, z_v, check=False)      # as in pretrain.py
             torch.autograd.grad(L, [y_a, y_v, z_a, z_v, others])
 
         with held_for_backward() as held:
