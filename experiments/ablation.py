@@ -15,10 +15,10 @@ Without --data the set is the built-in one, with pretrain.py's own settings, in 
 machines train alike: see both_levels. Speed 6 of the paper's Table 1 does not fit there, because a
 clip of 1 s would take 6 s of films of 4.5 s. --hide leaves links of sight and sound out of its
 films: see prepare/demo.py. The settings stay, and the results have the csv ablation-hide-kind.csv
-(-rhythm.csv, -kind-rhythm.csv). --data is for a set in which timing alone links sight
-and sound, GRID of docs/data.md, whose clips of 0.67 s fit speed 4 into 3 s: see timing. On both
-sets "no speed" has as many epochs as the other rows, or twice as many, so that it encodes the same
-number of clips.
+(-rhythm.csv, -kind-rhythm.csv). --data is for a set in which timing alone links sight and sound,
+GRID of docs/data.md, whose clips of 0.67 s fit speed 4 into 3 s: see timing. On both sets "no
+speed" has as many epochs as the other rows, or twice as many, so that it encodes the same number of
+clips.
 
 Symbols: n test clips, D the width of z.
 """
