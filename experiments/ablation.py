@@ -428,7 +428,6 @@ def main(argv=None):
     if args.hide:
         folder = folder / "-".join(["hide", *sorted(args.hide)])
         file = f"ablation-{folder.name}.csv"
-        common += ["--data", str(folder / "films")]
     results, shorter = RESULTS / file, []
     if args.quick:
         folder, shorter = folder / "quick", ["--epochs", "2"]
@@ -436,7 +435,9 @@ def main(argv=None):
         shutil.rmtree(folder, ignore_errors=True)       # it shows anew whether it runs
     folder.mkdir(parents=True, exist_ok=True)
     if not args.data:
-        demo.build(folder / ("films" if args.hide else "demo"), hide=args.hide or ())
+        films = folder / ("films" if args.hide else "demo")
+        demo.build(films, hide=args.hide or ())
+        common += ["--data", str(films)] if args.hide else []
     lines, rows, runs = read_results(results, study), rows_of(study), {}
     done = {(line["row"], int(line["seed"])) for line in lines}
     for name, seed in jobs:

@@ -159,7 +159,7 @@ def run(*args, processes=1, script="pretrain.py", check=True, cwd=ROOT, fresh=Fa
 
 
 def run_two(tmp_path, body):
-    """The words that two processes print that run a script with this body."""
+    """Run a script with this body in two processes. Returns the words that they print."""
     return run(script=write_script(tmp_path / "two.py", body), processes=2).stdout.split()
 
 

@@ -64,6 +64,18 @@ def test_jobs(flags, expected):
     assert ablation.parse(flags)[2] == expected
 
 
+@pytest.mark.parametrize("quick", [[], ["--quick"]])
+def test_runs_on_films_with_hidden_links_read_what_was_built(quick, tmp_path, monkeypatch):
+    built, data = [], set()
+    monkeypatch.setattr(demo, "build", lambda folder, hide: built.append((str(folder), hide)))
+    monkeypatch.setattr(ablation, "run_all", lambda runs, *_: data.update(
+        pretrain.parse(flags).data for *_, flags, _ in runs.values()))
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path)
+    ablation.main(["--hide", "rhythm", "kind", "--out", str(tmp_path), *quick])
+    (folder, hide), = built
+    assert data == {folder} and "hide-kind-rhythm" in folder and {*hide} == {"kind", "rhythm"}
+
+
 def test_unknown_rows_are_refused(capsys):
     with pytest.raises(SystemExit):
         ablation.parse(["--quick", "--rows", "raw y"])      # of the second table

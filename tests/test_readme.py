@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, command_lines, make_video, run, write_script, write_text
 
 import finetune
@@ -15,6 +16,7 @@ import pretrain
 import retrieval
 from data import read_manifest
 from experiments import search
+from loss import soft_info_nce
 
 README = (ROOT / "README.md").read_text()
 SNIPPET = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -67,10 +69,17 @@ def test_snippet_of_the_encoders(brief, tmp_path):
 
 @pytest.mark.slow
 def test_snippet_of_two_processes(tmp_path):
-    """Each of the two processes of docs/readings.md prints its line, without a warning."""
+    """The mean loss of the two processes of docs/readings.md is that of one with all clips."""
     _, code = SNIPPET.findall(DOCUMENTS["readings.md"])
     done = run(script=write_script(tmp_path / "two.py", code), processes=2)
-    assert "Warning" not in done.stderr and len(done.stdout.splitlines()) == 2
+    assert "Warning" not in done.stderr
+    losses = [float(line.split()[1]) for line in done.stdout.splitlines()]
+    parts = []
+    for rank in (0, 1):
+        torch.manual_seed(rank)
+        parts.append([torch.randn(4, 2, width) for width in (512, 512, 256, 256)])
+    loss = soft_info_nce(*(torch.cat(x) for x in zip(*parts)))
+    assert sum(losses) / 2 == pytest.approx(loss.item(), rel=1e-5)
 
 
 def parse_only(line, monkeypatch):

@@ -311,6 +311,7 @@ def test_a_signal_to_the_group_saves(manifest, tmp_path, capsys):
         assert "Traceback" not in errors and (out / "requeue").exists() == (status == REQUEUE)
         assert f"stopped by {cause}, saved at step {state_of(out)['step']} of " in text
         assert run_here(pretrain, *again) == 1              # other --epochs
+        assert "epochs was 400 and is 4" in capsys.readouterr().err
         assert not (out / "requeue").exists()
 
 
