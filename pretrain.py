@@ -64,6 +64,13 @@ def flags():
                       help="frames per s at speed 1 (30: paper silent, GDT; built-in set: 4)")
     clip.add_argument("--size", type=at_least(16), default=128,
                       help="H = W in pixels (128: Table 2, which has 224 too; built-in set: 32)")
+    add_training_flags(p)
+    add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
+    return p
+
+
+def add_training_flags(p):
+    """Add the flags of §2.2, §2.3 and §3.1 to a parser."""
     model = p.add_argument_group("model and objective (Eq. 1 to 3)")
     model.add_argument("--arch", default="r2plus1d_18",
                        choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
@@ -102,8 +109,6 @@ def flags():
                        "of it; all three are scaled by the global batch over 512")
     optim.add_argument("--weight-decay", type=at_least(0, float), default=1e-5,
                        help="of SGD, on all weights (1e-5; paper silent, GDT)")
-    add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
-    return p
 
 
 def parse(argv=None):
