@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
-from experiments.ablation import EQUAL, HIDDEN, RESULTS, chances, columns, read_csv
+from experiments.ablation import COLUMNS, COMPARED, EQUAL, RESULTS, chances, read_csv
 from loss import cross_affinity
 from prepare.weights import sound_input
 from retrieval import load
@@ -200,11 +200,11 @@ def links(args):
     """
     shared = {"kind, rhythm, timing": "ablation.csv", "rhythm, timing": "ablation-hide-kind.csv",
               "timing": "ablation-hide-kind-rhythm.csv"}
-    steps = {name: read_csv(RESULTS / file, columns(HIDDEN)) for name, file in shared.items()
+    steps = {name: read_csv(RESULTS / file, COLUMNS) for name, file in shared.items()
              if (RESULTS / file).exists()}                              # {name: lines of the csv}
-    by_chance = chances(HIDDEN, int(steps["kind, rhythm, timing"][0]["clips"]))
+    by_chance = chances(int(steps["kind, rhythm, timing"][0]["clips"]))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, metric in zip(axes, HIDDEN.compared):
+    for axis, metric in zip(axes, COMPARED):
         for name in EQUAL:
             values = [[float(line[metric]) for line in lines if line["row"] == name]
                       for lines in steps.values()]

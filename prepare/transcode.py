@@ -1,7 +1,6 @@
 """A data set -> a smaller copy that decodes fast and keeps the time stamps.
 
     python -m prepare.transcode manifest.csv COPY --workers 16    # also writes COPY/manifest.csv
-    python -m prepare.transcode manifest.csv COPY --crop 96:96:115:160      # a part of the pictures
 
 The copies are COPY/[split/]label/*.mp4 with small pictures, close keyframes and mono sound: to read
 a random clip, a decoder must begin at the last keyframe, often 8 s earlier. The x264 tuning
@@ -29,7 +28,7 @@ from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
 from prepare.scan import READER, in_workers, probe, read_table, summary, write
-from support.processes import at_least, bounded
+from support.processes import at_least
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
                              open_file, open_streams, place_sound, rows, upright)
 
@@ -44,23 +43,17 @@ class SoundError(ValueError):
     """The pictures of a file can be transcoded, but its sound cannot."""
 
 
-def shrink(video, pictures, ticks, short_side, crop):
+def shrink(video, pictures, ticks, short_side):
     """Turn (time stamp, frame) into frames for the encoder: small, yuv420p, as a player shows them.
 
-    ticks: how much later the stamps shall be. crop: None, or (width, height, x, y) of the part to
-    keep, in pixels of the picture as a player shows it. Raises ValueError if this part is not
-    within the picture.
+    ticks: how much later the stamps shall be.
     """
     def view(W, H):
         """See Cutter. The sides of the copy are even, because yuv420p needs that."""
-        width, height, x, y = crop or (W, H, 0, 0)
-        if crop and (x + width > round(W) or y + height > round(H)):
-            raise ValueError(f"--crop {width}:{height}:{x}:{y} is not within its pictures of "
-                             f"{round(W)} x {round(H)} pixels")
-        scale = short_side / min(width, height)
+        scale = short_side / min(W, H)
         size = [max(2, min(2 * round(side * scale / 2), round(side) // 2 * 2))  # never enlarged
-                for side in (width, height)]
-        return (x, y, width, height), size
+                for side in (W, H)]
+        return (0, 0, W, H), size
 
     cut = Cutter(video, view)
     for stamp, frame in pictures:
@@ -153,7 +146,7 @@ def ticks_later(video, audio):
     return ticks
 
 
-def encode(source, target, short_side, gop, sound, crop=None):
+def encode(source, target, short_side, gop, sound):
     """Write source as target, an mp4 of H.264 and, with sound, AAC. Raises FFmpegError, OSError,
     ValueError, or SoundError if only the sound is at fault."""
     # The pictures and the sound are read from containers of their own, each in its own order.
@@ -162,7 +155,7 @@ def encode(source, target, short_side, gop, sound, crop=None):
         if sound:
             _, audio = open_streams(sound_container)
         ticks = ticks_later(video, audio)
-        frames = shrink(video, pictures(container, video), ticks, short_side, crop)
+        frames = shrink(video, pictures(container, video), ticks, short_side)
         first = next(frames, None)
         if first is None:
             raise ValueError("no picture decodes")
@@ -211,7 +204,7 @@ def packets_of(stream, frames):
         yield from stream.encode(frame)
 
 
-def copy_file(job, short_side, gop, crop):
+def copy_file(job, short_side, gop):
     """(manifest row, target) -> the copy's row and "done" or "skipped", or None and the cause."""
     row, target = job
     source, temporary = Path(row["path"]), target.with_name(f"{os.getpid()}.part")
@@ -225,10 +218,10 @@ def copy_file(job, short_side, gop, crop):
             return copy | {"note": "its sound could not be transcoded" if lost else note}, "skipped"
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            encode(source, temporary, short_side, gop, sound, crop)
+            encode(source, temporary, short_side, gop, sound)
         except SoundError as error:
             note = str(error)
-            encode(source, temporary, short_side, gop, False, crop)
+            encode(source, temporary, short_side, gop, False)
         copy = probe((temporary, row["label"], row["split"]))
         if copy["reason"]:
             raise ValueError(f"its copy: {copy['reason']}")
@@ -271,7 +264,7 @@ def plan(rows, out):
     return jobs
 
 
-def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
+def run(manifest, out, short_side=160, gop=15, workers=2):
     """Transcode the files of a manifest into the folder `out`. Returns a summary, one line.
 
     short_side: of the pictures in pixels, 16 or more. gop: frames from keyframe to keyframe, 1 or
@@ -287,7 +280,6 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
         raise ValueError(f"the copy's manifest would overwrite {manifest}: "
                          f"choose another folder than {out}")
     settings = {"reader": READER, "short_side": short_side, "gop": gop}
-    settings |= {"crop": list(crop)} if crop else {}
     settings_file = out / "transcode.json"
     if settings_file.exists() and json.loads(settings_file.read_text()) != settings:
         raise ValueError(f"{out} was made with {settings_file.read_text()}, "
@@ -297,7 +289,7 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
     for temporary in out.rglob("*.part"):                 # a killed run leaves such files
         temporary.unlink(missing_ok=True)
     copies, states = {}, Counter()
-    copy_one = partial(copy_file, short_side=short_side, gop=gop, crop=crop)
+    copy_one = partial(copy_file, short_side=short_side, gop=gop)
     for (row, _), result, failure in tqdm(in_workers(copy_one, jobs, workers, LIMIT),
                                           "transcoding", len(jobs), unit="file", file=sys.stderr):
         copy, state = result or (None, failure)
@@ -315,12 +307,6 @@ def run(manifest, out, short_side=160, gop=15, workers=2, crop=None):
             f"{states['failed']} failed; {summary(rows)}")
 
 
-# An argparse type: "width:height:x:y" -> four whole numbers.
-part_of_picture = bounded(lambda text: tuple(map(int, text.split(":"))),
-                          lambda part: len(part) == 4 and min(part) >= 0 < min(part[:2]),
-                          "width:height:x:y in pixels")
-
-
 def main():
     """Run the command. An error, or Ctrl-C, becomes one line on stderr and exit status 1."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -328,8 +314,6 @@ def main():
     parser.add_argument("out", help="the folder of the copy")
     parser.add_argument("--short-side", type=at_least(16), default=160,
                         help="of the pictures, pixels (default 160)")
-    parser.add_argument("--crop", type=part_of_picture, metavar="W:H:X:Y",
-                        help="the part of each picture to keep, in pixels (default: all of it)")
     parser.add_argument("--gop", type=at_least(1), default=15,
                         help="frames from keyframe to keyframe (default 15)")
     parser.add_argument("--workers", type=at_least(1), default=len(os.sched_getaffinity(0)),

@@ -11,7 +11,7 @@ from conftest import make_video
 from augment import LogMel, centre_crop, normalize_frames
 from data import read_clip
 from experiments import figures
-from experiments.ablation import EQUAL, HIDDEN, columns
+from experiments.ablation import COLUMNS, EQUAL
 from experiments.figures import SHIFTS, lambda_by_speeds, similarity_by_shift
 from loss import cross_affinity
 from prepare import scan
@@ -63,7 +63,7 @@ def test_links_are_drawn_from_the_csv_files_of_the_ablation(tmp_path, monkeypatc
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     for n, step in enumerate(("", "-hide-kind", "-hide-kind-rhythm")):
         with open(tmp_path / f"ablation{step}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, columns(HIDDEN), restval="0")
+            writer = csv.DictWriter(file, COLUMNS, restval="0")
             writer.writeheader()
             writer.writerows({"row": row, "class R@1": 10 * n + m, "instance R@5": 20 * n + m,
                               "clips": 224} for row in ("raw y", *EQUAL) for m in (1, 3))

@@ -140,7 +140,7 @@ def test_prepare_commands_run_as_written(tmp_path):
             "testTrainMulti_7030_splits/clap_test_split1.txt": "hands.avi 1 \n"}.items():
         write_text(tmp_path / name, text)
     lines = [line for line in command_lines(DOCUMENTS["data.md"])
-             if re.search(r"prepare\.(manifest (?!folder)|transcode)(?!.*--crop)", line)]
+             if re.search(r"prepare\.(manifest (?!folder)|transcode)", line)]
     names = ["own.csv", "k400.csv", "ks.csv", "vgg.csv", "ucf101-1.csv", "hmdb51-1.csv", "k400.csv",
              "COPY/manifest.csv"]
     assert len(lines) == len(names)
