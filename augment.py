@@ -29,7 +29,7 @@ def sample_speeds(max_speed, generator=None, same=False):
 
     Both are lists of two integers. View 0 is the given pair (§2), at speed 1. View 1 draws from
     {1, ..., max_speed}, uniformly (paper silent) and independently for video and audio, or once for
-    both (`same`). For a film of few clips give the number of clips that it lasts, if that is less.
+    both (`same`). For a film shorter than max_speed clips give the whole number of clips that fit.
     Raises ValueError if max_speed is not an integer >= 1.
     """
     if not max_speed >= 1 or max_speed % 1:
@@ -161,8 +161,8 @@ class LogMel(torch.nn.Module):
     (..., L) -> (..., 1, M, F), F = 1 + L // hop. Mono at 24 kHz, 40 bands, window 20 ms, hop 10 ms,
     n_fft 1024 (paper silent; GDT), or the window's length if that is more. We measured mean and std
     on 14 real clips (8 of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers.
-    Another rate or number of bands needs others. Raises ValueError for integers, and for waves of
-    n_fft // 2 samples or less.
+    Another rate or number of bands needs another mean and std. Raises ValueError for integers, and
+    for waves of n_fft // 2 samples or less.
     """
 
     def __init__(self, rate=24000, bands=40, mean=-0.9, std=4.3):

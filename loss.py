@@ -78,7 +78,8 @@ def cross_affinity(ly_a, ly_v, scope="clip", temperature=1.0, raw=False):
         lam (B, K, K), audio view p by video view q. soft_info_nce alone checks the arguments.
     """
     if scope not in ("clip", "view"):
-        raise ValueError(f"scope={scope!r}: choose 'clip' or 'view', or affinity='none'")
+        raise ValueError(f"the affinity's scope is {scope!r}: choose 'clip' or 'view', or in "
+                         "soft_info_nce 'none'; double_sum sums over the pairs of all clips")
     if not raw:
         ly_a, ly_v = normalize(ly_a, dim=-1), normalize(ly_v, dim=-1)
     c = torch.einsum("ipc,iqc->ipq", ly_a, ly_v) / temperature          # (B, K, K)

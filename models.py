@@ -4,9 +4,9 @@
     ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
 
 This file needs torch and torchvision alone. For other encoders replace model.f or model.g, which
-have to give C numbers for a view (or change C). In several processes BatchNorm takes the statistics
-of all (paper silent; GDT): on GPUs by nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs by
-support/layers.py of this repository.
+have to give C numbers for a view (or change C). In several processes BatchNorm has to take the
+statistics of all (paper silent; GDT). So convert the model there: on GPUs by
+nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs as support/layers.py of this project does.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
 encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.

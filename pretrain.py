@@ -2,13 +2,14 @@
 
     python pretrain.py                                  # the built-in set: minutes on a CPU
     python pretrain.py --data kinetics --out runs/k400  # one GPU
-    torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400       # 8 GPUs
+    torchrun --nproc_per_node=8 pretrain.py --data kinetics --batch-per-process 64 --chunk 8
 
-With --data the defaults are the paper's; without it they are those of the built-in set. A help text
-names both, and the section, or GDT, the code base that decides where the paper is silent. The same
-command continues an interrupted run; Ctrl-C saves and ends it with status 130, SIGTERM and SIGUSR1
-with 75 (docs/running.md). OUT gets checkpoint.pt, log.jsonl (the settings, then a line every 10
-steps), manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with torchvision's names.
+The last line trains on 8 GPUs with the paper's batch of 512. With --data the defaults are the
+paper's; without it they are those of the built-in set. A help text names both, and the section, or
+GDT, the code base that decides where the paper is silent. The same command continues an interrupted
+run; Ctrl-C saves and ends it with status 130, SIGTERM and SIGUSR1 with 75 (docs/running.md). OUT
+gets checkpoint.pt, log.jsonl (the settings, then a line every 10 steps), manifest.csv, and at the
+end video_encoder.pt and audio_encoder.pt with torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.
@@ -235,6 +236,7 @@ def say_settings(args, B, loader, left_out):
     say(f"{len(loader.dataset)} clips ({len(left_out)} left out), global batch {N} = "
         f"{world_size()} process(es) x {B} clips{chunks}, {K} view(s): {K * (N - 1)} negatives per "
         f"query, {steps} steps an epoch, {args.epochs * steps} steps in all")
+    say(f"{loader.num_workers} loading worker(s) for each process")
     say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
         f"({args.lr:g} for a batch of 512, times {N}/512)")
 
@@ -246,9 +248,9 @@ def train(args, device):
     lock_folder(args.out, args)
     dtype, reason = choose_precision(args.precision, device)
     model, optimizer, scaler = build(args, device, dtype)       # refuses a bad --init before a scan
-    loader, left_out = find_clips(args, B)
     say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "
-        f"{torch.get_num_threads()} thread(s), {loader.num_workers} loading worker(s) each")
+        f"{torch.get_num_threads()} thread(s) each")
+    loader, left_out = find_clips(args, B)
     say_settings(args, B, loader, left_out)
     net = torch.compile(model) if args.compile else model
     net = DistributedDataParallel(net) if world_size() > 1 else net
