@@ -109,7 +109,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
         times = times.clamp(max=max(t0, stop - 1 / fps))
     try:
         images, wave = read(path, times.tolist(), max(tau_a, default=0) * L, size, window)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, OverflowError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
     if stop is not None:
         wave[max(0, round((stop - t0) * RATE)):] = 0

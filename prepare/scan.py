@@ -280,10 +280,10 @@ def probe(file, verify=False):
                 return row | {"reason": "empty file"}
         with open_file(path) as container:
             return row | measure(container, verify)
+    except OSError as error:                                # FFmpeg's own are OSErrors too
+        return row | {"reason": f"cannot be read: {error.strerror or error}", "stamp": ""}
     except av.error.FFmpegError as error:
         return row | {"reason": f"{failure}: {error.strerror or error}"}
-    except OSError as error:
-        return row | {"reason": f"cannot be read: {error.strerror or error}", "stamp": ""}
     except UnicodeEncodeError:
         return row | {"reason": "its name is not UTF-8"}
     except (ValueError, OverflowError) as error:
@@ -411,8 +411,12 @@ def in_workers(work, items, workers, limit):
                     worker_end.close()                    # so the death of the worker ends the pipe
                     idle.append(pipe)
                 pipe = idle.pop()
-                busy[pipe] = waiting.pop(), time.monotonic() + limit
-                pipe.send(busy[pipe][0])
+                try:
+                    pipe.send(waiting[-1])
+                except BrokenPipeError:                   # it was killed while it had no item
+                    processes.pop(pipe)
+                else:
+                    busy[pipe] = waiting.pop(), time.monotonic() + limit
             patience = min(deadline for _, deadline in busy.values()) - time.monotonic()
             wait(list(busy), max(0, patience))
             for pipe, (item, deadline) in list(busy.items()):

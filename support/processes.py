@@ -37,9 +37,14 @@ def launch(job, args):
     try:
         try:
             job(args, start())
-        except RuntimeError:                  # a peer that Ctrl-C has ended breaks the connection:
+        except RuntimeError as error:         # a peer that Ctrl-C has ended breaks the connection:
             time.sleep(0.1)                   # the same Ctrl-C to this process counts, not that
-            raise
+            if not str(error).startswith("DataLoader "):
+                raise
+            raise ValueError(f"{' '.join(str(error).split())} A loading process ran out of memory, "
+                             "or a file crashes or hangs the decoder: python -m prepare.manifest "
+                             "with --verify finds such a file, and if you replace it, the same "
+                             "command goes on from what is saved") from None
     except SystemExit:
         leave()
         raise
@@ -49,7 +54,8 @@ def launch(job, args):
         end(INTERRUPTED)
     except (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         # An error of a loading process carries that process's traceback before its sentence.
-        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        sentence = lines[-1].removeprefix("ValueError: ")
         if isinstance(error, torch.OutOfMemoryError):
             sentence = (f"{str(error).split('.')[0]}: give fewer clips per process or a smaller "
                         "--size, or --chunk in pre-training")
@@ -119,7 +125,8 @@ def check_gpu(device):
     """Raise ValueError if the installed torch has no kernels for a GPU as old as this one, and on
     all processes if two of them have the same GPU."""
     major, minor = torch.cuda.get_device_capability(device)
-    known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdecimal()]
+    known = [int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")
+             and arch[3:].isdecimal()]
     if 10 * major + minor < min(known, default=0):      # sm_75, ...; later GPUs compile the newest
         raise ValueError(f"torch {torch.__version__} has no kernels for "
                          f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}"
@@ -166,7 +173,7 @@ def run_once(job):
         except (ValueError, OSError) as cause:
             error = str(cause)
     error, *_ = gather(error)
-    if error:
+    if error is not None:
         raise ValueError(error)
 
 

@@ -94,7 +94,12 @@ def test_precision_of_a_cpu(bf16, auto, monkeypatch):
      "or --chunk in pre-training"),
     (OSError("cannot write a.pt (No space left on device)"),
      "cannot write a.pt (No space left on device)"),
-    (FloatingPointError("loss nan at step 3"), "loss nan at step 3")])
+    (FloatingPointError("loss nan at step 3"), "loss nan at step 3"), (OSError(), "OSError"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nRaise its limit."),
+     "DataLoader worker (pid 7) is killed by signal: Bus error. Raise its limit. A loading process "
+     "ran out of memory, or a file crashes or hangs the decoder: python -m prepare.manifest with "
+     "--verify finds such a file, and if you replace it, the same command goes on from what is "
+     "saved")])
 def test_an_expected_error_is_one_line(error, sentence, capsys):
     def job(args, device):
         raise error

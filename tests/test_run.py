@@ -316,6 +316,18 @@ def test_a_signal_to_the_group_saves(manifest, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_loading_process_that_dies_ends_the_run(manifest, tmp_path):
+    """A file that crashes the decoder, or a lack of memory, can kill it."""
+    job = start(manifest, tmp_path, "--epochs", 400, method="fork")
+    job.wait_for(lambda: steps(tmp_path))
+    for helper in helpers_of(job.pid):
+        os.kill(helper, signal.SIGKILL)
+    assert job.wait() == 1 and left_of(job.pid) == []
+    errors = job.printed()[1]
+    assert "error: DataLoader worker (pid" in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["training", "scanning"])
 def test_ctrl_c_ends_work_that_hangs_with_one_line(at, tree, tmp_path):
     """Files that never give a byte, named pipes, hold up the work. Training waits for the end of

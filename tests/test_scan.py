@@ -1,5 +1,7 @@
 """prepare/scan.py: repeated and interrupted scans, processes that die, and the reasons of rows."""
 
+import errno
+import multiprocessing
 import os
 import random
 import shutil
@@ -9,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import av
 import pytest
 
 from conftest import ROOT, by_name, make_video, remux, write_text
@@ -41,6 +44,16 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
     for verify in (True, True, False):                     # a verified row serves both
         scan.scan(root, out=out, verify=verify)
         assert len(files_read) == 6                        # the rows so far were not verified
+
+
+def test_a_failure_of_the_disk_is_no_property_of_the_file(put, tmp_path, monkeypatch):
+    """FFmpeg passes it on. The row says so, and has no stamp, so the next scan reads the file."""
+    path = put("r/a/a.mp4")
+    for number, kept in ((errno.EIO, False), (errno.ESTALE, False), (errno.EINVAL, True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(scan, "open_file", lambda path: av.error.err_check(-number))
+            row = scan.probe((path, "a", ""))
+        assert row["reason"].startswith("cannot be read: ") and bool(row["stamp"]) == kept
 
 
 def test_manifests_of_another_reader_and_with_a_byte_order_mark(put, tmp_path, files_read,
@@ -109,6 +122,16 @@ def test_a_crash_and_a_hang_cost_only_their_own_file():
     expected |= {name: (name.upper(), "") for name in "abcd"}
     assert sorted(item for item, *_ in done) == sorted(items)
     assert {item: (result, reason) for item, result, reason in done} == expected
+
+
+def test_a_process_that_is_killed_between_two_files_costs_none():
+    """As by a lack of memory."""
+    done = scan.in_workers(str.upper, ["a", "b"], 1, 20)
+    first = next(done)
+    worker, = multiprocessing.active_children()
+    worker.kill()
+    worker.join()
+    assert sorted([first, *done]) == [("a", "A", ""), ("b", "B", "")]
 
 
 def test_the_processes_end_with_their_parent():
