@@ -32,8 +32,9 @@ from data import ActionClips, find_rows, make_loader, probe_file
 from models import C, video_encoder
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_encoder, read_state
-from support.classification import (answers, fit_linear, say_torchvision, shared_classes, subset,
-                                    top_1_and_5, write_classes, write_predictions, write_results)
+from support.classification import (answers, check_protocol, fit_linear, report_results,
+                                    say_torchvision, shared_classes, subset, top_1_and_5,
+                                    write_classes, write_predictions, write_results)
 from support.layers import trainable
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
                                say, world_size)
@@ -200,6 +201,7 @@ def linear_probe(encoder, clips, args, dtype):
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
     lock_folder(args.out, None if args.linear else args)
+    check_protocol(args)
     if args.global_batch % world_size() and not args.linear:
         raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
                          f"processes: give a multiple of {world_size()}")
@@ -271,18 +273,17 @@ def predict(args, device):
 
 
 def recognise(args, device):
-    """Train and test on all folds, print the accuracies, and write results.json."""
+    """Train and test on the folds, write a results.json for each, and report their mean."""
     if args.predict:
         predict(args, device)
         return
-    folds = {}
     for fold in args.fold or [None]:
         settings = argparse.Namespace(**vars(args) | {"fold": fold})
         if fold:
             settings.data = args.data.replace("{fold}", str(fold))
             settings.out = str(Path(args.out) / f"fold{fold}")
-        folds[f"fold {fold}" if fold else "test"] = one_fold(settings, device)
-    write_results(args, folds)
+        write_results(settings, {f"fold {fold}" if fold else "test": one_fold(settings, device)})
+    report_results(args)
 
 
 if __name__ == "__main__":

@@ -231,13 +231,15 @@ def find_clips(args, B):
 def say_settings(args, B, loader, left_out):
     """Print the effective numbers of a run: batch, negatives, steps and learning rate."""
     N, K = world_size() * B, 1 if args.max_speed == 1 else 2
-    peak, steps = args.lr * N / PAPER_BATCH, loader.batch_sampler.steps_per_epoch
+    steps = loader.batch_sampler.steps_per_epoch
+    rates = [learning_rate(epoch, args.warmup, args.epochs, args.lr * N / PAPER_BATCH)
+             for epoch in (0, args.warmup, args.epochs)]
     chunks = f" in chunks of {args.chunk}" if args.chunk else ""
     say(f"{len(loader.dataset)} clips ({len(left_out)} left out), global batch {N} = "
         f"{world_size()} process(es) x {B} clips{chunks}, {K} view(s): {K * (N - 1)} negatives per "
         f"query, {steps} steps an epoch, {args.epochs * steps} steps in all")
     say(f"{loader.num_workers} loading worker(s) for each process")
-    say(f"learning rate {peak / 10:.4g} -> {peak:.4g} -> {peak * 0.10 / 0.64:.4g} "
+    say(f"learning rate {' -> '.join(f'{rate:.4g}' for rate in rates)} "
         f"({args.lr:g} for a batch of 512, times {N}/512)")
 
 

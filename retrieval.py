@@ -151,12 +151,14 @@ def load(args):
 def find_part(args, split, trained_on):
     """The usable rows of a part of the data, or of "all", and {path: reason} of the other files.
 
-    Where --data is missing it is filled in: the manifest beside the checkpoint, else trained_on:
-    None is the built-in set, "" is unknown. Raises ValueError if data or parts are missing.
+    Where --data is missing it is filled in: the csv that the model was trained on, else the
+    manifest beside the checkpoint, else trained_on: None is the built-in set, "" is unknown. Raises
+    ValueError if data or parts are missing.
     """
     folder = results_path(args.checkpoint).parent
-    manifest = folder / "manifest.csv"
-    args.data = args.data or (str(manifest) if manifest.exists() else trained_on)
+    manifest = folder / "manifest.csv"          # of a scan, which training on a csv does not make
+    scanned = manifest.exists() and not str(trained_on).endswith(".csv")
+    args.data = args.data or (str(manifest) if scanned else trained_on)
     if args.data == "":
         raise ValueError(f"--checkpoint {args.checkpoint} does not say what data it is to be "
                          "measured on: give --data")

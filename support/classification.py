@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.processes import rank, say
+from support.processes import rank, run_once, say
+from support.run import CHANGEABLE
 
 
 def say_torchvision(source, frames, fps, size):
@@ -126,15 +127,47 @@ def write_predictions(out, classes, paths, scores):
         csv.writer(file).writerows([["file", "rank", "class", "probability"], *lines])
 
 
+def check_protocol(args):
+    """Raise ValueError on all processes if args.out holds the results of the other protocol: of a
+    linear probe in place of a fine-tuning, or the reverse."""
+    def check():
+        results, linear = Path(args.out, "results.json"), args.linear
+        if results.exists():
+            linear = json.loads(results.read_text())["protocol"]["linear"]
+        elif results.with_name("checkpoint.pt").exists():
+            linear = False
+        if linear != args.linear:
+            found = "linear probe" if linear else "fine-tuning"
+            raise ValueError(f"--out {args.out} holds a {found}: give another --out")
+
+    run_once(check)
+
+
 def write_results(args, folds):
-    """Process 0 prints and writes the results {fold: {name: value}} and their mean."""
+    """Process 0 writes the results {fold: {name: value}} and their mean to args.out."""
     if rank() > 0:
         return
     names = [name for name in next(iter(folds.values())) if "top" in name]
     mean = {name: statistics.mean(result[name] for result in folds.values()) for name in names}
     results = {"protocol": vars(args), "epoch": "last", **folds, "mean": mean}
     Path(args.out, "results.json").write_text(json.dumps(results, indent=1))
-    for name, result in (folds | {"mean": mean} if len(folds) > 1 else folds).items():
+
+
+def report_results(args):
+    """Process 0 prints the results in args.out. With folds these are those of all folds that were
+    measured in the same way, by other commands too, and their mean, which it writes."""
+    if rank() > 0:
+        return
+    out, found = Path(args.out), {}
+    for path in sorted(out.glob("fold?/results.json")) if args.fold else [out / "results.json"]:
+        kept = json.loads(path.read_text())
+        if all(kept["protocol"].get(name) == value for name, value in vars(args).items()
+               if name not in CHANGEABLE | {"fold", "data"} or name == "test_clips"):
+            found |= {name: kept[name] for name in kept if name.startswith(("test", "fold"))}
+    if args.fold:
+        write_results(args, found)
+    mean = json.loads((out / "results.json").read_text())["mean"]
+    for name, result in (found | {"mean": mean} if len(found) > 1 else found).items():
         values = [f"{key} {x:.1f} %" if "top" in key else f"{x} {key}"
                   for key, x in result.items() if "failed" not in key]
         if failed := result.get("failed"):

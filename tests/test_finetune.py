@@ -150,8 +150,13 @@ def test_commands_of_the_docs_on_a_small_ucf101(ucf, tmp_path):
         _, *classes = read_csv(out / f"fold{fold}" / "classes.csv")
         assert [int(correct) for _, _, correct, _ in classes] == [counts[0][0], counts[1][1]]
         assert kept[f"fold {fold}"]["video top-1"] == 100 * (counts[0][0] + counts[1][1]) / 2
+    (out / "results.json").unlink()
+    place = command.index("--fold") + 1
+    command[place:place + 3] = ["2"]                        # each fold may be a command of its own
     again = run(*command, script=ROOT / "finetune.py", cwd=tmp_path, fresh=True)
-    assert again.stdout.count("has been trained to its last step") == 3
+    assert again.stdout.count("has been trained to its last step") == 1
+    assert again.stdout.count("mean: ") == 1
+    kept["protocol"]["fold"] = [2]
     assert json.loads((out / "results.json").read_text()) == kept
 
 
@@ -251,6 +256,7 @@ def test_the_input_of_torchvisions_weights_is_said(capsys):
 
 @pytest.mark.slow
 def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
+    """A linear probe in its folder would write over its results."""
     encoder, state = tmp_path / "encoder.pt", video_encoder("r2plus1d_10").state_dict()
     torch.save(state, encoder)
     command = ["--data", ucf / "ucf101-1.csv", "--checkpoint", encoder, "--out", tmp_path, *SMALL]
@@ -259,6 +265,10 @@ def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
     torch.save(state, encoder)                              # another one of that name
     assert run_here(finetune, *command) == 1
     assert "made with other settings (encoder was " in error_of(capsys.readouterr().err)
+    for name in ("results.json", "checkpoint.pt"):
+        assert run_here(finetune, *command, "--linear") == 1
+        assert f"--out {tmp_path} holds a fine-tuning: give" in error_of(capsys.readouterr().err)
+        (tmp_path / name).unlink()
 
 
 @pytest.mark.slow

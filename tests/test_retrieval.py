@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -66,6 +67,16 @@ def manifest(rows, path):
     """Write a manifest, and return its path."""
     scan.write(rows, path)
     return path
+
+
+def test_the_data_is_that_of_the_training(tree, tmp_path):
+    """A manifest beside the checkpoint is of a scan: of the training's, or of a try before it."""
+    rows = rows_of(tree, "test")
+    manifest(rows, tmp_path / "manifest.csv")
+    own = manifest(rows[:12], tmp_path / "own.csv")
+    for trained_on, n in ((str(own), 12), (str(tree), 24), (None, 24)):
+        args = Namespace(checkpoint=tmp_path / "checkpoint.pt", data=None)
+        assert len(retrieval.find_part(args, "test", trained_on)[0]) == n
 
 
 def test_command_prints_and_keeps_the_table(brief, capsys):
