@@ -9,9 +9,10 @@
 
     window, mirrored = random_crop()          # of one clip, for all its frames (T, H, W, 3)
     left, top, width, height = map(round, window(W, H))             # pixels
-    frames = frames[:, top:top + height, left:left + width]         # then resize, and flip(-2)
+    frames = frames[:, top:top + height, left:left + width]         # resize; if mirrored, flip(-2)
 
-This file needs torch, torchvision and torchaudio alone. Speed is a sampling rate ("implemented by
+This file needs torch, torchvision and torchaudio alone, and the MIT licence of this unofficial
+implementation beside a copy. Speed is a sampling rate ("implemented by
 applying different sampling rates", §2.1): a view at speed tau covers tau times the source in the
 same number of frames and samples. Symbols: T frames of a view, H, W pixels, L samples of a view, M
 mel bands, F spectrogram frames, tau a speed from {1, ..., S}.
@@ -29,7 +30,7 @@ def sample_speeds(max_speed, generator=None, same=False):
 
     Both are lists of two integers. View 0 is the given pair (§2), at speed 1. View 1 draws from
     {1, ..., max_speed}, uniformly (paper silent) and independently for video and audio, or once for
-    both (`same`). For a film shorter than max_speed clips give the whole number of clips that fit.
+    both (`same`). If the film holds fewer than max_speed clips, pass that smaller number.
     Raises ValueError if max_speed is not an integer >= 1.
     """
     if not max_speed >= 1 or max_speed % 1:
@@ -161,8 +162,8 @@ class LogMel(torch.nn.Module):
     (..., L) -> (..., 1, M, F), F = 1 + L // hop. Mono at 24 kHz, 40 bands, window 20 ms, hop 10 ms,
     n_fft 1024 (paper silent; GDT), or the window's length if that is more. We measured mean and std
     on 14 real clips (8 of Kinetics-400, 6 of VGGSound), because GDT's belong to 16-bit integers.
-    Another rate or number of bands needs another mean and std. Raises ValueError for integers, and
-    for waves of n_fft // 2 samples or less.
+    For another rate or number of bands measure those of x = LogMel(rate, bands, 0, 1)(waves).
+    Raises ValueError for integers, and for waves of n_fft // 2 samples or less.
     """
 
     def __init__(self, rate=24000, bands=40, mean=-0.9, std=4.3):

@@ -26,7 +26,6 @@ from torch.utils.data import DataLoader, Dataset
 from augment import (centre_band, centre_crop, crop_at, flip_jitter, frame_times, random_crop,
                      random_resized_crop, sample_speeds, speed_up_audio)
 from prepare import demo, scan
-from prepare.scan import make_row
 from support.batches import TrainingBatches, collate, draw_or_replace, read_or_name
 from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once,
                                world_size)
@@ -55,7 +54,7 @@ def read_manifest(path, split=None):
         try:
             if line["reason"]:
                 raise ValueError(line["reason"])
-            rows.append(make_row(line))
+            rows.append(scan.make_row(line))
         except ValueError as error:
             name = scan.segment_name(line["path"], line["start"], line["end"])
             left_out[name] = str(error)
@@ -122,7 +121,7 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
 def probe_file(path, label=""):
     """The Row of a file that is in no manifest, or None, and why it cannot be used (or "")."""
     line = scan.probe((path, label, ""))
-    return None if line["reason"] else make_row(line), line["reason"]
+    return None if line["reason"] else scan.make_row(line), line["reason"]
 
 
 class AudioVisualClips(Dataset):
@@ -139,8 +138,6 @@ class AudioVisualClips(Dataset):
     Items: to train, of a key (epoch, index), see `draw`; to evaluate, of a key index, see `read`. A
         third value tells what failed, see draw_or_replace and read_or_name of support/batches.py.
     """
-
-    crops = 1                           # of each evaluation clip
 
     def __init__(self, rows, frames=30, fps=30, size=128, max_speed=4, same_speed=False, seed=0,
                  clips_per_file=None):
@@ -166,7 +163,7 @@ class AudioVisualClips(Dataset):
 
     def read(self, row):
         """The evaluation clips of a file: video (n, T, H, W, 3) uint8, audio (n, L) float32."""
-        return evenly_spaced(self, row.path, row.duration, True, row.start, row.stop)
+        return evenly_spaced(self, row.path, row.duration, row.start, row.stop)
 
     def draw(self, row, generator):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
@@ -189,21 +186,28 @@ class ActionClips(Dataset):
             continued by its last frame.
         classes: names of the classes, in the order of the labels.
         frames, fps, size, seed, and items: as of AudioVisualClips.
-        views: None to train | (n, c) to evaluate on n evenly spaced clips with c crops each: 1 in
-            the middle, or 3 along the longer side.
+        clips_per_file: None to train | n to evaluate on n evenly spaced clips.
+        crops: of each evaluation clip: 1 in the middle, or 3 along the longer side.
     """
 
-    def __init__(self, rows, classes, frames=32, fps=30, size=128, seed=0, views=None):
+    def __init__(self, rows, classes, frames=32, fps=30, size=128, seed=0,
+                 clips_per_file=None, crops=1):
         self.rows, self.classes = rows, classes
         self.frames, self.fps, self.size, self.seed = frames, fps, size, seed
-        self.clips_per_file, self.crops = views or (None, None)
+        self.clips_per_file, self.crops = clips_per_file, crops
 
-    __len__, __getitem__ = AudioVisualClips.__len__, AudioVisualClips.__getitem__
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        if self.clips_per_file is None:
+            return draw_or_replace(self, *key)
+        return read_or_name(self, key)
 
     def read(self, row):
         """The evaluation clips of a file: video (n c, T, H, W, 3) uint8, and its label."""
-        video, _ = evenly_spaced(self, row.path, row.video_duration, False, row.video_start,
-                                 row.video_stop)
+        video, _ = evenly_spaced(self, row.path, row.video_duration, row.video_start,
+                                 row.video_stop, self.crops, sound=False)
         return video, self.classes.index(row.label)
 
     def draw(self, row, generator):
@@ -217,19 +221,20 @@ class ActionClips(Dataset):
         return flip_jitter(video[0], seed).contiguous(), self.classes.index(row.label)
 
 
-def evenly_spaced(dataset, path, duration, sound, start=0, stop=None):
+def evenly_spaced(dataset, path, duration, start=0, stop=None, crops=1, sound=True):
     """Read the evaluation clips of a file at speed 1, spaced evenly over `duration` s from `start`.
 
-    Each clip is cut dataset.crops times (1: the middle; 3: both ends of the longer side and the
-    middle). Returns video (clips * crops, T, H, W, 3) uint8 and audio (clips, L), empty without
-    `sound`. stop, and errors: see read_clip.
+    Each clip is cut `crops` times (1: the middle; 3: both ends of the longer side and the middle).
+    Returns video (clips * crops, T, H, W, 3) uint8 and audio (clips, L), empty without `sound`.
+    stop, and errors: see read_clip.
     """
     T, fps, size, n = dataset.frames, dataset.fps, dataset.size, dataset.clips_per_file
-    room, window = max(0, duration - T / fps), centre_crop if dataset.crops == 1 else centre_band
+    room = max(0, duration - T / fps)
+    window = centre_crop if crops == 1 else centre_band
     clips = [read_clip(path, start + t0, (1,), (1,) if sound else (), T, fps, size, window, stop)
              for t0 in (np.linspace(0, room, n) if n > 1 else [room / 2])]
     video, audio = (torch.cat(x) for x in zip(*clips))          # (clips, T, H', W', 3), (clips, L)
-    places = (0.5,) if dataset.crops == 1 else (0, 0.5, 1)
+    places = (0.5,) if crops == 1 else (0, 0.5, 1)
     video = torch.stack([crop_at(video, size, place) for place in places], 1)
     return video.flatten(0, 1), audio
 

@@ -186,15 +186,15 @@ def evaluate(model, clips, dtype, workers=None, max_failures=0.05):
 
 def linear_probe(encoder, clips, args, dtype):
     """The linear classifier on the frozen encoder's features, and how many videos failed."""
-    device, views = next(encoder.parameters()).device, clips.clips_per_file
-    results = torch.zeros(len(clips), views, C + 1, device=device)      # last: was it read?
+    device, n = next(encoder.parameters()).device, clips.clips_per_file
+    results = torch.zeros(len(clips), n, C + 1, device=device)          # last: was it read?
     for index, _, y in features(encoder, clips, dtype, args.workers, args.max_failures):
         results[index] = F.pad(y, (0, 1), value=1)
     y, read = gather_results(results, "features")                       # (n, clips, C)
     labels = torch.tensor([clips.classes.index(clips.rows[n].label) for n in read])     # (n,)
     if len(labels.unique()) < len(clips.classes):
         raise ValueError("all training videos of a class failed: mend or replace those named above")
-    labels = labels.repeat_interleave(views).to(device)                 # (n clips,)
+    labels = labels.repeat_interleave(n).to(device)                 # (n clips,)
     return fit_linear(y.flatten(0, 1), labels), len(clips) - len(read)
 
 
@@ -220,7 +220,7 @@ def one_fold(args, device):
     say_torchvision(args.checkpoint, args.frames, args.fps, args.size)
     failed = {}
     if args.linear:
-        clips = ActionClips(train_rows, classes, **clip, views=(args.train_clips, 1))
+        clips = ActionClips(train_rows, classes, **clip, clips_per_file=args.train_clips)
         model.head, failures = linear_probe(encoder, clips, args, dtype)
         failed = {"failed in training": failures}
         say(f"{failures} of {len(train_rows)} training videos failed")
@@ -229,7 +229,7 @@ def one_fold(args, device):
         args.encoder = f"{zlib.crc32(weights):08x}"     # no run continues with another encoder
         args.classes = classes                          # for --predict
         train(args, model, ActionClips(train_rows * args.train_clips, classes, **clip), dtype)
-    clips = ActionClips(test_rows, classes, **clip, views=(args.test_clips, 3))
+    clips = ActionClips(test_rows, classes, **clip, clips_per_file=args.test_clips, crops=3)
     scores, hits, rows = evaluate(model, clips, dtype, args.workers, args.max_failures)
     labels = torch.tensor([classes.index(row.label) for row in rows])   # (n,)
     write_classes(Path(args.out), classes, labels, answers(scores, labels))
@@ -263,7 +263,7 @@ def predict(args, device):
         else:
             say(f"failed: {file}: {failure}", sys.stderr)
     clips = ActionClips(rows, settings.classes, settings.frames, settings.fps, settings.size,
-                        views=(settings.test_clips, 3))
+                        clips_per_file=settings.test_clips, crops=3)
     scores, _, rows = evaluate(model.to(device), clips, dtype, args.workers, max_failures=1)
     say(f"{path}: epoch {state['position'][0]} of {settings.epochs}, {len(settings.classes)} "
         f"classes, {settings.test_clips} clips x 3 crops, {str(dtype)[6:]} ({reason})")

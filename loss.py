@@ -2,7 +2,8 @@
 
     loss = soft_info_nce(ly_a, ly_v, z_a, z_v)    # ly = l(y), y: encoder outputs, z: projections
 
-This file needs torch alone. Symbols: B clips on this process, W processes, N = W B clips in the
+This file needs torch alone, and the MIT licence of this unofficial implementation beside a copy.
+Symbols: B clips on this process, W processes, N = W B clips in the
 global batch; K views per modality (view 0 at speed 1, view 1 at a drawn speed); C width of l(y), D
 projection width. Views keep an axis of their own, so that no index arithmetic decides which row
 belongs to which clip:
@@ -57,8 +58,8 @@ def info_nce(z_a, z_v, own, eta):
     Returns:
         L (B, K, K), audio view p by video view q. Raises ValueError if N < 2.
 
-    It neither checks, normalises nor gathers: soft_info_nce(None, None, z_a, z_v, affinity="none")
-    does.
+    It does not normalise, gather, or check shapes and values: that is what
+    soft_info_nce(None, None, z_a, z_v, affinity="none") does.
     """
     s, log_negatives = similarities(z_a, z_v, own, eta)                 # (B, K, N, K), (B, K)
     s_own = s[torch.arange(len(own), device=own.device), :, own]        # (B, K, K), s[i,p,i,q]
@@ -169,15 +170,17 @@ def double_sum(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity_temperature=1.0, raw_
 def check_inputs(tensors, eta, affinity_temperature, check):
     """Check z_a, z_v and, where they are needed, ly_a, ly_v; return them in one precision.
 
-    z gets unit length. Raises ValueError if a shape or a temperature does not fit or, with `check`
-    and on all processes, if a value is NaN or infinite or if shapes or precisions differ.
+    z gets unit length. Raises ValueError if a shape or a temperature does not fit: on the own
+    process alone, for which the others then wait. With `check` all processes raise it if a value is
+    NaN or infinite, or if the shapes of z or precisions differ between processes.
     """
     if not (eta > 0 and affinity_temperature > 0):
         raise ValueError(f"eta={eta}, affinity_temperature={affinity_temperature}: temperatures "
                          "must be above 0")
     names = ("z_a", "z_v", "ly_a", "ly_v")[:len(tensors)]
     shapes = [None if x is None else tuple(x.shape) for x in tensors]
-    if (None in shapes or shapes[::2] != shapes[1::2]               # those of audio and of video
+    audio, video = shapes[::2], shapes[1::2]
+    if (None in shapes or audio != video
             or {len(x) for x in shapes} != {3} or len({x[:2] for x in shapes}) > 1):
         given = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes))
         raise ValueError(f"{given}: give z_a and z_v in one shape (B, K, D), and ly_a and ly_v in "

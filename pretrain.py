@@ -1,15 +1,16 @@
 """SvaCLR pre-training (§2.3, §3.1 of arXiv 2309.13942): speed co-augmentation and SoftInfoNCE.
 
     python pretrain.py                                  # the built-in set: minutes on a CPU
-    python pretrain.py --data kinetics --out runs/k400  # one GPU
-    torchrun --nproc_per_node=8 pretrain.py --data kinetics --batch-per-process 64 --chunk 8
+    python pretrain.py --data kinetics --out runs/k400 --batch-per-process 512 --chunk 8
+    torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400 \
+        --batch-per-process 64 --chunk 8
 
-The last line trains on 8 GPUs with the paper's batch of 512. With --data the defaults are the
-paper's; without it they are those of the built-in set. A help text names both, and the section, or
-GDT, the code base that decides where the paper is silent. The same command continues an interrupted
-run; Ctrl-C saves and ends it with status 130, SIGTERM and SIGUSR1 with 75 (docs/running.md). OUT
-gets checkpoint.pt, log.jsonl (the settings, then a line every 10 steps), manifest.csv, and at the
-end video_encoder.pt and audio_encoder.pt with torchvision's names.
+The last two train on one GPU and on eight, with the paper's batch of 512. With --data the defaults
+are the paper's; without it they are those of the built-in set. Each help text gives both defaults
+and their source: a section of the paper, or GDT where the paper is silent. The same command
+continues an interrupted run; Ctrl-C saves and ends it with status 130, SIGTERM and SIGUSR1 with 75
+(docs/running.md). OUT gets checkpoint.pt, log.jsonl (the settings, then a line every 10 steps),
+manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.
@@ -272,12 +273,12 @@ def train(args, device):
     run = Run(args, loader, model, optimizer, scaler, {
         "processes": world_size(), "precision": str(dtype)[6:], "torch": torch.__version__,
         "clips": len(loader.dataset), "left_out": Counter(left_out.values())})
+    n = B // (args.chunk or B)                      # chunks
     for epoch, (frames, waves) in run:
         lr = learning_rate(epoch, args.warmup, args.epochs, args.lr * N / PAPER_BATCH)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
-        n = B // (args.chunk or B)                  # chunks
         if n > 1:
             loss, z_a, z_v = step_in_chunks(embed, objective, net, scaler, (frames, waves), n)
         else:

@@ -1,8 +1,9 @@
 """Audio <-> video retrieval (§3.3, Tables 1 and 3).
 
     python retrieval.py                                 # the built-in set, after python pretrain.py
-    python retrieval.py --data kinetics --checkpoint runs/k400/checkpoint.pt
-    torchrun --nproc_per_node=8 retrieval.py --data kinetics --checkpoint runs/k400/checkpoint.pt
+    python retrieval.py --data kinetics --split val --checkpoint runs/k400/checkpoint.pt
+    torchrun --nproc_per_node=8 retrieval.py --data kinetics --split val \
+        --checkpoint runs/k400/checkpoint.pt
 
 The sound of each test clip queries the videos of all test clips, and its video queries all sounds,
 at speed 1. Instance-level, the clip's own other half is among the top k. Class-level, a clip of the
@@ -121,8 +122,8 @@ def ranks(query, gallery, labels, chunk=256):
 
 def recall_at_k(query, gallery, labels):
     """Share of queries whose answer is in their k nearest: {k: (instance-level, class-level)}."""
-    before = torch.stack(ranks(query, gallery, labels))                 # (2, n)
-    return {k: tuple((before < k).double().mean(1).tolist()) for k in RANKS}
+    rank = torch.stack(ranks(query, gallery, labels))                   # (2, n)
+    return {k: tuple((rank < k).double().mean(1).tolist()) for k in RANKS}
 
 
 def chance(labels, gallery_labels=None):

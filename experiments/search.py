@@ -214,7 +214,7 @@ def read_clips(path, settings, n):
         waves = sound_clips(path, no_video, n, T / fps)                 # (n, L)
         black = torch.zeros(1, n, T, size, size, 3, dtype=torch.uint8)
         return black, waves[None], {"video": no_video}
-    clips = ActionClips([row], [row.label], T, fps, size, views=(n, 1))
+    clips = ActionClips([row], [row.label], T, fps, size, clips_per_file=n)
     try:
         frames, waves = evenly_spaced(clips, path, row.duration, sound=row.has_audio)
     except ValueError as error:
@@ -352,7 +352,8 @@ def encode(args, f, rows, clip):
     """y_v (n, C) of the videos of rows that can be read, on every process, and their n labels."""
     device = next(f.parameters()).device
     dtype, _ = choose_precision("auto", device)
-    clips = ActionClips(rows, sorted({row.label for row in rows}), **clip, views=(args.clips, 1))
+    clips = ActionClips(rows, sorted({row.label for row in rows}), **clip,
+                        clips_per_file=args.clips)
     results = torch.zeros(len(rows), C + 1, device=device)              # last: was it read?
     for index, _, y in features(f, clips, dtype, None, args.max_failures):      # y: (clips, C)
         results[index] = F.pad(average(y), (0, 1), value=1)

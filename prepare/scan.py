@@ -6,6 +6,7 @@
 """
 
 import csv
+import io
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
+from support.checkpoints import write_atomic
 from support.reading import (Damage, Shape, StampCheck, begin, converter, decode, demux, end, mono,
                              open_file, open_streams)
 
@@ -239,14 +241,12 @@ def read_table(path):
 
 def write(rows, out):
     """Write rows as a manifest, whole or not at all."""
-    out = Path(out)
+    out, text = Path(out), io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".part")
-    with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, out)
+    write_atomic(text.getvalue().encode(errors="backslashreplace"), out)
 
 
 def empty_row(path, label, split, reason=""):

@@ -58,7 +58,7 @@ def launch(job, args):
         sentence = lines[-1].removeprefix("ValueError: ")
         if isinstance(error, torch.OutOfMemoryError):
             sentence = (f"{str(error).split('.')[0]}: give fewer clips per process or a smaller "
-                        "--size, or --chunk in pre-training")
+                        "--size, --chunk in pre-training, or --global-batch in fine-tuning")
         where = f" on rank {rank()}" if rank() else ""
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         end(1)

@@ -33,7 +33,8 @@ from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run
 
 LOG_EVERY = 10                                  # steps
 REQUEUE = 75                                    # exit status after a scheduler's signal
-# A resumed run may change these settings. (The classes belong to the data, which are compared.)
+# A resumed run may change these settings. (The classes follow from the data, whose fingerprint is
+# compared.)
 CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips",
               "classes"}
 MARK = "requeue"                                # left in OUT by a run that a signal has ended
@@ -67,9 +68,9 @@ def lock_folder(out, args=None):
     """Make the folder of a run, keep other runs out of it, and remove the mark of the last run.
 
     args: the settings of a run that trains. They are compared with those of the folder's checkpoint
-    before a scan of other data writes over its manifest. The lock, OUT/lock, goes with process 0,
-    also if that is killed. Raises ValueError on all processes if another run has the lock, if the
-    folder cannot be written, or if the settings are others.
+    before a scan of other data writes over its manifest. The lock, OUT/lock, is released when
+    process 0 ends, even by SIGKILL. Raises ValueError on all processes if another run has the lock,
+    if the folder cannot be written, or if the settings are others.
     """
     def lock():
         path = Path(out).resolve() / "lock"
@@ -170,7 +171,7 @@ class Run:
             return
         if rank() == 0 and self.step == 0:
             self.write_line({"args": vars(self.args), **self.metadata}, "w")
-        elif rank() == 0:                       # lines that follow the checkpoint come again
+        elif rank() == 0:                       # later steps run again, so their lines go
             with to_disk(self.log_path), open(self.log_path, "a") as log:
                 log.truncate(min(self.log_bytes, log.tell()))
         device = next(self.model.parameters()).device

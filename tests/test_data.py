@@ -194,12 +194,12 @@ def test_evaluation_clips_are_evenly_spaced(tmp_path):
     assert video.shape == (4, 4, 24, 24, 3) and audio.shape == (4, 12000) and source == (0, None)
     levels = 20 + 40 * torch.tensor([0, 1, 2, 3])
     assert (video[:, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
-    crops = ActionClips(rows, ["c"], frames=4, fps=8, size=24, views=(4, 3))
+    crops = ActionClips(rows, ["c"], frames=4, fps=8, size=24, clips_per_file=4, crops=3)
     three, label, source = crops[0]
     assert three.shape == (12, 4, 24, 24, 3) and label == 0 and source == (0, None)
     levels = 20 + 40 * torch.tensor([0, 1.5, 3.0, 4.5])
     assert (three[1::3, 0].float().mean((1, 2, 3)) - levels).abs().max() < 4
-    three, sound = evenly_spaced(crops, rows[1].path, rows[1].duration, sound=False)
+    three, sound = evenly_spaced(crops, rows[1].path, rows[1].duration, crops=3, sound=False)
     assert sound.shape[0] == 0 and three.shape[0] == 12
     band, _ = read_clip(rows[1].path, 0, (1,), (), 4, 8, 24, centre_band)
     assert band.shape == (1, 4, 24, 37, 3)                          # 7/8 of 54 lines, 72 columns
@@ -222,7 +222,8 @@ def test_files_that_fail_leave_an_evaluation(put, tmp_path, workers, capfd):
     path = tmp_path / "c" / "7.mp4"
     failure = (7, f"{path}: Invalid data found when processing input")
     assert clips[7] == (None, None, failure)
-    assert ActionClips(rows, ["b", "c"], 4, 8, 24, views=(2, 3))[7] == (None, None, failure)
+    labelled = ActionClips(rows, ["b", "c"], 4, 8, 24, clips_per_file=2, crops=3)
+    assert labelled[7] == (None, None, failure)
 
     batches = list(evaluation_batches(make_loader(clips, 3, workers), 0.5))
     assert [index for *_, index in batches] == [[3, 4, 5], [6]]

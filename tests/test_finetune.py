@@ -104,7 +104,8 @@ def ucf(tmp_path_factory):
 
 def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
     rows, _ = read_manifest(ucf / "ucf101-1.csv", "train")
-    clips = ActionClips(rows, ["Archery", "Bowling"], frames=4, fps=8, size=16, views=(3, 3))
+    clips = ActionClips(rows, ["Archery", "Bowling"], frames=4, fps=8, size=16, clips_per_file=3,
+                        crops=3)
     torch.manual_seed(0)
     model = classifier(video_encoder("r2plus1d_10"), 2)
     model.head.weight.data *= 100                         # so that the clips of a video differ
@@ -229,7 +230,7 @@ def test_predictions_are_those_of_the_test(ucf, tmp_path, capsys):
     for name, cause in (("text.mp4", "cannot be read: "), ("cut.mp4", "its video ends at 1.17 s")):
         assert errors.count(f"failed: {tmp_path / name}: {cause}") == 1
     _, *lines = read_csv(out / "predictions.csv")
-    clips = ActionClips(rows, ["Archery", "Bowling"], 4, 8, 16, views=(2, 3))
+    clips = ActionClips(rows, ["Archery", "Bowling"], 4, 8, 16, clips_per_file=2, crops=3)
     model = classifier(video_encoder("r2plus1d_10"), 2).eval()
     model.load_state_dict(torch.load(out / "checkpoint.pt", weights_only=True)["model"])
     assert [path for path, *_ in lines] == [row.path for row in rows for _ in clips.classes]

@@ -91,7 +91,7 @@ def test_precision_of_a_cpu(bf16, auto, monkeypatch):
 @pytest.mark.parametrize("error,sentence", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
      "CUDA out of memory: give fewer clips per process or a smaller --size, "
-     "or --chunk in pre-training"),
+     "--chunk in pre-training, or --global-batch in fine-tuning"),
     (OSError("cannot write a.pt (No space left on device)"),
      "cannot write a.pt (No space left on device)"),
     (FloatingPointError("loss nan at step 3"), "loss nan at step 3"), (OSError(), "OSError"),

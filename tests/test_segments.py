@@ -68,16 +68,16 @@ def test_draws_and_evaluation_stay_in_the_segment(listed):
     assert all(abs(heard(audio[n]) - (2 + n)).max() < 0.1 for n in range(4))
     drawn = [shown(ActionClips(rows, ["a"], 8, 8, 16)[epoch, 0][0]) for epoch in range(20)]
     assert 1.92 < min(map(min, drawn)) < 2.8 and 5.2 < max(map(max, drawn)) < 5.95
-    three, _, _ = ActionClips(rows, ["a"], 8, 8, 16, views=(3, 1))[0]
+    three, _, _ = ActionClips(rows, ["a"], 8, 8, 16, clips_per_file=3)[0]
     assert abs(shown(three)[:, 0] - torch.tensor([2, 3.5, 5])).max() < 0.1
 
 
 def test_a_segment_shorter_than_a_clip_ends_in_its_last_frame(listed):
     rows, _ = listed("film.mkv a 3 3.5", "film.mkv a 5 5.98", "film.mkv b 0 0.3")
-    for views in (None, (2, 1)):
-        clips = ActionClips(rows, ["a", "b"], 15, 15, 16, views=views)
+    for n in (None, 2):
+        clips = ActionClips(rows, ["a", "b"], 15, 15, 16, clips_per_file=n)
         for index, row in enumerate(rows):
-            times = shown(clips[index if views else (0, index)][0])
+            times = shown(clips[index if n else (0, index)][0])
             assert times.min() > row.video_start - 0.08
             assert row.video_stop - 0.16 < times.max() < row.video_stop
     clips = AudioVisualClips(rows, 15, 15, 16, clips_per_file=1)
@@ -98,7 +98,7 @@ def test_late_sound_does_not_move_a_segment(tmp_path):
         video, audio, _ = AudioVisualClips(rows, 8, 8, 16, clips_per_file=2)[index]
         assert abs(shown(video)[:, 0] - torch.tensor([first, first + 1])).max() < 0.1
         assert abs(heard(audio[0])[:9] - (first - 1)).max() < 0.1
-    video, _, _ = ActionClips(rows, ["a"], 8, 8, 16, views=(2, 1))[0]
+    video, _, _ = ActionClips(rows, ["a"], 8, 8, 16, clips_per_file=2)[0]
     assert abs(shown(video)[:, 0] - torch.tensor([2, 3])).max() < 0.1
 
 
