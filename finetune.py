@@ -9,9 +9,9 @@
 
 With --data the defaults are the protocol's; without it they are those of the built-in set. A help
 text names both, and the section, or GDT where the paper is silent. Ctrl-C saves, and the same
-command continues. The result is that of the last epoch. OUT gets results.json with the mean over
-folds, and for each fold checkpoint.pt, log.jsonl, confusion.csv (rows: the true class) and
-classes.csv.
+command continues. The result is that of the last epoch. OUT gets results.json, with --fold the mean
+over all folds in OUT that were run with these settings. Each fold's folder gets its results.json,
+checkpoint.pt, log.jsonl, confusion.csv (rows: the true class) and classes.csv.
 
 Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C encoder width.
 """
@@ -186,22 +186,21 @@ def evaluate(model, clips, dtype, workers=None, max_failures=0.05):
 
 def linear_probe(encoder, clips, args, dtype):
     """The linear classifier on the frozen encoder's features, and how many videos failed."""
-    device, n = next(encoder.parameters()).device, clips.clips_per_file
-    results = torch.zeros(len(clips), n, C + 1, device=device)          # last: was it read?
+    device, each = next(encoder.parameters()).device, clips.clips_per_file
+    results = torch.zeros(len(clips), each, C + 1, device=device)       # last: was it read?
     for index, _, y in features(encoder, clips, dtype, args.workers, args.max_failures):
         results[index] = F.pad(y, (0, 1), value=1)
     y, read = gather_results(results, "features")                       # (n, clips, C)
     labels = torch.tensor([clips.classes.index(clips.rows[n].label) for n in read])     # (n,)
     if len(labels.unique()) < len(clips.classes):
         raise ValueError("all training videos of a class failed: mend or replace those named above")
-    labels = labels.repeat_interleave(n).to(device)                 # (n clips,)
+    labels = labels.repeat_interleave(each).to(device)                 # (n clips,)
     return fit_linear(y.flatten(0, 1), labels), len(clips) - len(read)
 
 
 def one_fold(args, device):
     """Train on the train part of the data, test on its test part: {name: accuracy in %}."""
     lock_folder(args.out, None if args.linear else args)
-    check_protocol(args)
     if args.global_batch % world_size() and not args.linear:
         raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
                          f"processes: give a multiple of {world_size()}")
@@ -211,6 +210,8 @@ def one_fold(args, device):
     test_rows, test_left_out = find_rows(args.data, "test", args.out)
     train_rows = subset(train_rows, args.fraction, args.seed)
     classes = shared_classes(args.data, train_rows, test_rows)
+    weights = b"".join(x.numpy().tobytes() for x in encoder.state_dict().values())
+    args.encoder = f"{zlib.crc32(weights):08x}"         # no run continues with another encoder
     model = classifier(encoder, len(classes)).to(device)
     dtype, reason = choose_precision(args.precision, device)
     clip = dict(frames=args.frames, fps=args.fps, size=args.size, seed=args.seed)
@@ -225,8 +226,6 @@ def one_fold(args, device):
         failed = {"failed in training": failures}
         say(f"{failures} of {len(train_rows)} training videos failed")
     else:
-        weights = b"".join(x.cpu().numpy().tobytes() for x in encoder.state_dict().values())
-        args.encoder = f"{zlib.crc32(weights):08x}"     # no run continues with another encoder
         args.classes = classes                          # for --predict
         train(args, model, ActionClips(train_rows * args.train_clips, classes, **clip), dtype)
     clips = ActionClips(test_rows, classes, **clip, clips_per_file=args.test_clips, crops=3)
@@ -277,11 +276,13 @@ def recognise(args, device):
     if args.predict:
         predict(args, device)
         return
+    check_protocol(args)
     for fold in args.fold or [None]:
         settings = argparse.Namespace(**vars(args) | {"fold": fold})
         if fold:
             settings.data = args.data.replace("{fold}", str(fold))
             settings.out = str(Path(args.out) / f"fold{fold}")
+            check_protocol(settings)
         write_results(settings, {f"fold {fold}" if fold else "test": one_fold(settings, device)})
     report_results(args)
 

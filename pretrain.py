@@ -2,7 +2,7 @@
 
     python pretrain.py                                  # the built-in set: minutes on a CPU
     python pretrain.py --data kinetics --out runs/k400 --batch-per-process 512 --chunk 8
-    torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400 \
+    torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400 \\
         --batch-per-process 64 --chunk 8
 
 The last two train on one GPU and on eight, with the paper's batch of 512. With --data the defaults

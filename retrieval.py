@@ -2,7 +2,7 @@
 
     python retrieval.py                                 # the built-in set, after python pretrain.py
     python retrieval.py --data kinetics --split val --checkpoint runs/k400/checkpoint.pt
-    torchrun --nproc_per_node=8 retrieval.py --data kinetics --split val \
+    torchrun --nproc_per_node=8 retrieval.py --data kinetics --split val \\
         --checkpoint runs/k400/checkpoint.pt
 
 The sound of each test clip queries the videos of all test clips, and its video queries all sounds,

@@ -34,7 +34,7 @@ import torch
 
 from prepare import demo
 from retrieval import RANKS, chance
-from support.checkpoints import write_atomic
+from support.files import write_atomic
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"

@@ -23,7 +23,7 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
-from support.checkpoints import write_atomic
+from support.files import write_atomic
 from support.reading import (Damage, Shape, StampCheck, begin, converter, decode, demux, end, mono,
                              open_file, open_streams)
 
@@ -280,7 +280,7 @@ def probe(file, verify=False):
                 return row | {"reason": "empty file"}
         with open_file(path) as container:
             return row | measure(container, verify)
-    except OSError as error:                                # FFmpeg's own are OSErrors too
+    except OSError as error:                # FFmpeg's errors of the disk are OSErrors too
         return row | {"reason": f"cannot be read: {error.strerror or error}", "stamp": ""}
     except av.error.FFmpegError as error:
         return row | {"reason": f"{failure}: {error.strerror or error}"}
@@ -403,7 +403,8 @@ def in_workers(work, items, workers, limit):
     try:
         while waiting or busy:
             while waiting and len(busy) < workers:
-                if not idle:
+                is_new = not idle
+                if is_new:
                     pipe, worker_end = Pipe()
                     processes[pipe] = Process(target=answer, args=(pipe, worker_end, work),
                                               daemon=True)
@@ -415,6 +416,8 @@ def in_workers(work, items, workers, limit):
                     pipe.send(waiting[-1])
                 except BrokenPipeError:                   # it was killed while it had no item
                     processes.pop(pipe)
+                    if is_new:
+                        raise
                 else:
                     busy[pipe] = waiting.pop(), time.monotonic() + limit
             patience = min(deadline for _, deadline in busy.values()) - time.monotonic()

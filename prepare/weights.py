@@ -19,7 +19,8 @@ from torch import nn
 
 from augment import LogMel
 from models import SvaCLR
-from support.checkpoints import misfit, read_state, serialise, write_atomic
+from support.checkpoints import misfit, read_state, serialise
+from support.files import write_atomic
 
 TITLES = {"gdt": "GDT", "selavi": "SeLaVi"}
 # GDT's head is Flatten, Dropout, Linear without bias, Unsqueeze, BatchNorm1d, Flatten, ReLU,

@@ -1,10 +1,8 @@
-"""Checkpoints: read without running code from them, loaded strictly, and written whole."""
+"""Checkpoints: read without running code from them, and loaded strictly."""
 
 import io
-import os
 import pickle
 from argparse import Namespace
-from contextlib import contextmanager
 
 import torch
 from torchvision.models.video import R2Plus1D_18_Weights, R3D_18_Weights
@@ -116,30 +114,3 @@ def serialise(state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getbuffer()
-
-
-@contextmanager
-def to_disk(path):
-    """An OSError in here becomes one whose sentence says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(f"cannot write {path} ({error.strerror}): make room or mend that, then give "
-                      "the same command again") from error
-
-
-def write_atomic(content, path):
-    """Write a temporary file and rename it, so that the disk has either the old or the new content.
-
-    Raises OSError if the file cannot be written.
-    """
-    temporary = path.with_suffix(".part")
-    with to_disk(path):
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)

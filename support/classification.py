@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.files import write_atomic
 from support.processes import rank, run_once, say
 from support.run import CHANGEABLE
 
@@ -137,8 +138,8 @@ def check_protocol(args):
         elif results.with_name("checkpoint.pt").exists():
             linear = False
         if linear != args.linear:
-            found = "linear probe" if linear else "fine-tuning"
-            raise ValueError(f"--out {args.out} holds a {found}: give another --out")
+            found = "a linear probe" if linear else "another training"
+            raise ValueError(f"--out {args.out} holds {found}: give another --out")
 
     run_once(check)
 
@@ -150,24 +151,38 @@ def write_results(args, folds):
     names = [name for name in next(iter(folds.values())) if "top" in name]
     mean = {name: statistics.mean(result[name] for result in folds.values()) for name in names}
     results = {"protocol": vars(args), "epoch": "last", **folds, "mean": mean}
-    Path(args.out, "results.json").write_text(json.dumps(results, indent=1))
+    write_atomic(json.dumps(results, indent=1).encode(), Path(args.out, "results.json"))
+
+
+def folds_alike(args):
+    """The results {fold: {name: value}} of all folds in args.out that were measured as the first of
+    args.fold was: with the same settings, encoder and data but for the fold."""
+    kept = {int(path.parent.name[-1]): json.loads(path.read_text())
+            for path in sorted(Path(args.out).glob("fold?/results.json"))}
+    own, found = kept[args.fold[0]]["protocol"], {}
+    names = own.keys() - CHANGEABLE - {"fold", "data"} | {"test_clips"}
+    for fold, results in kept.items():
+        protocol = results["protocol"]
+        if (protocol["data"] == args.data.replace("{fold}", str(fold))
+                and all(protocol.get(name) == own[name] for name in names)):
+            found[f"fold {fold}"] = results[f"fold {fold}"]
+        else:
+            print(f"fold {fold} of {args.out} is left out: it has other settings, data or weights")
+    return found
 
 
 def report_results(args):
-    """Process 0 prints the results in args.out. With folds these are those of all folds that were
-    measured in the same way, by other commands too, and their mean, which it writes."""
+    """Process 0 prints the results in args.out. With folds it first writes there those of all folds
+    that were measured alike, by other commands too, and their mean."""
     if rank() > 0:
         return
-    out, found = Path(args.out), {}
-    for path in sorted(out.glob("fold?/results.json")) if args.fold else [out / "results.json"]:
-        kept = json.loads(path.read_text())
-        if all(kept["protocol"].get(name) == value for name, value in vars(args).items()
-               if name not in CHANGEABLE | {"fold", "data"} or name == "test_clips"):
-            found |= {name: kept[name] for name in kept if name.startswith(("test", "fold"))}
     if args.fold:
-        write_results(args, found)
-    mean = json.loads((out / "results.json").read_text())["mean"]
-    for name, result in (found | {"mean": mean} if len(found) > 1 else found).items():
+        write_results(args, folds_alike(args))
+    results = json.loads(Path(args.out, "results.json").read_text())
+    shown = {name: results[name] for name in results if name.startswith(("test", "fold"))}
+    if len(shown) > 1:
+        shown["mean"] = results["mean"]
+    for name, result in shown.items():
         values = [f"{key} {x:.1f} %" if "top" in key else f"{x} {key}"
                   for key, x in result.items() if "failed" not in key]
         if failed := result.get("failed"):

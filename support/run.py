@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.checkpoints import read_state, serialise, to_disk, write_atomic
+from support.checkpoints import read_state, serialise
+from support.files import to_disk, write_atomic
 from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run_once, say, share,
                                signals_blocked, world_size)
 

@@ -122,7 +122,7 @@ def test_evaluation_averages_softmax_over_clips_and_crops(ucf):
 
 
 @pytest.mark.slow
-def test_commands_of_the_docs_on_a_small_ucf101(ucf, tmp_path):
+def test_commands_of_the_docs_on_a_small_ucf101(ucf, tmp_path, monkeypatch, capsys):
     """The line for UCF101 word for word, but for the number of processes and SMALL. results.json,
     confusion.csv, classes.csv and the printed lines of the three folds agree. The same command with
     one process has nothing to train, and evaluates to the same results."""
@@ -159,6 +159,17 @@ def test_commands_of_the_docs_on_a_small_ucf101(ucf, tmp_path):
     assert again.stdout.count("mean: ") == 1
     kept["protocol"]["fold"] = [2]
     assert json.loads((out / "results.json").read_text()) == kept
+    for fold, (name, value) in {1: ("data", "hmdb51-1.csv"), 3: ("encoder", "0")}.items():
+        results = out / f"fold{fold}" / "results.json"
+        other = json.loads(results.read_text())
+        other["protocol"][name] = value
+        results.write_text(json.dumps(other))
+    monkeypatch.chdir(tmp_path)
+    finetune.report_results(parse([str(word) for word in command]))
+    assert [*json.loads((out / "results.json").read_text())] == ["protocol", "epoch", "fold 2",
+                                                                 "mean"]
+    printed = capsys.readouterr().out
+    assert "fold 1 of runs/ucf101 is left out" in printed and "fold 3 of" in printed
 
 
 def read_csv(path):
@@ -268,8 +279,11 @@ def test_a_run_continues_with_its_encoder_alone(ucf, tmp_path, capsys):
     assert "made with other settings (encoder was " in error_of(capsys.readouterr().err)
     for name in ("results.json", "checkpoint.pt"):
         assert run_here(finetune, *command, "--linear") == 1
-        assert f"--out {tmp_path} holds a fine-tuning: give" in error_of(capsys.readouterr().err)
+        assert f"--out {tmp_path} holds another training" in error_of(capsys.readouterr().err)
         (tmp_path / name).unlink()
+    assert run_here(finetune, *command, "--linear") == 0
+    assert run_here(finetune, *command) == 1
+    assert f"--out {tmp_path} holds a linear probe: give" in error_of(capsys.readouterr().err)
 
 
 @pytest.mark.slow

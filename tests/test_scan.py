@@ -103,6 +103,12 @@ def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch, s
 
 # ---- worker processes
 
+def test_a_scan_needs_no_torch():
+    """A process of a scan that had to load it would start late, and take 0.7 GB."""
+    code = "import sys, prepare.manifest; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def work_badly(item):
     if item == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
