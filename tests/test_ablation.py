@@ -107,7 +107,7 @@ def test_a_film_that_fails_ends_the_measurement(tree, brief, tmp_path):
 def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, capsys):
     """Three seeds of the row are in the csv. pretrain.py refuses another, which is negative."""
     files = {f"{name}.{suffix}": (ablation.RESULTS / f"{name}.{suffix}").read_text()
-             for name in ("ablation", "ablation-hide-kind")
+             for name in ("ablation", "ablation-hide-kind", "ablation-hide-kind-rhythm")
              for suffix in ("csv", "md")}
     for name in files:
         shutil.copy(ablation.RESULTS / name, tmp_path)
@@ -116,7 +116,8 @@ def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, 
     monkeypatch.setattr(demo, "build", lambda folder, hide: built.append((folder.name, [*hide])))
     for flags, status, name in (
             (["--rows", SOFT, "--seeds", "0", "1", "2", "-1"], 1, "ablation.md"),
-            (["--hide", "kind"], 0, "ablation-hide-kind.md")):
+            (["--hide", "kind"], 0, "ablation-hide-kind.md"),
+            (["--hide", "rhythm", "kind"], 0, "ablation-hide-kind-rhythm.md")):
         with pytest.raises(SystemExit) as stop:
             ablation.main(["--out", str(tmp_path / "runs"), *flags])
         printed = capsys.readouterr()
@@ -124,7 +125,7 @@ def test_it_continues_from_its_csv_past_a_run_that_fails(tmp_path, monkeypatch, 
         assert printed.err.count(f"{SOFT}, seed -1: pretrain.py ended with 2: see "
                                  ) == printed.err.count("error") == status
     assert {name: (tmp_path / name).read_text() for name in files} == files
-    assert built == [("demo", []), ("films", ["kind"])]
+    assert built == [("demo", []), ("films", ["kind"]), ("films", ["rhythm", "kind"])]
     assert "--seed: '-1' is not" in (tmp_path / "runs" / "04--1.txt").read_text()
 
 
