@@ -30,7 +30,7 @@ def sample_speeds(max_speed, generator=None, same=False):
 
     Both are lists of two integers. View 0 is the given pair (§2), at speed 1. View 1 draws from
     {1, ..., max_speed}, uniformly (paper silent) and independently for video and audio, or once for
-    both (`same`). If the film holds fewer than max_speed clips, pass that smaller number.
+    both (`same`). For a film shorter than max_speed clip lengths pass the number of whole ones.
     Raises ValueError if max_speed is not an integer >= 1.
     """
     if not max_speed >= 1 or max_speed % 1:

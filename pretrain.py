@@ -10,7 +10,8 @@ are the paper's; without it they are those of the built-in set. Each help text g
 and their source: a section of the paper, or GDT where the paper is silent. The same command
 continues an interrupted run; Ctrl-C saves and ends it with status 130, SIGTERM and SIGUSR1 with 75
 (docs/running.md). OUT gets checkpoint.pt, log.jsonl (the settings, then a line every 10 steps),
-manifest.csv, and at the end video_encoder.pt and audio_encoder.pt with torchvision's names.
+manifest.csv (of a folder), and at the end video_encoder.pt and audio_encoder.pt, which have
+torchvision's names.
 
 Symbols: B clips of this process, N clips of the global batch, K views, T frames, H, W pixels,
 L samples, M mel bands, F spectrogram frames, C encoder width, D projection width.

@@ -10,8 +10,8 @@
 #     forkserver, no timeout: 5 s: DataLoader worker (pid(s) 14336) exited unexpectedly
 #     forkserver, timeout=30: 30 s: DataLoader worker (pid(s) 14351) exited unexpectedly
 #     spawn, timeout=30: 1 s: DataLoader worker (pid(s) 14391) exited unexpectedly
-# The seconds begin with the first sample. The script fails if the second is no longer near 30 s, or if one
-# of the others is not below 15 s.
+# The seconds begin with the first sample. The script installs 6 GB into a temporary folder, and
+# fails if the second line is no longer near 30 s, or if another is not below 15 s.
 set -euo pipefail
 folder=$(mktemp -d); trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/env"

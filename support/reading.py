@@ -375,7 +375,8 @@ def read(path, times, samples=0, size=160, window=None):
             Its edges are rounded, see `Cutter`.
     Returns:
         A list with an array (H, W, 3) uint8 for each time, and the sound (samples,) float32.
-        Raises ValueError, OSError or av.error.FFmpegError if the file does not give them exactly.
+        Raises ValueError, OSError or av.error.FFmpegError if the file does not give them exactly,
+        which includes sound that ends well before the first time.
     """
     reader, result = ClipReader(times, samples, size, window), None
     while result is None:

@@ -186,15 +186,14 @@ class Run:
                 batches = iter(self.loader)     # starts the loading processes
             while self.step < self.last_step:
                 batch = [x.to(device, non_blocking=True) for x in self.next_batch(batches)]
-                # While a step is computed, the processes agree with which status to stop, if any.
-                # On one process a scheduler's signal (75) counts before Ctrl-C (130).
-                should_stop = torch.tensor(min(statuses, default=0), dtype=torch.uint8)
-                agreed = dist.all_reduce(should_stop, dist.ReduceOp.MAX, async_op=True)
                 scale = self.scaler.get_scale()
                 yield self.epoch + self.used / self.N / self.sampler.steps_per_epoch, batch
                 self.skipped += self.scaler.get_scale() < scale     # infinite gradients
                 self.used, self.step = self.used + self.N, self.step + 1
-                agreed.wait()
+                # The processes agree with which status to stop, if any. On one process a
+                # scheduler's signal (75) counts before Ctrl-C (130).
+                should_stop = torch.tensor(min(statuses, default=0), dtype=torch.uint8)
+                dist.all_reduce(should_stop, dist.ReduceOp.MAX)
                 self.between_steps(int(should_stop))
 
     def next_batch(self, batches):

@@ -100,17 +100,18 @@ def train(out, during=None, scaling=False, save_every=0.0):
 
 @pytest.mark.parametrize("number,status,cause", SIGNALS)
 def test_a_signal_saves_in_mid_epoch(number, status, cause, tmp_path, capsys):
-    """The same command then ends with the weights of a run that nobody stops."""
+    """It saves after that step. The same command then ends with the weights of a run that nobody
+    stops."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(whole)
     with pytest.raises(SystemExit) as stopped:
         train(cut, lambda n, _: os.kill(os.getpid(), number) if n == 12 else None)
     assert stopped.value.code == status and (cut / "requeue").exists() == (status == REQUEUE)
-    assert (f"stopped by {cause}, saved at step 13 of 20: the same command continues from that "
+    assert (f"stopped by {cause}, saved at step 12 of 20: the same command continues from that "
             "step\n" in capsys.readouterr().out)
-    assert state_of(cut)["position"] == (2, 6)
+    assert state_of(cut)["position"] == (2, 4)
     train(cut)
-    assert f"continuing {cut / 'checkpoint.pt'} at step 13 of 20\n" in capsys.readouterr().out
+    assert f"continuing {cut / 'checkpoint.pt'} at step 12 of 20\n" in capsys.readouterr().out
     assert_same_state(whole, cut)
     assert steps(cut) == [10, 20] and not (cut / "requeue").exists()
 
