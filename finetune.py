@@ -203,7 +203,7 @@ def one_fold(args, device):
     lock_folder(args.out, None if args.linear else args)
     if args.global_batch % world_size() and not args.linear:
         raise ValueError(f"--global-batch {args.global_batch} does not divide among {world_size()} "
-                         f"processes: give a multiple of {world_size()}")
+                         f"processes: start another number, or give a multiple of {world_size()}")
     torch.manual_seed(args.seed)
     encoder = load_encoder(args.checkpoint, video_encoder(args.arch), args.arch)
     train_rows, train_left_out = find_rows(args.data, "train", args.out)

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 from tqdm import tqdm
 
 from support.processes import gather, rank, signals_blocked
@@ -89,14 +89,24 @@ def read_or_name(dataset, index):
 def collate(samples):
     """[(video, audio or label, source)] -> video (B, ...), audio (B, ...) or labels (B,), [source].
 
-    A sample without a video adds its source alone. If no sample has one, the first two are None.
+    A sample without a video adds its source alone. If no sample has one, the first two are None. A
+    loading process puts them into shared memory here: the DataLoader would do so later, in a thread
+    whose errors nobody hears (torch 2.14). Raises ValueError if that memory is full.
     """
     sources = [sample[2] for sample in samples]
     samples = [sample for sample in samples if sample[0] is not None]
     if not samples:
         return None, None, sources
     video, second, _ = zip(*samples)
-    return torch.stack(video), torch.stack([torch.as_tensor(x) for x in second]), sources
+    batch = torch.stack(video), torch.stack([torch.as_tensor(x) for x in second])
+    if get_worker_info():
+        try:
+            batch = [x.share_memory_() for x in batch]
+        except RuntimeError as error:
+            raise ValueError("the shared memory (/dev/shm) is full: give more (to Docker by "
+                             "--shm-size=32g), or start fewer loading processes (--workers)"
+                             ) from error
+    return *batch, sources
 
 
 def evaluation_batches(loader, max_failures):

@@ -1,17 +1,20 @@
 """From real files to batches: frames by time stamp, pitch by speed, sound in step, failures."""
 
+import resource
+
 import av
 import numpy as np
 import pytest
 import torch
 from conftest import make_video, peak_hz, remux, write_text
+from torch.utils.data import DataLoader, Dataset
 
 import data
 from augment import centre_band, crop_at
 from data import ActionClips, AudioVisualClips, evenly_spaced, find_rows, make_loader, read_clip
 from frames import read_barcode
 from prepare.scan import Row
-from support.batches import TrainingBatches, evaluation_batches
+from support.batches import TrainingBatches, collate, evaluation_batches
 
 
 # ---- one clip
@@ -235,3 +238,24 @@ def test_files_that_fail_leave_an_evaluation(put, tmp_path, workers, capfd):
         assert said.count(f"failed: {tmp_path / 'c' / f'{n}.mp4'}: Invalid data") == 1
     with pytest.raises(ValueError, match="3 of 8 videos failed, .* of 0.25, the last: .*2.mp4: "):
         next(evaluation_batches(make_loader(clips, 3, workers), 0.25))
+
+
+class Large(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return torch.zeros(2 ** 21, dtype=torch.uint8), torch.zeros(1), (index, None)
+
+
+def limit_memory(_):
+    """Files of this process, those of the shared memory too, have at most 1 MB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, 2 ** 20))
+
+
+@pytest.mark.slow
+def test_full_shared_memory_ends_the_loading_with_a_sentence():
+    loader = DataLoader(Large(), 1, num_workers=1, collate_fn=collate, timeout=60,
+                        worker_init_fn=limit_memory)
+    with pytest.raises(ValueError, match=r"the shared memory \(/dev/shm\) is full: give more"):
+        next(iter(loader))
