@@ -4,8 +4,8 @@
     ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
 
 This file needs torch and torchvision alone, and the MIT licence of this unofficial implementation
-beside a copy. For other encoders replace model.f or model.g, which
-have to give C numbers for a view (or change C). In several processes BatchNorm has to take the
+beside a copy. For other encoders replace model.f or model.g, which have to give 512 numbers for a
+view. For another width change C, and replace both. In several processes BatchNorm has to take the
 statistics of all (paper silent; GDT). So convert the model there: on GPUs by
 nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs as support/layers.py of this project does.
 

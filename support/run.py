@@ -55,7 +55,7 @@ def add_run_flags(parser):
                      help="share of clips that may fail to be read; training replaces them, a test "
                      "leaves them out, and clearly more stop the run (0.05; our choice)")
     run.add_argument("--save-every", type=at_least(0, float), default=10,
-                     help="minutes between checkpoints (10; our choice)")
+                     help="minutes between checkpoints (10; our choice; 0: one every 10 steps)")
     run.add_argument("--keep-every", type=at_least(1), metavar="E",
                      help="keep the checkpoint of every E-th epoch, as checkpoint-<epoch>.pt "
                      "(none; our choice)")
@@ -190,11 +190,13 @@ class Run:
                 yield self.epoch + self.used / self.N / self.sampler.steps_per_epoch, batch
                 self.skipped += self.scaler.get_scale() < scale     # infinite gradients
                 self.used, self.step = self.used + self.N, self.step + 1
-                # The processes agree with which status to stop, if any. On one process a
-                # scheduler's signal (75) counts before Ctrl-C (130).
-                should_stop = torch.tensor(min(statuses, default=0), dtype=torch.uint8)
-                dist.all_reduce(should_stop, dist.ReduceOp.MAX)
-                self.between_steps(int(should_stop))
+                # The processes agree with which status to stop, if any, and process 0 says whether
+                # to save. On one process a scheduler's signal (75) counts before Ctrl-C (130).
+                minutes = (time.monotonic() - self.saved_at) / 60
+                agreed = torch.tensor([min(statuses, default=0),
+                                       rank() == 0 and minutes >= self.args.save_every])
+                dist.all_reduce(agreed, dist.ReduceOp.MAX)
+                self.between_steps(*agreed.tolist())
 
     def next_batch(self, batches):
         """Take a batch, and name the files in it that had to be replaced. Returns its tensors."""
@@ -224,16 +226,18 @@ class Run:
         self.files, self.measures, self.rates = [], [], []      # of each step
         self.waited, self.newly_replaced, self.since = 0.0, 0, time.monotonic()
 
-    def between_steps(self, should_stop):
+    def between_steps(self, should_stop, time_to_save):
         """Check and log every LOG_EVERY steps, save when it is time, and exit after a signal.
 
-        should_stop: the exit status, or 0 to go on.
+        should_stop: the exit status, or 0 to go on. time_to_save: 1 or 0. It brings a line of the
+        log too.
         """
         self.bar.update()
         last, every = self.step == self.last_step, self.args.keep_every
         ends_epoch = self.used + self.N > len(self.loader.dataset)
         keep = ends_epoch and every and (self.epoch + 1) % every == 0
-        due = self.step % LOG_EVERY == 0 or last or keep
+        due = (self.step % LOG_EVERY == 0 or last or keep
+               or time_to_save and self.args.save_every > 0)
         if not (due or should_stop):
             return
         summaries = gather(self.summary())
@@ -245,7 +249,6 @@ class Run:
         if due and rank() == 0:
             self.write_summary(summaries)
         self.start_window()
-        time_to_save = summaries[0]["minutes"] >= self.args.save_every
         if time_to_save or should_stop or last or keep or too_many_failed:
             self.save(keep, requeue=should_stop == REQUEUE)
         if should_stop:
@@ -267,8 +270,7 @@ class Run:
         losses = measures.pop("loss").tolist()
         finite = torch.stack([x.isfinite().all() for x in self.model.parameters()]).all().item()
         return {"losses": losses, "finite": finite, "replaced": self.newly_replaced,
-                "means": {name: x.mean().item() for name, x in measures.items()},
-                "minutes": (time.monotonic() - self.saved_at) / 60}
+                "means": {name: x.mean().item() for name, x in measures.items()}}
 
     def stop_if_not_finite(self, summaries):
         """Stop all processes if a loss or a weight is not finite."""

@@ -116,6 +116,20 @@ def test_a_signal_saves_in_mid_epoch(number, status, cause, tmp_path, capsys):
     assert steps(cut) == [10, 20] and not (cut / "requeue").exists()
 
 
+def test_a_slow_step_is_saved_when_it_is_time(tmp_path):
+    """A run does not wait for the next line of the log, which may be ten long steps away."""
+    def break_off(n, _):
+        if n == 7:
+            raise ZeroDivisionError
+
+    train(tmp_path / "whole")
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "cut", break_off, save_every=1e-9)
+    assert state_of(tmp_path / "cut")["step"] == 6 == max(steps(tmp_path / "cut"))
+    train(tmp_path / "cut")
+    assert_same_state(tmp_path / "whole", tmp_path / "cut")
+
+
 @pytest.mark.parametrize("later,before", [('{"step": 20}\n{"step": 3', True), (None, False)])
 def test_a_run_that_breaks_off(later, before, tmp_path):
     """It goes on from the checkpoint of step 10, from bfloat16 without a gradient scaler to float16
