@@ -27,7 +27,7 @@ from augment import (centre_band, centre_crop, crop_at, flip_jitter, frame_times
                      random_resized_crop, sample_speeds, speed_up_audio)
 from prepare import demo, scan
 from support.batches import TrainingBatches, collate, load_item
-from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once,
+from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once, say,
                                world_size)
 from support.reading import RATE, read
 
@@ -74,10 +74,16 @@ def find_rows(data, split, out):
             raise ValueError(f"--data {source}: no such manifest")
         return read_manifest(source, split)
     manifest, cores = Path(out) / "manifest.csv", len(os.sched_getaffinity(0))
+
+    def scan_folder():
+        _, notes = scan.survey("folder", source, cores, out=manifest)
+        for note in notes if data else ():
+            say(note)
+
     try:
         if data is None:
             run_once(lambda: demo.build(source))
-        run_once(lambda: scan.scan(source, cores, out=manifest))
+        run_once(scan_folder)
     except ValueError as error:
         raise ValueError(f"--data {source}: {error}") from None
     return read_manifest(manifest, split)

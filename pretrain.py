@@ -1,8 +1,8 @@
 """SvaCLR pre-training (§2.3, §3.1 of arXiv 2309.13942): speed co-augmentation and SoftInfoNCE.
 
     python pretrain.py                                  # the built-in set: minutes on a CPU
-    python pretrain.py --data kinetics --out runs/k400 --batch-per-process 512 --chunk 8
-    torchrun --nproc_per_node=8 pretrain.py --data kinetics --out runs/k400 \\
+    python pretrain.py --data k400.csv --out runs/k400 --batch-per-process 512 --chunk 8
+    torchrun --nproc_per_node=8 pretrain.py --data k400.csv --out runs/k400 \\
         --batch-per-process 64 --chunk 8
 
 The last two train on one GPU and on eight, with the paper's batch of 512. With --data the defaults

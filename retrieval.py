@@ -1,8 +1,8 @@
 """Audio <-> video retrieval (§3.3, Tables 1 and 3).
 
     python retrieval.py                                 # the built-in set, after python pretrain.py
-    python retrieval.py --data kinetics --split val --checkpoint runs/k400/checkpoint.pt
-    torchrun --nproc_per_node=8 retrieval.py --data kinetics --split val \\
+    python retrieval.py --data k400.csv --split val --checkpoint runs/k400/checkpoint.pt
+    torchrun --nproc_per_node=8 retrieval.py --data k400.csv --split val \\
         --checkpoint runs/k400/checkpoint.pt
 
 The sound of each test clip queries the videos of all test clips, and its video queries all sounds,

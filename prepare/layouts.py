@@ -157,7 +157,8 @@ def cut_and_uncut(clips, numbers):
 def folder(root, test_share=None, seed=None):
     """ROOT/[train|val|test/]class/*: the folders give the labels and the splits (see SPLITS).
 
-    If ROOT has another folder beside train, val and test, all of its folders are classes.
+    If ROOT has other folders beside one of these parts, all of its folders are classes. Raises
+    ValueError if they are beside two or more.
     test_share: where the folders give no splits, draw this share of the files for the test part.
     seed: of this draw, None for 0.
     """
@@ -168,8 +169,12 @@ def folder(root, test_share=None, seed=None):
     entries, tops = [], {path.relative_to(root).parts[0] for path in paths if path.parent != root}
     splits = {name: SPLITS[name.lower()] for name in tops if name.lower() in SPLITS}
     if splits and len(splits) < len(tops):
+        other = min(tops - splits.keys())
+        if len(set(splits.values())) > 1:
+            raise ValueError(f"{root} has the parts {', '.join(sorted(splits))}, and beside them "
+                             f"{other}: move that away, or make a manifest of an official list")
         notes.append(f"{', '.join(sorted(splits))} counted among the classes, because "
-                     f"{min(tops - splits.keys())} beside it is no part")
+                     f"{other} beside it is no part")
         splits = {}
     if test_share is not None and splits:
         raise ValueError(f"{root} has parts of its own ({', '.join(sorted(splits))}): leave out "

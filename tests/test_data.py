@@ -240,6 +240,14 @@ def test_files_that_fail_leave_an_evaluation(put, tmp_path, workers, capfd):
         next(evaluation_batches(make_loader(clips, 3, workers), 0.25))
 
 
+def test_a_scan_says_what_it_made_of_the_folders(put, tmp_path, capsys):
+    for name in ("bus", "train"):
+        put(f"r/{name}/a.mp4")
+    rows, _ = find_rows(tmp_path / "r", None, tmp_path)
+    assert [row.label for row in rows] == ["bus", "train"]
+    assert "train counted among the classes, because bus" in capsys.readouterr().out
+
+
 class Large(Dataset):
     def __len__(self):
         return 2

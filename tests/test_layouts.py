@@ -204,6 +204,8 @@ def test_lists_with_errors(tmp_path, layout, name, content, message):
 @pytest.mark.parametrize("args, message", [
     (("folder", "own", "--test-share", "0.2"),
      "{0}/own has parts of its own (test, train): leave out --test-share"),
+    (("folder", "all"), "{0}/all has the parts train, val, and beside them replacement: move that "
+                        "away, or make a manifest of an official list"),
     (("folder", "own/test", "--test-share", "20"),
      "--test-share 20.0: give a share above 0 and below 1, e.g. 0.2"),
     (("folder", "own", "--seed", "1"), "--seed draws a test part: give --test-share too"),
@@ -215,7 +217,8 @@ def test_lists_with_errors(tmp_path, layout, name, content, message):
     (("folder", "own", "--out", "notes.txt"), "notes.txt is no manifest of this version, it ")])
 def test_wrong_commands(tmp_path, monkeypatch, args, message):
     """A wrong call ends with one sentence."""
-    for name in ("own/train/a/1.mp4", "own/test/a/2.mp4"):
+    for name in ("own/train/a/1.mp4", "own/test/a/2.mp4", "all/train/1.mp4", "all/val/2.mp4",
+                 "all/replacement/3.mp4"):
         write_text(tmp_path / name, "")
     write_text(tmp_path / "notes.txt", "a note\nand another\n")
     monkeypatch.chdir(tmp_path)
