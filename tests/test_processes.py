@@ -64,6 +64,23 @@ def test_a_process_takes_a_gpu_that_it_sees(visible, local_rank, W, index, gpu, 
     assert said == (W == 1)
 
 
+@pytest.mark.parametrize("visible,refused", [("0", True), (None, True), ("", False)])
+def test_a_gpu_that_torch_cannot_use_is_no_cpu(visible, refused, gpu, tmp_path, monkeypatch):
+    """As with a driver that is too old: the run would go on a hundred times slower."""
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(processes, "DRIVER", str(tmp_path / "nvidia0"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    gpu(is_available=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if refused:
+        with pytest.raises(ValueError, match="cannot use the GPU of this machine"):
+            processes.start()
+    else:
+        assert processes.start() == torch.device("cpu")
+
+
 @pytest.mark.parametrize("capability,auto,others,sentence", [
     ((7, 0), torch.float16, [], "no kernels for Tesla V100 .compute capability 7.0."),
     ((7, 5), torch.float16, ["b", "c"], ""), ((12, 0), torch.bfloat16, ["b"], ""),
