@@ -6,6 +6,7 @@ process. So a collective operation needs no special case for one process.
 
 import argparse
 import functools
+import glob
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
@@ -23,7 +24,7 @@ import torch.distributed as dist
 
 # torchrun's restarted workers then start with a store of their own (pytorch/pytorch#135712).
 UNSHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-DRIVER = "/dev/nvidia0"             # exists where NVIDIA's driver has a GPU
+DEVICES = "/dev/nvidia[0-9]*"       # of NVIDIA's driver, a file for each GPU
 # A scheduler sends the first two before it takes the machine away; Ctrl-C sends the third.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 INTERRUPTED = 130                   # exit status after Ctrl-C (128 + SIGINT, as shells have it)
@@ -99,10 +100,11 @@ def start():
             multiprocessing.forkserver.ensure_running()
     cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
-    if not cuda and torch.version.cuda and os.path.exists(DRIVER) and not hidden:
-        raise ValueError(f"torch {torch.__version__} cannot use the GPU of this machine: its "
-                         "driver may need the versions of the section V100 of docs/running.md; "
-                         "with CUDA_VISIBLE_DEVICES= in the environment the CPU is used")
+    if not cuda and glob.glob(DEVICES) and not hidden:
+        raise ValueError(f"torch {torch.__version__} cannot use a GPU of this machine: was one "
+                         "asked for (Slurm: --gpus-per-node)? If nvidia-smi shows one, its driver "
+                         "may need the versions of the section V100 of docs/running.md; with "
+                         "CUDA_VISIBLE_DEVICES= in the environment the CPU is used")
     if cuda:
         # A launcher may show each process its own GPU alone, which is then device 0 of each.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
