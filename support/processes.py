@@ -102,9 +102,10 @@ def start():
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
     if not cuda and glob.glob(DEVICES) and not hidden:
         raise ValueError(f"torch {torch.__version__} cannot use a GPU of this machine: was one "
-                         "asked for (Slurm: --gpus-per-node)? If nvidia-smi shows one, its driver "
-                         "may need the versions of the section V100 of docs/running.md; with "
-                         "CUDA_VISIBLE_DEVICES= in the environment the CPU is used")
+                         "asked for (Slurm: --gpus-per-node)? If nvidia-smi shows one, this torch "
+                         "may be a build for CPUs, or its driver need the versions of the section "
+                         "V100 of docs/running.md; with CUDA_VISIBLE_DEVICES= in the environment "
+                         "the CPU is used")
     if cuda:
         # A launcher may show each process its own GPU alone, which is then device 0 of each.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
