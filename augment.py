@@ -12,10 +12,10 @@
     frames = frames[:, top:top + height, left:left + width]         # resize; if mirrored, flip(-2)
 
 This file needs torch, torchvision and torchaudio alone, and the MIT licence of this unofficial
-implementation beside a copy. Speed is a sampling rate ("implemented by
-applying different sampling rates", §2.1): a view at speed tau covers tau times the source in the
-same number of frames and samples. Symbols: T frames of a view, H, W pixels, L samples of a view, M
-mel bands, F spectrogram frames, tau a speed from {1, ..., S}.
+implementation beside a copy. Speed is a sampling rate ("implemented by applying different sampling
+rates", §2.1): a view at speed tau covers tau times the source in the same number of frames and
+samples. Symbols: T frames of a view, H, W pixels, L samples of a view, M mel bands, F spectrogram
+frames, tau a speed from {1, ..., S}.
 """
 
 import torch

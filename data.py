@@ -247,6 +247,7 @@ def make_loader(dataset, batch_size, workers=None, epochs=1):
     To train, it gives the shuffled batches of all epochs, from the place in its batch_sampler on.
     To evaluate, it goes through the files once. workers: see support.processes.loading_workers.
     """
+    # Without a timeout, which would delay the news of a worker's death (see findings/).
     common = dict(num_workers=loading_workers(workers), collate_fn=collate,
                   worker_init_fn=end_with_trainer, pin_memory=torch.cuda.is_available())
     atexit.register(end_workers)

@@ -3,10 +3,9 @@
     loss = soft_info_nce(ly_a, ly_v, z_a, z_v)    # ly = l(y), y: encoder outputs, z: projections
 
 This file needs torch alone, and the MIT licence of this unofficial implementation beside a copy.
-Symbols: B clips on this process, W processes, N = W B clips in the
-global batch; K views per modality (view 0 at speed 1, view 1 at a drawn speed); C width of l(y), D
-projection width. Views keep an axis of their own, so that no index arithmetic decides which row
-belongs to which clip:
+Symbols: B clips on this process, W processes, N = W B clips in the global batch; K views per
+modality (view 0 at speed 1, view 1 at a drawn speed); C width of l(y), D projection width. Views
+keep an axis of their own, so that no index arithmetic decides which row belongs to which clip:
 
                      clip j = i             clip j != i
     video views q    0         1            0      1

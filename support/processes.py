@@ -44,7 +44,7 @@ def launch(job, args):
             if not str(error).startswith("DataLoader "):
                 raise
             raise ValueError(f"{' '.join(str(error).split())} A loading process ran out of memory, "
-                             "or a file crashes or hangs the decoder: python -m prepare.manifest "
+                             "or a file crashes the decoder: python -m prepare.manifest "
                              "with --verify finds such a file, and if you replace it, the same "
                              "command goes on from what is saved") from None
     except SystemExit:

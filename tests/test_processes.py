@@ -97,6 +97,13 @@ def test_what_a_gpu_can(capability, auto, others, sentence, gpu, monkeypatch):
         processes.check_gpu(device)
 
 
+def test_names_of_amd_gpus_are_no_capabilities(gpu, monkeypatch):
+    gpu(get_device_capability=(9, 4), get_arch_list=["gfx90a", "gfx942"],
+        get_device_properties=Namespace(uuid="a"))
+    monkeypatch.setattr(processes, "gather", lambda own: [own])
+    processes.check_gpu(torch.device("cuda"))           # does not raise
+
+
 @pytest.mark.parametrize("bf16,auto", [(True, torch.bfloat16), (False, torch.float32)])
 def test_precision_of_a_cpu(bf16, auto, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
@@ -113,7 +120,7 @@ def test_precision_of_a_cpu(bf16, auto, monkeypatch):
     (FloatingPointError("loss nan at step 3"), "loss nan at step 3"), (OSError(), "OSError"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nRaise its limit."),
      "DataLoader worker (pid 7) is killed by signal: Bus error. Raise its limit. A loading process "
-     "ran out of memory, or a file crashes or hangs the decoder: python -m prepare.manifest with "
+     "ran out of memory, or a file crashes the decoder: python -m prepare.manifest with "
      "--verify finds such a file, and if you replace it, the same command goes on from what is "
      "saved")])
 def test_an_expected_error_is_one_line(error, sentence, capsys):
