@@ -1,10 +1,8 @@
-"""Speed against what the hardware allows. Ratios come first: both sides are timed in turn.
+"""Speed and memory of a training step against what the hardware allows.
 
     python -m experiments.bench step            # a training step over the bare encoders
     python -m experiments.bench step --batch-size 64 --chunk 8      # and in chunks of 8 clips
     python -m experiments.bench memory --batch-size 8 --precision fp16      # needs no GPU
-    python -m experiments.bench loss            # Eq. 3 at global batches of 512 to 32,768
-    python -m experiments.bench loader          # a sample over the bare decode of its window
 
 `step --batch-size 8 16 32 ...` goes on until the memory is full. Each bench yields what it measured
 with its {quantity: value}. They are printed, and `--csv FILE` adds a line to FILE for each value.
@@ -18,27 +16,21 @@ import platform
 import re
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
-from fractions import Fraction
 from pathlib import Path
 from unittest.mock import patch
 
 import av
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
-from augment import LogMel, normalize_frames, random_crop
-from data import AudioVisualClips, make_loader, read_clip, read_manifest
+from augment import LogMel, normalize_frames
 from loss import soft_info_nce
-from prepare import scan, transcode
 from prepare.scan import Row
 from support.processes import at_least, autocast, choose_precision, start
 from support.reading import RATE
@@ -51,19 +43,14 @@ def now(device):
     return time.perf_counter()
 
 
-def turns(functions, rounds, device=torch.device("cpu")):
-    """Time functions in turn, in `rounds` rounds after one that is not counted: s, a list each.
-
-    A machine that slows down slows all of them down.
-    """
-    times = [[] for _ in functions]
-    for n in range(rounds + 1):
-        for spent, function in zip(times, functions):
-            began = now(device)
-            function()
-            if n:
-                spent.append(now(device) - began)
-    return times
+def fastest(function, rounds, device):
+    """The least time of a function in s, of `rounds` rounds after one that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        began = now(device)
+        function()
+        times.append(now(device) - began)
+    return min(times[1:])
 
 
 def ratio(name, ours, bare):
@@ -207,8 +194,8 @@ def of_step(steps):
     args, dtype, cuda = steps.args, str(steps.dtype)[6:], steps.device.type == "cuda"
     B, size = args.batch_per_process, 8192 if cuda else 2048
     a, b = (torch.randn(size, size, device=steps.device, dtype=steps.dtype) for _ in range(2))
-    matmul, = turns([lambda: a @ b], steps.rounds, steps.device)
-    rate, limit = steps.flops / min(steps.ours), 2 * size ** 3 / min(matmul)        # FLOP/s
+    rate = steps.flops / min(steps.ours)                                            # FLOP/s
+    limit = 2 * size ** 3 / fastest(lambda: a @ b, steps.rounds, steps.device)      # FLOP/s
     what = f"step {args.arch} B{B} T{args.frames} {args.size}px {dtype}"
     what += f" chunks of {args.chunk}" if args.chunk else ""
     what += " compiled" if args.compile else ""
@@ -285,103 +272,6 @@ def memory(args):
             "TFLOP of a clip": (flops + counter.get_total_flops()) / c / 1e12}
 
 
-def loss(args):
-    device, first = start(), None
-    B, K, C, D = 8, 2, 512, 256
-    y_a, y_v = (torch.randn(B, K, C, device=device).relu().requires_grad_() for _ in range(2))
-    z_a, z_v = (F.normalize(torch.randn(B, K, D, device=device), dim=2).requires_grad_()
-                for _ in range(2))
-    for N in (512, 2048, 8192, 32768):
-        others = F.normalize(torch.randn(N - B, K, D, device=device), dim=2).requires_grad_()
-        def both():                         # the clips of the other processes are made up
-            with patch("loss.all_gather", lambda z: torch.cat([z, others])):    # (N, K, D)
-                L = soft_info_nce(y_a, y_v, z_a, z_v, check=False)      # as in pretrain.py
-            torch.autograd.grad(L, [y_a, y_v, z_a, z_v, others])
-
-        with held_for_backward() as held:
-            both()
-        spent, = turns([both], args.rounds, device)
-        values = {"ms": 1000 * min(spent), "MB for the backward": sum(held.values()) / 1e6}
-        first = first or values
-        over = {f"{name} / N 512": value / first[name] for name, value in values.items()}
-        yield f"loss B 8 N {N}", values | over
-    # Of 8 clips of the paper's model.
-    yield "loss B 8 N 512", {"share of a step": first["ms"] / 1000 / min(train([], 2, device).ours)}
-
-
-def loader(args):
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        path, listed = folder / "set" / "films" / "film.mp4", folder / "m.csv"
-        path.parent.mkdir(parents=True)
-        film(path)
-        yield sample(path, args.rounds)
-        scan.write(scan.scan(path.parent.parent), listed)
-        transcode.run(listed, folder / "copy")
-        yield throughput("originals", listed, args.rounds)
-        yield throughput("transcoded copies", folder / "copy" / "manifest.csv", args.rounds)
-
-
-def film(path):
-    """Write 10 s of moving texture at 30 fps and a noisy tone: H.264, a keyframe every 250 frames;
-    AAC."""
-    rng, rate = np.random.default_rng(0), 44100
-    texture = rng.integers(0, 256, (64, 85, 3)).repeat(6, 0).repeat(6, 1)           # (384, 510, 3)
-    with av.open(str(path), "w") as out:
-        video = out.add_stream("libx264", rate=30, width=340, height=256, options={"g": "250"})
-        audio = out.add_stream("aac", rate=rate)
-        for n in range(300):
-            y, x = (int(60 + 50 * f(n / 25)) for f in (np.sin, np.cos))
-            image = texture[y:y + 256, x:x + 340] + rng.integers(-4, 5, (256, 340, 1))
-            image = np.clip(image, 0, 255).astype(np.uint8)
-            out.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        out.mux(video.encode(None))
-        t = np.arange(10 * rate) / rate
-        wave = 0.3 * np.sin(2 * np.pi * 440 * t) + 0.1 * rng.standard_normal((2, len(t)))
-        sound = av.AudioFrame.from_ndarray(wave.astype(np.float32), format="fltp", layout="stereo")
-        sound.sample_rate, sound.pts, sound.time_base = rate, 0, Fraction(1, rate)
-        out.mux(audio.encode(sound))
-        out.mux(audio.encode(None))
-
-
-def sample(path, rounds):
-    """Both views at speed 4 (30 frames at 30 fps, 128 pixels, 1 s of sound) from places of a film
-    of 10 s, over the bare decode of the same 4 s."""
-    starts = iter(np.random.default_rng(0).uniform(0, 6, rounds + 1).repeat(2))
-
-    def ours():
-        window, mirrored = random_crop()
-        video, _ = read_clip(path, next(starts), (1, 4), (1, 4), 30, 30, 128, window)
-        video.flip(-2) if mirrored else video
-
-    def bare():
-        t0, times = next(starts), {}
-        with av.open(str(path)) as container:
-            video, audio = container.streams.video[0], container.streams.audio[0]
-            video.codec_context.thread_count = 1
-            container.seek(int(t0 * av.time_base))
-            for packet in container.demux(video, audio):
-                times |= {packet.stream.type: frame.time for frame in packet.decode()}
-                if len(times) == 2 and min(times.values()) >= t0 + 4:
-                    break
-
-    return f"loader {path.name}", ratio("sample / bare decode", *turns([ours, bare], rounds))
-
-
-def throughput(name, listed, rounds):
-    """Samples/s of one loading process as training draws them: speeds 1 to 4, any place."""
-    rows, _ = read_manifest(listed)
-    dataset = AudioVisualClips(rows * (8 * (rounds + 4)), 30, 30, 128, 4)
-    batches = iter(make_loader(dataset, 8, workers=1))
-    next(batches)                           # by then the process has started
-    began = time.perf_counter()
-    for _ in range(rounds):
-        next(batches)
-    rate = 8 * rounds / (time.perf_counter() - began)
-    return f"loader {name}", {"samples per s, one worker": rate}
-
-
 def hardware():
     """Number and kind of the cores, the GPU if there is one, and versions."""
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -405,22 +295,21 @@ def record(path, what, values):
 
 def main():
     """Run the command."""
-    benches = {"step": step, "memory": memory, "loss": loss, "loader": loader}
+    benches = {"step": step, "memory": memory}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("what", choices=list(benches))
     p.add_argument("--rounds", type=at_least(2), default=15, help="measured rounds (15)")
     p.add_argument("--csv", help="file to add the results to (none)")
-    p.add_argument("--arch", default="r2plus1d_10",
-                   help="step, memory: video encoder (r2plus1d_10)")
+    p.add_argument("--arch", default="r2plus1d_10", help="video encoder (r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32],
-                   help="step, memory: clips, one or more sizes, the smallest first (32)")
+                   help="clips, one or more sizes, the smallest first (32)")
     p.add_argument("--chunk", type=at_least(2),
                    help="memory: embed so many clips at a time; step: beside it the same batch in "
                    "such chunks, and a batch of one chunk (none)")
-    p.add_argument("--frames", type=int, default=4, help="step, memory: T (4)")
-    p.add_argument("--size", type=int, default=32, help="step, memory: H = W in pixels (32)")
+    p.add_argument("--frames", type=int, default=4, help="T (4)")
+    p.add_argument("--size", type=int, default=32, help="H = W in pixels (32)")
     p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                   help="step, memory: of the encoders (auto)")
+                   help="of the encoders (auto)")
     p.add_argument("--compile", action="store_true", help="step: torch.compile (off)")
     p.add_argument("--profile", action="store_true", help="step: where the time goes (off)")
     args = p.parse_args()

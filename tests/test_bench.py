@@ -108,22 +108,6 @@ def test_memory_of_a_batch_in_chunks():
     assert chunks[flops] / one[flops] == pytest.approx(4 / 3, abs=0.02)
 
 
-def test_loss():
-    """Of N = 512 clips. The backward pass holds the gathered z of both modalities (1 MB each), and
-    matrices of similarities."""
-    what, values = next(bench.loss(Namespace(rounds=2)))
-    assert what == "loss B 8 N 512" and values["ms"] > 0
-    assert 2 * 512 * 2 * 256 * 4 < values["MB for the backward"] * 1e6 < 3e6
-
-
-@pytest.mark.slow
-def test_loader():
-    found = dict(bench.loader(Namespace(rounds=2)))
-    assert list(found) == ["loader film.mp4", "loader originals", "loader transcoded copies"]
-    assert 0.3 < found["loader film.mp4"]["sample / bare decode"] < 10
-    assert all(values["samples per s, one worker"] > 0 for values in [*found.values()][1:])
-
-
 def test_peak_memory():
     """It sees an array of 400 MB, also if that is gone."""
     bench.forget_peak(CPU)
