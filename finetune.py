@@ -9,9 +9,10 @@
 
 With --data the defaults are the protocol's; without it they are those of the built-in set. A help
 text names both, and the section, or GDT where the paper is silent. Ctrl-C saves, and the same
-command continues. The result is that of the last epoch. OUT gets results.json, with --fold the mean
-over all folds in OUT that were run with these settings. Each fold's folder gets its results.json,
-checkpoint.pt, log.jsonl, confusion.csv (rows: the true class) and classes.csv.
+command continues. The result is that of the last epoch. OUT gets results.json, checkpoint.pt,
+log.jsonl, confusion.csv (rows: the true class) and classes.csv. With --fold the folder OUT/fold1
+(2, 3) gets these, and OUT the results.json of several folds, with their mean. Folds may also be
+trained by commands of their own: one with all of them then evaluates, and takes the mean.
 
 Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C encoder width.
 """
@@ -32,7 +33,7 @@ from data import ActionClips, find_rows, make_loader, probe_file
 from models import C, video_encoder
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_encoder, read_state
-from support.classification import (answers, check_protocol, fit_linear, report_results,
+from support.classification import (answers, check_protocol, fit_linear, print_results,
                                     say_torchvision, shared_classes, subset, top_1_and_5,
                                     write_classes, write_predictions, write_results)
 from support.layers import trainable
@@ -272,19 +273,25 @@ def predict(args, device):
 
 
 def recognise(args, device):
-    """Train and test on the folds, write a results.json for each, and report their mean."""
+    """Train and test on the folds, write the results of each, and their mean if there are more."""
     if args.predict:
         predict(args, device)
         return
     check_protocol(args)
+    settings, folds = args, {}
     for fold in args.fold or [None]:
-        settings = argparse.Namespace(**vars(args) | {"fold": fold})
         if fold:
+            settings = argparse.Namespace(**vars(args) | {"fold": fold})
             settings.data = args.data.replace("{fold}", str(fold))
             settings.out = str(Path(args.out) / f"fold{fold}")
             check_protocol(settings)
-        write_results(settings, {f"fold {fold}" if fold else "test": one_fold(settings, device)})
-    report_results(args)
+        result = {f"fold {fold}" if fold else "test": one_fold(settings, device)}
+        write_results(settings, result)
+        folds |= result
+    if len(folds) > 1:
+        settings = args
+        write_results(args, folds)
+    print_results(settings, folds)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from torch import nn
 
 from support.files import write_atomic
 from support.processes import rank, run_once, say
-from support.run import CHANGEABLE
 
 
 def say_torchvision(source, frames, fps, size):
@@ -144,49 +143,26 @@ def check_protocol(args):
     run_once(check)
 
 
+def mean_of(folds):
+    """The mean {name: accuracy} of the results {fold: {name: value}}."""
+    names = [name for name in next(iter(folds.values())) if "top" in name]
+    return {name: statistics.mean(result[name] for result in folds.values()) for name in names}
+
+
 def write_results(args, folds):
     """Process 0 writes the results {fold: {name: value}} and their mean to args.out."""
-    if rank() > 0:
-        return
-    names = [name for name in next(iter(folds.values())) if "top" in name]
-    mean = {name: statistics.mean(result[name] for result in folds.values()) for name in names}
-    results = {"protocol": vars(args), "epoch": "last", **folds, "mean": mean}
-    write_atomic(json.dumps(results, indent=1).encode(), Path(args.out, "results.json"))
+    if rank() == 0:
+        results = {"protocol": vars(args), "epoch": "last", **folds, "mean": mean_of(folds)}
+        write_atomic(json.dumps(results, indent=1).encode(), Path(args.out, "results.json"))
 
 
-def folds_alike(args):
-    """The results {fold: {name: value}} of all folds in args.out that were measured as the first of
-    args.fold was: with the same settings, encoder and data but for the fold."""
-    kept = {int(path.parent.name[-1]): json.loads(path.read_text())
-            for path in sorted(Path(args.out).glob("fold?/results.json"))}
-    own, found = kept[args.fold[0]]["protocol"], {}
-    names = own.keys() - CHANGEABLE - {"fold", "data"} | {"test_clips"}
-    for fold, results in kept.items():
-        protocol = results["protocol"]
-        if (protocol["data"] == args.data.replace("{fold}", str(fold))
-                and all(protocol.get(name) == own[name] for name in names)):
-            found[f"fold {fold}"] = results[f"fold {fold}"]
-        else:
-            print(f"fold {fold} of {args.out} is left out: it has other settings, data or weights")
-    return found
-
-
-def report_results(args):
-    """Process 0 prints the results in args.out. With folds it first writes there those of all folds
-    that were measured alike, by other commands too, and their mean."""
-    if rank() > 0:
-        return
-    if args.fold:
-        write_results(args, folds_alike(args))
-    results = json.loads(Path(args.out, "results.json").read_text())
-    shown = {name: results[name] for name in results if name.startswith(("test", "fold"))}
-    if len(shown) > 1:
-        shown["mean"] = results["mean"]
-    for name, result in shown.items():
+def print_results(args, folds):
+    """Process 0 prints the results, which args.out has, and their mean if there are several."""
+    for name, result in (folds | ({"mean": mean_of(folds)} if len(folds) > 1 else {})).items():
         values = [f"{key} {x:.1f} %" if "top" in key else f"{x} {key}"
                   for key, x in result.items() if "failed" not in key]
         if failed := result.get("failed"):
             values.append(f"{failed} of {failed + result['test videos']} test videos failed")
-        print(f"{name}: {', '.join(values)}")
+        say(f"{name}: {', '.join(values)}")
     how = "linear probe" if args.linear else f"epoch {args.epochs} of {args.epochs}"
-    print(f"({how}, {args.test_clips} clips x 3 crops; {args.out}/results.json)")
+    say(f"({how}, {args.test_clips} clips x 3 crops; {args.out}/results.json)")
