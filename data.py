@@ -149,7 +149,7 @@ class AudioVisualClips(Dataset):
                  clips_per_file=None):
         self.frames, self.fps, self.size, self.seed = frames, fps, size, seed
         self.max_speed, self.same_speed, self.clips_per_file = max_speed, same_speed, clips_per_file
-        self.seconds = frames / fps
+        self.seconds, self.K = frames / fps, 1 if max_speed == 1 else 2     # without speed one view
         self.rows, self.left_out = [], {}
         for row in rows:
             if not row.has_audio:
@@ -172,8 +172,7 @@ class AudioVisualClips(Dataset):
     def draw(self, row, generator):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
         S = min(self.max_speed, max(1, int(row.duration / self.seconds + 1e-3)))    # what fits
-        K = 1 if self.max_speed == 1 else 2             # one view without co-augmentation
-        tau_v, tau_a = (tau[:K] for tau in sample_speeds(S, generator, self.same_speed))
+        tau_v, tau_a = (tau[:self.K] for tau in sample_speeds(S, generator, self.same_speed))
         room = row.duration - max(tau_v + tau_a) * self.seconds
         t0 = row.start + max(0, room) * float(torch.rand((), generator=generator))
         window, mirrored = random_crop(generator)

@@ -232,7 +232,7 @@ def find_clips(args, B):
 
 def say_settings(args, B, loader, left_out):
     """Print the effective numbers of a run: batch, negatives, steps and learning rate."""
-    N, K = world_size() * B, 1 if args.max_speed == 1 else 2
+    N, K = world_size() * B, loader.dataset.K
     steps = loader.batch_sampler.steps_per_epoch
     rates = [learning_rate(epoch, args.warmup, args.epochs, args.lr * N / PAPER_BATCH)
              for epoch in (0, args.warmup, args.epochs)]
