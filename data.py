@@ -124,12 +124,6 @@ def read_clip(path, t0, tau_v=(1,), tau_a=(1,), frames=30, fps=30, size=160, win
     return video, torch.stack(audio) if audio else torch.empty(0, L)            # (K, L)
 
 
-def probe_file(path, label=""):
-    """The Row of a file that is in no manifest, or None, and why it cannot be used (or "")."""
-    line = scan.probe((path, label, ""))
-    return None if line["reason"] else scan.make_row(line), line["reason"]
-
-
 class AudioVisualClips(Dataset):
     """The co-augmented views of a clip to train on, or evenly spaced clips at speed 1 to evaluate.
 

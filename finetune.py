@@ -5,7 +5,6 @@
         --checkpoint runs/k400/checkpoint.pt --out runs/ucf101
     torchrun --nproc_per_node=8 finetune.py --data hmdb51-{fold}.csv --fold 1 2 3 \\
         --checkpoint runs/k400/checkpoint.pt --out runs/hmdb51
-    python finetune.py --out runs/ucf101/fold1 --predict film.mp4   # the classes of one's own files
 
 With --data the defaults are the protocol's; without it they are those of the built-in set. A help
 text names both, and the section, or GDT where the paper is silent. Ctrl-C saves, and the same
@@ -18,7 +17,6 @@ Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C enc
 """
 
 import argparse
-import sys
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -29,13 +27,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from augment import normalize_frames
-from data import ActionClips, find_rows, make_loader, probe_file
+from data import ActionClips, find_rows, make_loader
 from models import C, video_encoder
 from support.batches import evaluation_batches, gather_results
-from support.checkpoints import load_encoder, read_state
+from support.checkpoints import load_encoder
 from support.classification import (answers, check_protocol, fit_linear, print_results,
                                     say_torchvision, shared_classes, subset, top_1_and_5,
-                                    write_classes, write_predictions, write_results)
+                                    write_classes, write_results)
 from support.layers import trainable
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
                                say, world_size)
@@ -62,9 +60,6 @@ def parse(argv=None):
                       default="r2plus1d_18",
                       help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10)")
     data.add_argument("--out", default="runs/finetune", help="folder of results (runs/finetune)")
-    data.add_argument("--predict", nargs="+", metavar="FILE",
-                      help="print the 5 most probable classes of these videos by the model and "
-                      "settings of OUT/checkpoint.pt, and write OUT/predictions.csv (none)")
     clip = p.add_argument_group("clips")
     clip.add_argument("--frames", type=at_least(1), default=32,
                       help="T, frames of a clip (32: paper silent, GDT; built-in set: 4)")
@@ -92,11 +87,6 @@ def parse(argv=None):
     if p.parse_args(argv).data is None:
         p.set_defaults(**DEMO)
     args = p.parse_args(argv)
-    given = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
-             if value != p.get_default(name) and name not in ("predict", "out", "workers")]
-    if args.predict and given:
-        p.error("--predict takes all settings from OUT/checkpoint.pt (which --linear does not "
-                f"write): leave out {' '.join(given)}")
     if bool(args.fold) != ("{fold}" in (args.data or "")):
         p.error("--fold and a {fold} in --data need each other: --data ucf101-{fold}.csv --fold 1")
     return args
@@ -227,7 +217,7 @@ def one_fold(args, device):
         failed = {"failed in training": failures}
         say(f"{failures} of {len(train_rows)} training videos failed")
     else:
-        args.classes = classes                          # for --predict
+        args.classes = classes                          # for experiments.predict
         train(args, model, ActionClips(train_rows * args.train_clips, classes, **clip), dtype)
     clips = ActionClips(test_rows, classes, **clip, clips_per_file=args.test_clips, crops=3)
     scores, hits, rows = evaluate(model, clips, dtype, args.workers, args.max_failures)
@@ -239,44 +229,8 @@ def one_fold(args, device):
             "classes": len(classes), "failed": len(clips) - len(rows), **failed}
 
 
-def predict(args, device):
-    """Find the most probable classes of the files --predict, as the test does with its videos.
-
-    A file that fails is named, and the exit status is then 1. Raises ValueError if OUT has no
-    fine-tuned model.
-    """
-    path = Path(args.out, "checkpoint.pt")
-    state = read_state(path) if path.exists() else {}
-    settings = argparse.Namespace(**state.get("settings", {}))
-    if not hasattr(settings, "classes"):
-        raise ValueError(f"--out {args.out} has no checkpoint.pt of a fine-tuning with its class "
-                         "names (--linear writes none): with --fold give the folder of one fold, "
-                         "such as runs/ucf101/fold1")
-    model = classifier(video_encoder(settings.arch), len(settings.classes))
-    model.load_state_dict(state["model"])
-    dtype, reason = choose_precision(settings.precision, device)
-    rows = []
-    for file in args.predict:
-        row, failure = probe_file(file, settings.classes[0])    # a label that is not looked at
-        if row:
-            rows.append(row)
-        else:
-            say(f"failed: {file}: {failure}", sys.stderr)
-    clips = ActionClips(rows, settings.classes, settings.frames, settings.fps, settings.size,
-                        clips_per_file=settings.test_clips, crops=3)
-    scores, _, rows = evaluate(model.to(device), clips, dtype, args.workers, max_failures=1)
-    say(f"{path}: epoch {state['position'][0]} of {settings.epochs}, {len(settings.classes)} "
-        f"classes, {settings.test_clips} clips x 3 crops, {str(dtype)[6:]} ({reason})")
-    write_predictions(Path(args.out), settings.classes, [row.path for row in rows], scores)
-    if len(rows) < len(args.predict):
-        sys.exit(1)
-
-
 def recognise(args, device):
     """Train and test on the folds, write the results of each, and their mean if there are more."""
-    if args.predict:
-        predict(args, device)
-        return
     check_protocol(args)
     settings, folds = args, {}
     for fold in args.fold or [None]:

@@ -19,6 +19,7 @@ L samples, M mel bands, F spectrogram frames, C encoder width, D projection widt
 
 import argparse
 import math
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -102,7 +103,8 @@ def add_training_flags(p):
     optim.add_argument("--warmup", type=at_least(0, float),
                        help="epochs of linear warm-up (a tenth of --epochs; 10 of 100: §3.1)")
     optim.add_argument("--batch-per-process", type=at_least(1), default=8,
-                       help="clips per process (8: §3.1; built-in set: all processes share 32)")
+                       help="clips per process (8: §3.1, on 64 GPUs; 8 GPUs make the same 512 by "
+                       "64, with --chunk; built-in set: all processes share 32)")
     optim.add_argument("--chunk", type=at_least(2),
                        help="embed this many clips at a time; negatives still come from the whole "
                        "batch, BatchNorm's statistics from one chunk (default: all clips of a "
@@ -254,6 +256,9 @@ def train(args, device):
     model, optimizer, scaler = build(args, device, dtype)       # refuses a bad --init before a scan
     say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}), "
         f"{torch.get_num_threads()} thread(s) each")
+    if device.type == "cpu" and args.arch != DEMO["arch"]:
+        say("warning: no GPU is used. On a CPU the paper's settings take 20 GB and minutes for a "
+            "step: for smaller ones see One CPU in docs/running.md", sys.stderr)
     loader, left_out = find_clips(args, B)
     say_settings(args, B, loader, left_out)
     net = torch.compile(model) if args.compile else model

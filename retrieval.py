@@ -26,7 +26,7 @@ from prepare.weights import sound_input
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_svaclr
 from support.processes import at_least, autocast, choose_precision, launch, say, share
-from support.tables import check_size, results_path, write_table
+from support.tables import check_size, report, results_path
 
 RANKS = (1, 5, 10, 20)
 
@@ -170,25 +170,6 @@ def find_part(args, split, trained_on):
                          "by python -m prepare.manifest folder ROOT --test-share 0.2 and train "
                          "anew, or search all clips, those of the training too, by --split all")
     return rows, left_out
-
-
-def report(args, rows, left_out, videos, results):
-    """Print and write the results {way: {k: (instance-level, class-level)}} of the n rows."""
-    names, n = {row.label for row in rows}, len(rows)
-    classes = 0 if "" in names or len(names) < 2 else len(names)        # to compare by class
-    head = {"checkpoint": str(args.checkpoint), "data": args.data, "split": args.split,
-            "clips_per_file": args.clips, "feature": args.feature, "pool": n, "classes": classes,
-            "left_out": left_out, "videos": videos, "failed": videos - n}
-    searched = f"{n} clips of {classes} classes" if classes else f"{n} clips"
-    if args.split in ("all", "train"):
-        head["includes_training_clips"] = True
-        searched += ", includes training clips"
-    levels = ("instance", "class") if classes else ("instance",)
-    lines = [(name, way, {f"R@{k}": found[k][level] for k in RANKS})
-             for level, name in enumerate(levels) for way, found in results.items()]
-    write_table(head, searched, "R@k", lines, n)
-    if not classes:
-        say("No class-level recall: it needs two classes or more, and a label for every clip.")
 
 
 def evaluate(args, device):

@@ -5,7 +5,7 @@
     python -m experiments.search --query song.mp3 --pool features.npz
     python -m experiments.search --pair video-video --data ucf101-1.csv --checkpoint torchvision
 
-docs/running.md explains each. The pool is that of retrieval.py: a part of the training data.
+docs/using.md explains each. The pool is that of retrieval.py: a part of the training data.
 
 A pool is a dict: paths and labels, two lists of n strings; y_audio, z_audio, y_video and z_video,
 tensors (n, C or D) of unit length; settings, a dict. Symbols: n clips in the pool, m in the
@@ -24,9 +24,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import ActionClips, evenly_spaced, probe_file
+from data import ActionClips, evenly_spaced
 from finetune import features
 from models import C, SvaCLR, video_encoder
+from prepare.scan import probe_file
 from prepare.weights import sound_input
 from retrieval import RANKS, average, chance, embed, extract, find_part, load, parser
 from support.batches import gather_results

@@ -19,7 +19,7 @@ from prepare.scan import segment_name, summary, survey
 
 
 def main():
-    """Run the command. The exit status is 1, with a sentence on stderr, if no file can be used."""
+    """Run the command. The exit status is 1, with a sentence, if no file can be used."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
                                      argument_default=argparse.SUPPRESS)
     parser.add_argument("layout", choices=LAYOUTS, help="how the copy is laid out")
@@ -48,7 +48,8 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: what was read is kept, run the same command to go on")
+        print("stopped: what was read is kept, run the same command to go on", file=sys.stderr)
+        sys.exit(130)                                     # as a shell has it for SIGINT
     for row in [row for row in rows if row["reason"]][:10]:
         print(f"left out: {segment_name(row['path'], row['start'], row['end'])}: {row['reason']}",
               file=sys.stderr)

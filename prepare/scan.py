@@ -290,6 +290,12 @@ def probe(file, verify=False):
         return row | {"reason": f"{failure}: {error}"}
 
 
+def probe_file(path, label=""):
+    """The Row of a file that is in no manifest, or None, and why it cannot be used (or "")."""
+    line = probe((path, label, ""))
+    return None if line["reason"] else make_row(line), line["reason"]
+
+
 def measure(container, verify):
     """The measured columns of an open file, after decoding the first frame of each stream or, with
     verify, all frames. If no header tells where a stream ends, all its packets are looked at.

@@ -308,7 +308,7 @@ def run(manifest, out, short_side=160, gop=15, workers=2):
 
 
 def main():
-    """Run the command. An error, or Ctrl-C, becomes one line on stderr and exit status 1."""
+    """Run the command. An error becomes one line on stderr and exit status 1, Ctrl-C 130."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("manifest", help="of the originals, from python -m prepare.manifest")
     parser.add_argument("out", help="the folder of the copy")
@@ -324,7 +324,8 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped: finished copies are kept, run the same command to go on")
+        print("stopped: finished copies are kept, run the same command to go on", file=sys.stderr)
+        sys.exit(130)                                     # as a shell has it for SIGINT
     print(f"{args.out}: {line}")
 
 

@@ -110,23 +110,6 @@ def write_classes(out, classes, labels, answers):
             csv.writer(file).writerows(table)
 
 
-def write_predictions(out, classes, paths, scores):
-    """Process 0 prints the 5 most probable classes of each file, and writes predictions.csv.
-
-    scores: probabilities (n, classes).
-    """
-    if rank() > 0:
-        return
-    lines = []
-    for path, row in zip(paths, scores):
-        print(path)
-        for place, (p, n) in enumerate(zip(*row.topk(min(5, len(classes)))), 1):
-            print(f"{place:4}  {p:6.3f}  {classes[n]}")
-            lines.append([path, place, classes[n], f"{p:.4f}"])
-    with open(out / "predictions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["file", "rank", "class", "probability"], *lines])
-
-
 def check_protocol(args):
     """Raise ValueError on all processes if args.out holds the results of the other protocol: of a
     linear probe in place of a fine-tuning, or the reverse."""

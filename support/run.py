@@ -347,7 +347,11 @@ def catch_signals():
             os.write(2, b"ended by a signal after Ctrl-C: the same command continues from the last "
                         b"checkpoint\n")
             os._exit(INTERRUPTED)
-        statuses.append(INTERRUPTED if number == signal.SIGINT else REQUEUE)
+        status = INTERRUPTED if number == signal.SIGINT else REQUEUE
+        if rank() == 0 and status not in statuses:
+            ends = b" (Ctrl-C again ends at once, at the last checkpoint)"
+            os.write(2, b"\nsaving after this step" + ends * (status == INTERRUPTED) + b"\n")
+        statuses.append(status)
 
     handlers = {number: signal.signal(number, receive) for number in SIGNALS}
     try:

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from support.processes import rank
+from support.processes import rank, say
 
 
 def results_path(checkpoint):
@@ -23,6 +23,28 @@ def check_size(n, split, left_out, least):
         needs = f"R@{least}" if least > 1 else "a query"
         raise ValueError(f"{n} usable clips in the {split!r} part, but {needs} needs "
                          f"{least} or more; left out: {causes or 'none'}")
+
+
+def report(args, rows, left_out, videos, results):
+    """Print and write the results {way: {k: (instance-level, class-level)}} of retrieval.py.
+
+    rows: of the n clips that could be read, of so many `videos`. left_out: the number of others.
+    """
+    names, n = {row.label for row in rows}, len(rows)
+    classes = 0 if "" in names or len(names) < 2 else len(names)        # to compare by class
+    head = {"checkpoint": str(args.checkpoint), "data": args.data, "split": args.split,
+            "clips_per_file": args.clips, "feature": args.feature, "pool": n, "classes": classes,
+            "left_out": left_out, "videos": videos, "failed": videos - n}
+    searched = f"{n} clips of {classes} classes" if classes else f"{n} clips"
+    if args.split in ("all", "train"):
+        head["includes_training_clips"] = True
+        searched += ", includes training clips"
+    levels = ("instance", "class") if classes else ("instance",)
+    lines = [(name, way, {f"R@{k}": shares[level] for k, shares in found.items()})
+             for level, name in enumerate(levels) for way, found in results.items()]
+    write_table(head, searched, "R@k", lines, n)
+    if not classes:
+        say("No class-level recall: it needs two classes or more, and a label for every clip.")
 
 
 def write_table(head, clips, measures, lines, n):

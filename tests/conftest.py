@@ -177,7 +177,7 @@ def captured(job):
 def run_here(script, *args):
     """Run a script (a module) in this process, which is faster. Returns its exit status."""
     job = {"pretrain": "train", "finetune": "recognise", "retrieval": "evaluate",
-           "experiments.search": "search"}[script.__name__]
+           "experiments.search": "search", "experiments.predict": "predict"}[script.__name__]
     others = set(multiprocessing.active_children())         # processes of Jobs
     try:
         processes.launch(getattr(script, job), script.parse([str(arg) for arg in args]))
