@@ -210,7 +210,7 @@ def command_lines(text):
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     text = "\n".join(blocks or re.findall(r"^    .*", text, re.MULTILINE))
     lines = (line.split("#")[0].strip() for line in text.replace("\\\n", " ").splitlines())
-    return [line for line in lines if re.match(r"(\w+=\w+ )?(python|python3|torchrun) ", line)]
+    return [line for line in lines if re.match(r"(\w+=\w+ )*(python|python3|torchrun) ", line)]
 
 
 @pytest.fixture(autouse=True)
