@@ -8,7 +8,6 @@ import pytest
 
 from conftest import by_name, command, write_text
 from prepare import manifest, scan
-from prepare.layouts import LAYOUTS
 
 K400 = "label,youtube_id,time_start,time_end,split\n"
 UNLISTED = "", "", "not in the official list"

@@ -14,9 +14,9 @@ from pathlib import Path
 import av
 import pytest
 
-from conftest import ROOT, by_name, remux, write_text
+from conftest import ROOT, by_name, command, remux, write_text
 from data import read_clip, read_manifest
-from prepare import scan
+from prepare import manifest, scan
 
 # ---- repeated scans
 
@@ -80,9 +80,10 @@ def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch, s
     out, partial = tmp_path / "m.csv", tmp_path / "m.csv.partial"
     in_workers, found = scan.in_workers, []
     monkeypatch.setattr(scan, "SAVE_EVERY", save_every)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(scan, "in_workers", interrupted)
-        scan.scan(tmp_path / "r", out=out)
+        status, _, errors = command(manifest, "folder", tmp_path / "r", "--out", out)
+    assert status == 130 and "\nstopped: what was read is kept, run the same command" in errors
     assert sorted(os.listdir(tmp_path)) == ["m.csv.partial", "r"]
     assert found == [saved] and len(scan.read_rows(partial)) == 3
     files_read.clear()

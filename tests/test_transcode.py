@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from conftest import Job, command, make_video
-from data import read_clip, read_manifest
-from frames import beep, beeps_of, read_barcode, shown, truth, uneven
+from data import read_manifest
+from frames import beep, beeps_of, shown, truth, uneven
 from prepare import scan, transcode
 
 
