@@ -31,10 +31,10 @@ from data import ActionClips, find_rows, make_loader
 from models import C, video_encoder
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_encoder
-from support.classification import (answers, check_protocol, fit_linear, print_results,
+from support.classification import (predictions, check_protocol, fit_linear, print_results,
                                     say_torchvision, shared_classes, subset, top_1_and_5,
                                     write_classes, write_results)
-from support.layers import trainable
+from support.layers import prepare_layers
 from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
                                say, world_size)
 from support.run import Run, add_run_flags, lock_folder
@@ -120,7 +120,7 @@ def train(args, model, clips, dtype):
         raise ValueError(f"{len(clips)} training clips do not fill a batch of {args.global_batch}: "
                          "give a smaller --global-batch")
     loader = make_loader(clips, args.global_batch // world_size(), args.workers, args.epochs)
-    model = trainable(model, device)
+    model = prepare_layers(model, device)
     groups = [{"params": model.head.parameters()}, {"params": model.f.parameters()}]
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -222,7 +222,7 @@ def one_fold(args, device):
     clips = ActionClips(test_rows, classes, **clip, clips_per_file=args.test_clips, crops=3)
     scores, hits, rows = evaluate(model, clips, dtype, args.workers, args.max_failures)
     labels = torch.tensor([classes.index(row.label) for row in rows])   # (n,)
-    write_classes(Path(args.out), classes, labels, answers(scores, labels))
+    write_classes(Path(args.out), classes, labels, predictions(scores, labels))
     shares = torch.cat([top_1_and_5(scores, labels), hits], 1).double().mean(0)         # (4,)
     names = "video top-1", "video top-5", "clip top-1", "clip top-5"
     return {**dict(zip(names, (100 * shares).tolist())), "test videos": len(rows),

@@ -34,7 +34,7 @@ from data import AudioVisualClips, find_rows, make_loader
 from loss import all_gather, double_sum, positions, soft_info_nce
 from models import SvaCLR
 from support.checkpoints import load_audio_encoder, load_encoder
-from support.layers import trainable
+from support.layers import prepare_layers
 from support.processes import (at_least, autocast, choose_precision, launch, positive, say,
                                say_left_out, world_size)
 from support.run import Run, add_run_flags, lock_folder
@@ -173,7 +173,7 @@ def build(args, device, dtype):
     model.to(device)
     model.f.to(memory_format=torch.channels_last_3d)
     model.g.to(memory_format=torch.channels_last)
-    model = trainable(model, device)
+    model = prepare_layers(model, device)
     # Fused SGD leaves its momentum uninitialised if the first float16 step is skipped.
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9,
                                 weight_decay=args.weight_decay, fused=dtype != torch.float16)

@@ -32,7 +32,7 @@ import pretrain
 from augment import LogMel, normalize_frames
 from loss import soft_info_nce
 from prepare.scan import Row
-from support.processes import at_least, autocast, choose_precision, start
+from support.processes import at_least, autocast, choose_precision, setup
 from support.reading import RATE
 
 
@@ -161,7 +161,7 @@ def train(flags, rounds, device, chunk=None, profile=False):
 
 
 def step(args):
-    device = start()
+    device = setup()
     common = ["--arch", args.arch, "--frames", str(args.frames), "--size", str(args.size)]
     common += ["--precision", args.precision] + ["--compile"] * args.compile
     for B in args.batch_size:
@@ -240,7 +240,7 @@ def memory(args):
     A chunk is embedded as a batch of its size, beside the frames of the whole batch. What
     convolutions take for their work, and what an allocator leaves unused, is not counted.
     """
-    cpu, (dtype, _) = torch.device("cpu"), choose_precision(args.precision, start())
+    cpu, (dtype, _) = torch.device("cpu"), choose_precision(args.precision, setup())
     T, size, fake = args.frames, args.size, FakeTensorMode()
     flags = pretrain.parse(["--data", "made up", "--arch", args.arch])
     model, _, _ = pretrain.build(flags, cpu, dtype)

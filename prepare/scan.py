@@ -66,11 +66,6 @@ def survey(layout, root, workers=2, out=None, verify=False, **options):
     return rows, notes
 
 
-def scan(root, workers=2, layout="folder", **options):
-    """The rows of `survey` alone. options: the other arguments of `survey`."""
-    return survey(layout, root, workers, **options)[0]
-
-
 def probe_all(entries, workers, verify, out):
     """The rows of a layout's entries, in their order.
 

@@ -89,18 +89,18 @@ def top_1_and_5(scores, labels):
     return (better[:, None] < torch.tensor([1, 5], device=scores.device)).float()
 
 
-def answers(scores, labels):
+def predictions(scores, labels):
     """The class that each row of scores (n, classes) names: (n,). The label loses a tie."""
     others = scores.scatter(1, labels[:, None], -torch.inf).argmax(1)   # (n,)
     return labels.where(top_1_and_5(scores, labels)[:, 0] == 1, others)
 
 
-def write_classes(out, classes, labels, answers):
+def write_classes(out, classes, labels, predictions):
     """Process 0 writes confusion.csv (rows: the true class) and classes.csv (their accuracies)."""
     if rank() > 0:
         return
     counts = torch.zeros(len(classes), len(classes), dtype=torch.int64)     # (true class, answer)
-    counts.index_put_((labels, answers), torch.tensor(1), accumulate=True)
+    counts.index_put_((labels, predictions), torch.tensor(1), accumulate=True)
     confusion, accuracy = [["", *classes]], [["class", "videos", "correct", "accuracy"]]
     for n, (name, row) in enumerate(zip(classes, counts.tolist())):
         confusion.append([name, *row])

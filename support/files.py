@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def to_disk(path):
+def writing(path):
     """An OSError in here becomes one whose sentence says what to do."""
     try:
         yield
@@ -20,7 +20,7 @@ def write_atomic(content, path):
     Raises OSError if the file cannot be written.
     """
     temporary = path.with_suffix(".part")
-    with to_disk(path):
+    with writing(path):
         try:
             with open(temporary, "wb") as file:
                 file.write(content)

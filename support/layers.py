@@ -11,7 +11,7 @@ from torch import nn
 from support.processes import world_size
 
 
-def trainable(model, device):
+def prepare_layers(model, device):
     """Return the model, ready to be trained on `device`. Names and values of its tensors stay."""
     for module in model.modules() if device.type == "cpu" else ():
         if isinstance(module, nn.Conv3d) and module.padding[0]:

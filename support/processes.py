@@ -38,7 +38,7 @@ def launch(job, args):
     """
     try:
         try:
-            job(args, start())
+            job(args, setup())
         except RuntimeError as error:         # a peer that Ctrl-C has ended breaks the connection:
             time.sleep(0.1)                   # the same Ctrl-C to this process counts, not that
             if not str(error).startswith("DataLoader "):
@@ -48,12 +48,12 @@ def launch(job, args):
                              "with --verify finds such a file, and if you replace it, the same "
                              "command goes on from what is saved") from None
     except SystemExit:
-        leave()
+        cleanup()
         raise
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second one ends it at once
         say("stopped by Ctrl-C; the same command goes on from what is saved", sys.stderr)
-        end(INTERRUPTED)
+        exit_alone(INTERRUPTED)
     except (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
         # An error of a loading process carries that process's traceback before its sentence.
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -63,18 +63,18 @@ def launch(job, args):
                         "--size, --chunk in pre-training, or --global-batch in fine-tuning")
         where = f" on rank {rank()}" if rank() else ""
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
-        end(1)
-    leave()
+        exit_alone(1)
+    cleanup()
 
 
-def leave():
+def cleanup():
     """End the process group once all processes are done: a process that closes its connections
     while a peer still talks can abort that peer."""
     gather(None)
     dist.destroy_process_group()
 
 
-def end(status):
+def exit_alone(status):
     """Exit with a status, without waiting for the other processes."""
     if world_size() > 1:
         sys.stdout.flush()
@@ -82,7 +82,7 @@ def end(status):
     sys.exit(status)
 
 
-def start():
+def setup():
     """Set up the process group and return this process's device.
 
     The environment variables of torchrun (RANK, LOCAL_RANK, WORLD_SIZE) decide. Without them the

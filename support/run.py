@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support.checkpoints import read_state, serialise
-from support.files import to_disk, write_atomic
+from support.files import writing, write_atomic
 from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run_once, say, share,
                                signals_blocked, world_size)
 
@@ -75,7 +75,7 @@ def lock_folder(out, args=None):
     """
     def lock():
         path = Path(out).resolve() / "lock"
-        with to_disk(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "a+")
         try:
@@ -173,7 +173,7 @@ class Run:
         if rank() == 0 and self.step == 0:
             self.write_line({"args": vars(self.args), **self.metadata}, "w")
         elif rank() == 0:                       # later steps run again, so their lines go
-            with to_disk(self.log_path), open(self.log_path, "a") as log:
+            with writing(self.log_path), open(self.log_path, "a") as log:
                 log.truncate(min(self.log_bytes, log.tell()))
         device = next(self.model.parameters()).device
         self.model.train()
@@ -226,10 +226,10 @@ class Run:
         self.files, self.measures, self.rates = [], [], []      # of each step
         self.waited, self.newly_replaced, self.since = 0.0, 0, time.monotonic()
 
-    def between_steps(self, should_stop, time_to_save):
+    def between_steps(self, stop_status, time_to_save):
         """Check and log every LOG_EVERY steps, save when it is time, and exit after a signal.
 
-        should_stop: the exit status, or 0 to go on. time_to_save: 1 or 0. It brings a line of the
+        stop_status: the exit status, or 0 to go on. time_to_save: 1 or 0. It brings a line of the
         log too.
         """
         self.bar.update()
@@ -238,7 +238,7 @@ class Run:
         keep = ends_epoch and every and (self.epoch + 1) % every == 0
         due = (self.step % LOG_EVERY == 0 or last or keep
                or time_to_save and self.args.save_every > 0)
-        if not (due or should_stop):
+        if not (due or stop_status):
             return
         summaries = gather(self.summary())
         self.stop_if_not_finite(summaries)
@@ -249,14 +249,14 @@ class Run:
         if due and rank() == 0:
             self.write_summary(summaries)
         self.start_window()
-        if time_to_save or should_stop or last or keep or too_many_failed:
-            self.save(keep, requeue=should_stop == REQUEUE)
-        if should_stop:
-            cause = "Ctrl-C" if should_stop == INTERRUPTED else "a signal"
+        if time_to_save or stop_status or last or keep or too_many_failed:
+            self.save(keep, requeue=stop_status == REQUEUE)
+        if stop_status:
+            cause = "Ctrl-C" if stop_status == INTERRUPTED else "a signal"
             self.bar.close()
             say(f"stopped by {cause}, saved at step {self.step} of {self.last_step}: the same "
                 "command continues from that step")
-            sys.exit(should_stop)
+            sys.exit(stop_status)
         if too_many_failed:
             raise ValueError(f"{self.failed} of the {self.drawn} clips drawn since the start could "
                              "not be read, clearly more than --max-failures "
@@ -307,7 +307,7 @@ class Run:
 
     def write_line(self, record, mode="a"):
         """Write one line of JSON to the log."""
-        with to_disk(self.log_path), open(self.log_path, mode) as log:
+        with writing(self.log_path), open(self.log_path, mode) as log:
             log.write(json.dumps(record) + "\n")
 
     def save(self, keep=False, requeue=False):

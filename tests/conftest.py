@@ -217,7 +217,7 @@ def command_lines(text):
 def process_group():
     """The functions of a script expect a process group, which launch ends."""
     if not dist.is_initialized():
-        processes.start()
+        processes.setup()
 
 
 def make_video(path, seconds=6.0, fps=30, size=(72, 54), tone=400, codec="libx264",

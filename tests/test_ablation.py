@@ -71,7 +71,7 @@ def test_it_measures_the_features(tree, brief, tmp_path):
                     found[f"{level}, audio -> video, R@{k}"]] == pytest.approx(ways)
             assert found[f"{level} R@{k}"] == pytest.approx(sum(ways) / 2)
     assert found["clips"] == 24
-    rows = scan.scan(tree)
+    rows, _ = scan.survey("folder", tree)
     rows[0]["path"] = "gone.mp4"  # of the test part
     scan.write(rows, tmp_path / "manifest.csv")
     shutil.copy(brief, tmp_path)

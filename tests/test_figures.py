@@ -19,7 +19,7 @@ from support.checkpoints import load_svaclr
 @torch.no_grad()
 def test_affinities(tree, brief, tmp_path):
     """The softmax of the cosines of y_v and the y_a of four speeds."""
-    scan.write(scan.scan(tree)[10:13], tmp_path / "m.csv")  # the test part's
+    scan.write(scan.survey("folder", tree)[0][10:13], tmp_path / "m.csv")  # the test part's
     assert command(figures, "affinity", "--checkpoint", brief, "--data", tmp_path / "m.csv",
                    "--show", 2, "--out", tmp_path / "a.png")[0] == 0
     assert imread(tmp_path / "a.png")[..., :3].std() > 20 / 255

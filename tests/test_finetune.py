@@ -82,7 +82,7 @@ def ucf(tmp_path_factory):
         for n in range(1, 5):
             make_video(root / "films" / label / f"{n}.avi", 1 + n / 5, 10, (32, 24), tone=None,
                        codec="mpeg4", gray=lambda t: level + 5 * n + 30 * t)
-    rows = scan.scan(root / "films")
+    rows, _ = scan.survey("folder", root / "films")
     for fold in (1, 2, 3):
         part = lambda row: "test" if row["path"].endswith(f"{fold}.avi") else "train"
         lines = [row | {"split": part(row)} for row in sorted(rows, key=part, reverse=True)]

@@ -13,7 +13,7 @@ from conftest import run_two
 from torch.nn.parallel import DistributedDataParallel
 
 from loss import double_sum, info_nce, soft_info_nce
-from support.processes import rank, start
+from support.processes import rank, setup
 
 OBJECTIVES = {name: partial(soft_info_nce, affinity=name) for name in ("none", "clip", "view")}
 OBJECTIVES["batch"] = double_sum
@@ -138,7 +138,7 @@ def gradients(rank, world):
 
 def compare_two_processes_with_one():
     """In each of two processes."""
-    start()
+    setup()
     for z, sentence in (
             (torch.randn(4 + rank(), 2, 4), "processes have .4, 5. clips of .2, 2. views of .4, 4"),
             (torch.randn(4, 2 + rank(), 4), "processes have .4, 4. clips of .2, 3. views of .4, 4"),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import Mapping, SvaCLR, video_encoder
-from support.layers import trainable
+from support.layers import prepare_layers
 
 
 @pytest.mark.parametrize("mapping,tensors", [("identity", 0), ("linear", 2), ("mlp", 4)])
@@ -41,7 +41,7 @@ def test_what_does_not_fit_gets_a_sentence():
 def test_gradient_of_clips_that_become_two_frames_deep():
     """In bfloat16 on CPUs torch 2.14 leaves part of it unwritten, unless the frames are padded."""
     torch.manual_seed(0)
-    f = trainable(video_encoder("r2plus1d_10"), torch.device("cpu"))
+    f = prepare_layers(video_encoder("r2plus1d_10"), torch.device("cpu"))
     conv = f.layer2[0].conv2[0][3]     # over time, (3, 1, 1)
     weight = conv.weight.detach().requires_grad_()
     for depth in (1, 2, 3):

@@ -22,7 +22,7 @@ from loss import double_sum, soft_info_nce
 from models import SvaCLR
 from prepare import scan
 from pretrain import learning_rate, parse
-from support.processes import rank, start, world_size
+from support.processes import rank, setup, world_size
 
 
 def test_learning_rate():
@@ -122,7 +122,7 @@ def test_bad_data(trained, tree, tmp_path, capsys):
     make_video(tmp_path / "few/train/c/a.mp4", 2)
     make_video(tmp_path / "few/train/c/silent.mp4", 2, tone=None)
     torch.save({"settings": {}}, tmp_path / "few/checkpoint.pt")
-    with_damaged(scan.scan(tree / "train"), tmp_path, range(10))
+    with_damaged(scan.survey("folder", tree / "train")[0], tmp_path, range(10))
     for data, flags, sentence in (
             ("gone", [], "gone is no folder"), ("gone.csv", [], "gone.csv: no such manifest"),
             ("empty", [], "no video in"),
@@ -251,7 +251,7 @@ def test_chunks_have_the_gradient_of_the_batch(affinity):
 
 def chunks_of_two_processes():
     """They are four chunks of one. With the last alone the gradients are summed up."""
-    start()
+    setup()
     model, batch = eight_clips()
     net, sums = torch.nn.parallel.DistributedDataParallel(model), []
     net.register_comm_hook(None, lambda group, bucket: (sums.append(bucket.index()),

@@ -23,12 +23,12 @@ def test_what_a_launcher_has_left_out(monkeypatch, capsys):
     """srun without ranks is refused, torchrun without stores for restarts warned of."""
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     with pytest.raises(ValueError, match="has started 8 processes without RANK and WORLD_SIZE"):
-        processes.start()
+        processes.setup()
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     for warned in (True, False):
         torch.distributed.destroy_process_group()
-        processes.start()
+        processes.setup()
         errors = capsys.readouterr().err
         assert ("needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in errors) == warned
         monkeypatch.setenv(processes.UNSHARED, "1")
@@ -48,7 +48,7 @@ def test_a_process_takes_a_gpu_that_it_sees(visible, local_rank, W, index, monke
     monkeypatch.setattr(processes, "check_gpu", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     monkeypatch.setenv("WORLD_SIZE", str(W))
-    assert processes.start() == device and chosen == [device]
+    assert processes.setup() == device and chosen == [device]
     said = capsys.readouterr().out
     assert ("4 GPUs are visible, and this run uses one" in said) == (W == 1)
 
@@ -58,11 +58,11 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu(tmp_path, monkeypatch):
     (tmp_path / "nvidia3").touch()
     monkeypatch.setattr(processes, "DEVICES", str(tmp_path / "nvidia[0-9]*"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert processes.start() == torch.device("cpu")     # all GPUs are hidden
+    assert processes.setup() == torch.device("cpu")     # all GPUs are hidden
     for change in (partial(monkeypatch.setenv, value="0"), monkeypatch.delenv):
         change("CUDA_VISIBLE_DEVICES")
         with pytest.raises(ValueError, match="cannot use a GPU of this machine"):
-            processes.start()
+            processes.setup()
 
 
 NVIDIA = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "compute_120"]     # of torch 2.14
@@ -122,14 +122,14 @@ def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
         from copy import deepcopy
         import torch, torch.distributed as dist
         from torch import nn
-        from support.layers import trainable
-        from support.processes import rank, start
+        from support.layers import prepare_layers
+        from support.processes import rank, setup
 
-        start()
+        setup()
         torch.manual_seed(0)
         one = nn.Sequential(nn.BatchNorm3d(3), nn.Tanh()).double()
         nn.init.normal_(one[0].weight), nn.init.normal_(one[0].bias)
-        two = trainable(deepcopy(one), torch.device("cpu"))
+        two = prepare_layers(deepcopy(one), torch.device("cpu"))
         own = slice(4 * rank(), 4 * rank() + 4)
         for _ in range(2):
             x = (1000 + torch.randn(8, 3, 2, 5, 5).double()).requires_grad_()

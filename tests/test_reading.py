@@ -508,7 +508,7 @@ def test_sound_never_decides_about_pictures(tmp_path):
     data = make_video(root / "no_decoder.mkv", 5, 25).read_bytes()
     (root / "no_decoder.mkv").write_bytes(data.replace(b"A_AAC", b"A_ZZZ"))
     damaged(root / "damaged.mp4", 100, 100, "audio")
-    scan.scan(tmp_path / "r", verify=True, out=tmp_path / "m.csv")
+    scan.survey("folder", tmp_path / "r", verify=True, out=tmp_path / "m.csv")
     transcode.run(tmp_path / "m.csv", tmp_path / "copy", 48)
     for manifest in (tmp_path / "m.csv", tmp_path / "copy" / "manifest.csv"):
         rows, left_out = read_manifest(manifest)

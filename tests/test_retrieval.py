@@ -75,7 +75,8 @@ def written(checkpoint, name="retrieval.json"):
 
 def rows_of(tree, part=None, **changes):
     """The rows of the tree's part, or of all, with columns changed."""
-    return [row | changes for row in scan.scan(tree) if part in (None, row["split"])]
+    rows, _ = scan.survey("folder", tree)
+    return [row | changes for row in rows if part in (None, row["split"])]
 
 
 def test_the_data_is_that_of_the_training(tree, tmp_path):

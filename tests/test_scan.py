@@ -28,9 +28,10 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
     (root / "c").symlink_to(tmp_path / "elsewhere")
     (root / "a/circle").symlink_to(root)
     write_text(root / "e/e.mp4", "no film")
-    first = scan.scan(root, 1, out=out)
+    first, _ = scan.survey("folder", root, 1, out=out)
     content = out.read_bytes()
-    assert scan.scan(root, 4) == first and len(scan.scan(root, 4, out=out)) == 5
+    assert scan.survey("folder", root, 4)[0] == first
+    assert len(scan.survey("folder", root, 4, out=out)[0]) == 5
     assert sorted(files_read) == sorted(2 * [f"{name}.mp4" for name in "abcde"])
     assert out.read_bytes() == content
     out.write_text("\ufeff" + out.read_text())
@@ -39,7 +40,7 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
     put("r/c/c.mp4", "silent")
     put("r/a/new.mp4")
     (root / "d/d.mp4").rename(root / "d/moved.mp4")
-    again = scan.scan(root, out=out)
+    again, _ = scan.survey("folder", root, out=out)
     assert sorted(files_read) == ["b.mp4", "c.mp4", "moved.mp4", "new.mp4"]
     assert [(row["label"], Path(row["path"]).stem, int(row["has_audio"])) for row in again] == [
         ("a", "a", 1), ("a", "new", 1), ("b", "b", 1), ("c", "c", 0), ("d", "moved", 1),
@@ -51,7 +52,7 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
     for verify, reader, many in ((True, now, 6), (True, now, 6), (False, now, 6),
                                  (True, "r98", 12), (False, "r99", 18)):
         monkeypatch.setattr(scan, "READER", reader)
-        scan.scan(root, out=out, verify=verify)
+        scan.survey("folder", root, out=out, verify=verify)
         assert len(files_read) == many
     out.write_text(",".join(scan.COLUMNS))
     with pytest.raises(ValueError, match="m.csv has no rows: make it anew"):
@@ -87,7 +88,7 @@ def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch, s
     assert sorted(os.listdir(tmp_path)) == ["m.csv.partial", "r"]
     assert found == [saved] and len(scan.read_rows(partial)) == 3
     files_read.clear()
-    assert len(scan.scan(tmp_path / "r", out=out)) == 6 and len(files_read) == 3
+    assert len(scan.survey("folder", tmp_path / "r", out=out)[0]) == 6 and len(files_read) == 3
     assert sorted(os.listdir(tmp_path)) == ["m.csv", "r"]
 
 
@@ -138,7 +139,7 @@ def test_a_hang_is_named_and_tried_again(put, tmp_path, files_read, monkeypatch)
     os.mkfifo(tmp_path / "r/a/2.mp4")   # to open it is to wait for a writer, which never comes
     monkeypatch.setattr(scan, "PROBE_LIMIT", 1)
     for many in (2, 3):
-        rows = scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
+        rows, _ = scan.survey("folder", tmp_path / "r", out=tmp_path / "m.csv")
         assert by_name(rows, "reason") == {"1.mp4": ("",), "2.mp4": ("takes over 1 s",)}
         assert len(files_read) == many
 
@@ -162,11 +163,11 @@ def test_reasons(put, films, tmp_path):
     remux(films["mp4"], folder / "cover.mp4", ["audio"], has_cover=True)
     titled = remux(films["mp4"], folder / "title.mp4", title="XXXX")
     titled.write_bytes(titled.read_bytes().replace(b"XXXX", b"\xe9\xff\xfe\xe9"))
-    rows = scan.scan(tmp_path / "r", out=tmp_path / "m.csv")
+    rows, _ = scan.survey("folder", tmp_path / "r", out=tmp_path / "m.csv")
     assert by_name(rows, "has_audio", "reason") == expected
     length, = by_name(rows, "video_duration")["mpg.mpg"]    # which no header tells
     assert length == pytest.approx(1, abs=0.05)
-    verified = by_name(scan.scan(tmp_path / "r", verify=True), "has_audio", "reason")
+    verified = by_name(scan.survey("folder", tmp_path / "r", verify=True)[0], "has_audio", "reason")
     assert verified.pop("text.mp4")[1].startswith("cannot be read to the end: Invalid data")
     assert verified.items() <= expected.items()
 
@@ -190,7 +191,7 @@ def test_damaged_files(films, tmp_path, many, verify):
                     for _ in range(rng.choice((1, 10, 100))):
                         data[rng.randrange(stop)] ^= 1 << rng.randrange(8)
                 (tmp_path / f"{kind}_{how}_{n}{film.suffix}").write_bytes(data)
-    rows, read = scan.scan(tmp_path, verify=verify), 0
+    rows, read = scan.survey("folder", tmp_path, verify=verify)[0], 0
     assert len(rows) == 5 * 4 * many
     for row in rows:
         assert row["reason"] or min(row["duration"], row["width"], row["height"]) > 0, row

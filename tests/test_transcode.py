@@ -122,7 +122,7 @@ def test_a_killed_run_leaves_no_broken_copy(tmp_path):
     film = make_video(tmp_path / "in/a/0.mp4", 12, 30, (320, 240))
     for n in (1, 2, 3):
         os.link(film, film.with_name(f"{n}.mp4"))
-    scan.scan(tmp_path / "in", out=listed)
+    scan.survey("folder", tmp_path / "in", out=listed)
     job = Job("prepare.transcode", listed, out, "--workers", 2)
     job.wait_for(lambda: any(path.stat().st_size > 0 for path in out.glob("a/*.part")
                              if path.exists()))
@@ -140,7 +140,7 @@ def test_failures_are_named_and_left_out(put, tmp_path, capsys):
     folder, out = tmp_path / "in/x", tmp_path / "out"
     cut = make_video(folder / "cut.mp4", 4, 30, tone=None, muxer={"movflags": "faststart"})
     broken, _, _ = (put(f"in/x/{name}.mp4") for name in ("broken", "fine", "unlisted"))
-    rows = scan.scan(tmp_path / "in")
+    rows, _ = scan.survey("folder", tmp_path / "in")
     rows[3]["reason"] = "not in the list"
     scan.write(rows, tmp_path / "in.csv")
     broken.write_bytes(b"damaged since the scan")
