@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 from conftest import make_video, peak_hz, remux
-from frames import read_barcode, truth
+from frames import UNEVEN, beep, beeps_of, read_barcode, shown, truth
 
 from data import read_manifest
 from prepare import scan, transcode
@@ -32,7 +32,6 @@ X265 = {"preset": "ultrafast", "x265-params": "log-level=none:keyint=48"}
 LAYERS = {"x265-params": "log-level=none:keyint=48:open-gop=0:temporal-layers=3"}
 VP9 = {"deadline": "realtime", "cpu-used": "8", "g": "48"}
 AV1 = dict(codec="libsvtav1", options={"preset": "12", "svtav1-params": "keyint=48"})
-UNEVEN = np.random.default_rng(0).integers(1, 7, 52).cumsum().tolist()
 FILMS = {       # {name: arguments of make_video}
     "h264_late.mp4": dict(fps=25, gop=250, start=1.6),
     "h264_b_pyramid.mp4": dict(fps=30000 / 1001, options={"bf": "5", "b_strategy": "0"}),
@@ -76,12 +75,6 @@ def with_copy(path):
     return row, (path, copy)
 
 
-def shown(path, times, sound=False):
-    """Return the numbers of the frames that the reader gives for the times."""
-    samples = round((times[-1] - times[0] + 0.1) * RATE) if sound else 0
-    return read_barcode(np.stack(read(path, times, samples, size=48)[0]))
-
-
 def wrong_frames(path, row, times, numbers, begins):
     """Read 12 frames at each of 20 random places, at every other with sound if there is any. Return
     how many are not among the nearest in time, within 2 ms. row: of the scan. times, numbers,
@@ -100,23 +93,13 @@ def wrong_frames(path, row, times, numbers, begins):
     return wrong
 
 
-def beeps_of(path, t0, seconds):
-    """Return when the beeps of a clip begin, but not a beep that the clip cuts."""
-    _, wave = read(path, [t0], round(seconds * RATE), size=48)
-    loud = np.flatnonzero(abs(wave) > 0.3)
-    beeps = loud[np.diff(loud, prepend=-RATE) > RATE / 5] / RATE
-    return t0 + beeps[beeps > 0.025]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILMS)
 def test_matrix(name, tmp_path):
     """The film and its copy pass --verify. All 240 frames and all beeps are right."""
     priority = os.sched_getscheduler(0), os.sched_getparam(0)
-    # 6 s, with 5 s of sound that beeps for 20 ms at 0.5 s, 1.5 s and so on.
     film = dict(size=(128, 96), gop=48, sound_seconds=5, bit_rate=64000) | FILMS[name]
-    path = make_video(tmp_path / name, **film, wave=lambda t: (
-        0.9 * np.sin(3000 * np.pi * t) * (abs(t % 1 - 0.51) < 0.01)))
+    path = make_video(tmp_path / name, **film, wave=beep)
     # The AV1 encoder gives root's process real-time priority, which later ones would inherit.
     os.sched_setscheduler(0, *priority)
     times, numbers, begins = truth(path)

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import Job, command, make_video
 from data import read_manifest
-from frames import beep, beeps_of, shown, truth, uneven
+from frames import UNEVEN, beep, beeps_of, shown, truth
 from prepare import scan, transcode
 
 
@@ -29,7 +29,7 @@ def transcode_one(path, tmp_path, short_side=64, gop=15):
 @pytest.mark.parametrize("name, gop, film", [
     ("a.mp4", 8, {"fps": 24000 / 1001}), ("a.mkv", 1, {"start": 1.5, "layout": "stereo"}),
     ("a.avi", 15, {"codec": "mpeg4"}),
-    ("a.mp4", 15, {"ticks": [38889 + 3001 * n for n in uneven(0)],
+    ("a.mp4", 15, {"ticks": [38889 + 3001 * n for n in UNEVEN],
                    "time_base": Fraction(1, 90000), "muxer": {"movie_timescale": "90000"}}),
     # A transport stream whose clock wraps, after 26.5 h: FFmpeg gives it stamps below 0.
     ("a.ts", 15, {"start": 2 ** 33 / 90000 - 2.4, "fps": 24})])
