@@ -39,14 +39,16 @@ def launch(job, args):
     try:
         try:
             job(args, setup())
-        except RuntimeError as error:         # a peer that Ctrl-C has ended breaks the connection:
-            time.sleep(0.1)                   # the same Ctrl-C to this process counts, not that
-            if not str(error).startswith("DataLoader "):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            time.sleep(0.1)     # if Ctrl-C has ended a peer, its Ctrl-C to this process counts
+            # A loading process that dies while it hands over a batch breaks a connection.
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
                 raise
-            raise ValueError(f"{' '.join(str(error).split())} A loading process ran out of memory, "
-                             "or a file crashes the decoder: python -m prepare.manifest "
-                             "with --verify finds such a file, and if you replace it, the same "
-                             "command goes on from what is saved") from None
+            cause = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+            raise ValueError(f"{cause}: a loading process ran out of memory, or a file crashes "
+                             "the decoder; python -m prepare.manifest with --verify finds such a "
+                             "file, and if you replace it, the same command goes on from what is "
+                             "saved") from None
     except SystemExit:
         cleanup()
         raise

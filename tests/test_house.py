@@ -1,4 +1,4 @@
-"""The rules of the house: what lies where, what imports what, and how long lines are."""
+"""The rules of the house: what imports what, and how long lines are."""
 
 import ast
 import re

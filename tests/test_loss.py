@@ -49,6 +49,15 @@ def eq3(y_a, y_v, z_a, z_v, eta, affinity, temperature, normalize):
     return total
 
 
+def test_info_nce_is_eq_1():
+    _, _, z_a, z_v = batch(K=3)
+    own = torch.tensor([3, 1])        # positions of this process's clips in the global batch
+    L = info_nce(z_a[own], z_v, own, 0.07)
+    for b, p, q in product(range(2), range(3), range(3)):
+        i = int(own[b])
+        assert abs(L[b, p, q] - eq1(z_a.numpy(), z_v.numpy(), i, p, i, q, 0.07)) < 1e-10
+
+
 @pytest.mark.parametrize("affinity", OBJECTIVES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("K", [1, 3])

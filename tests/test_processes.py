@@ -94,16 +94,20 @@ def test_precision_of_a_cpu(bf16, auto, monkeypatch):
     assert processes.choose_precision("auto", torch.device("cpu"))[0] == auto
 
 
+DIED = ("a loading process ran out of memory, or a file crashes the decoder; python -m "
+        "prepare.manifest with --verify finds such a file, and if you replace it, the same command "
+        "goes on from what is saved")
+
+
 @pytest.mark.parametrize("error,sentence", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
      "CUDA out of memory: give fewer clips per process or a smaller --size, "
      "--chunk in pre-training, or --global-batch in fine-tuning"),
     (FloatingPointError("loss nan at step 3"), "loss nan at step 3"), (OSError(), "OSError"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nRaise its limit."),
-     "DataLoader worker (pid 7) is killed by signal: Bus error. Raise its limit. A loading process "
-     "ran out of memory, or a file crashes the decoder: python -m prepare.manifest with "
-     "--verify finds such a file, and if you replace it, the same command goes on from what is "
-     "saved")])
+     f"DataLoader worker (pid 7) is killed by signal: Bus error. Raise its limit: {DIED}"),
+    (ConnectionResetError(104, "Connection reset by peer"),     # in the middle of a batch
+     f"[Errno 104] Connection reset by peer: {DIED}"), (EOFError(), f"EOFError: {DIED}")])
 def test_an_expected_error_is_one_line(error, sentence, capsys):
     def job(args, device):
         raise error

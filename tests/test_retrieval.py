@@ -123,6 +123,7 @@ def test_features_that_are_not_finite(brief, tmp_path, capsys):
     assert "features are not finite" in error_of(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_command_prints_and_keeps_the_table(tree, brief, tmp_path, capsys):
     """Without classes the numbers are the same, at instance level alone."""
     def table(rows, *more):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error_of, make_video, remux, run, run_here
-from test_retrieval import plain_video_ranks, rows_of, written
 from matplotlib.image import imread
+from test_retrieval import plain_video_ranks, rows_of, written
 from torch.nn.functional import normalize
 
 from augment import LogMel, centre_crop, normalize_frames
