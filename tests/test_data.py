@@ -170,7 +170,7 @@ def test_every_clip_is_dealt_to_one_process_once(W):
     assert dealt(W, epoch=3).size == 0
     first, second = ([index for _, index in batch] for batch in TrainingBatches(8, 8, 2))
     assert first != second and sorted(first) == sorted(second)
-    # 3 processes use 24 clips in 2 steps. Another number of processes shares the rest.
+    # 3 processes use 24 clips in 2 steps. Other processes share the rest.
     before, after = dealt(3, epochs=1)[:, :2], dealt(W, epochs=1, used=24)
     keys = np.concatenate([before.reshape(-1, 2), after.reshape(-1, 2)])
     assert len(np.unique(keys, axis=0)) == len(keys) == 24 + 26 // N * N

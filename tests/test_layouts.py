@@ -12,7 +12,7 @@ from prepare import manifest, scan
 K400 = "label,youtube_id,time_start,time_end,split\n"
 UNLISTED = "", "", "not in the official list"
 ABSENT = "official entries not on disk"
-PASSED_OVER = None                      # in place of a row
+PASSED_OVER = None      # in place of a row
 
 # ---- layouts
 
@@ -48,7 +48,7 @@ KINETICS = {
     "twice_000005_000015.mp4": ("bowling", "train", ""),
     "both.mp4": ("bowling", "train", ""),
     "both_000001_000011.mp4": ("bowling", "train", scan.COPY),
-    # It is too short for an uncut film: it is one of the two clips.
+    # Too short for an uncut film: one of the two clips.
     "twice.mp4.mkv": (
         "bowling", "val", "its name is an id with several clips in the official list"),
     "unnamed_000001_000011.mp4": ("", "test", "no label in the official list")}
@@ -74,8 +74,8 @@ VGG = {"--0PQM4-hqg_000030.mp4": ("waterfall", "train", ""),
        "both_7000_17000.mp4": ("waves", "train", scan.COPY),
        "-1pRmoJIGQc_11000_21000.mp4": UNLISTED}
 UCF_LISTS = {
-    "trainlist01.txt": "YoYo/v_YoYo_g02_c01.avi 101\r\n",
-    "testlist01.txt": "YoYo/v_YoYo_g01_c01.avi\r\n",
+    "trainlist01.txt": "HandstandPushups/v_HandStandPushups_g01_c01.avi 37\r\n",
+    "testlist01.txt": "YoYo/v_YoYo_g01_c01.avi\r\nYoYo/v_YoYo_g02_c01.avi\r\n",
     "trainlist02.txt": "HandstandPushups/v_HandStandPushups_g01_c01.avi 37\r\n"
         "YoYo/v_YoYo_g01_c01.avi 101\r\n",
     "testlist02.txt": "YoYo/v_YoYo_g02_c01.avi\r\nYoYo/v_YoYo_g25_c09.avi\r\n"}
@@ -95,7 +95,7 @@ HMDB = {"clap/#20_Rhythm_clap_0.avi": ("clap", "train", ""),
 
 
 def lay_out(put, tmp_path, files, lists):
-    """Write a copy of a data set with these files, in a hidden folder, and its lists."""
+    """Write a data set of these files, in a hidden folder, and its lists."""
     for name in files:
         put(f".cache/root/{name}")
     for name, text in lists.items():
@@ -185,7 +185,7 @@ def test_command(put, tmp_path, monkeypatch, files_read):
         f"1 not in the official list; 1 {ABSENT}, e.g. 'v_YoYo_g25_c09'\n")
     rows = scan.read_table("new/m.csv")
     assert rows[0].keys() == set(scan.COLUMNS) and len(rows) == 5 and len(files_read) == 4
-    assert by_name(rows)["v_YoYo_g02_c01.avi"] == ("YoYo", "test", "")
+    assert by_name(rows)["v_YoYo_g01_c01.avi"] == ("YoYo", "train", "")
     words[-1] = "lists/l.csv"
     status, stdout, stderr = command(manifest, "kinetics400", *words)
     assert (status, stdout, stderr.count("left out: /")) == (1, "", 5)

@@ -126,6 +126,7 @@ def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
         from copy import deepcopy
         import torch, torch.distributed as dist
         from torch import nn
+        from torch.testing import assert_close
         from support.layers import prepare_layers
         from support.processes import rank, setup
 
@@ -141,11 +142,11 @@ def test_batchnorm_of_two_processes_is_that_of_one(tmp_path):
             target = torch.randn(8, 3, 2, 5, 5).double()
             ((one(x) - target) ** 2).sum().backward()
             ((two(part) - target[own]) ** 2).sum().backward()
-            torch.testing.assert_close(part.grad, x.grad[own], atol=1e-9, rtol=1e-7)
+            assert_close(part.grad, x.grad[own], atol=1e-9, rtol=1e-7)
         for a, b in zip(one.parameters(), two.parameters(), strict=True):
             dist.all_reduce(b.grad)
-            torch.testing.assert_close(b.grad, a.grad, atol=1e-9, rtol=1e-7)
-        torch.testing.assert_close(two.state_dict(), one.state_dict(), atol=1e-9, rtol=1e-7)
+            assert_close(b.grad, a.grad, atol=1e-9, rtol=1e-7)
+        assert_close(two.state_dict(), one.state_dict(), atol=1e-9, rtol=1e-7)
         print("equal", flush=True)
         """) == ["equal", "equal"]
 
@@ -243,10 +244,11 @@ def test_the_slurm_script_continues_itself(tree, tmp_path):
     os.kill(int(srun), signal.SIGUSR1)
     text = job.communicate(timeout=60)[0]
     assert "saved at step " in text
-    assert job.returncode > REQUEUE, text                   # one of the two was killed
+    assert job.returncode > REQUEUE, text   # one of the two was killed
     assert (tmp_path / "requeued").read_text() == "7\n"
     step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
     slow_exit.unlink()
     again = submit()
     assert f"at step {step} of 18" in again.communicate()[0] and again.returncode == 0
-    assert (tmp_path / "requeued").read_text() == "7\n" and not (out / "requeue").exists()
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    assert not (out / "requeue").exists()

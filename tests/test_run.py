@@ -90,7 +90,7 @@ def train(out, during=None, scaling=False, save_every=0.0):
 
 
 @pytest.mark.parametrize("at,saved,save_every,scaling,later,logged", [
-    (12, 12, 0, True, "", [None, 10, 20]),      # by a signal
+    (12, 12, 60, True, "", [None, 10, 20]),     # by a signal
     (7, 6, 1e-9, True, "", [None, 1, 2, 3, 4, 5, 6, 10, 20]),           # with slow steps
     (11, 10, 0, True, '{"step": 20}\n{"step": 3', [None, 10, 20]),      # lines that come again
     (11, 10, 0, False, None, [20])])            # a log that is deleted
@@ -129,7 +129,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch):
         return 1.0
 
     def with_another(own):
-        if isinstance(own, dict):               # a summary of the steps 1 to 10
+        if isinstance(own, dict):   # a summary of the steps 1 to 10
             return [own, own | {"losses": [1.0] * 6 + [float("nan")] + [1.0] * 3}]
         return [own, own]
 
@@ -144,7 +144,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     assert str(stop.value) == (
         f"loss nan at step 7, learning rate 0.07, batch {', '.join(files)}: there is no "
         "checkpoint yet; try a lower --lr and another --out, or look at these files")
-    assert log_of(tmp_path)[-1]["files"] == files and len(set(files)) == 2
+    assert len(set(files)) == 2 and log_of(tmp_path)[-1]["files"] == files
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -210,7 +210,7 @@ def helpers_of(pid):
     """The other processes of its group: loading processes, and their server."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):                 # it has ended
+        with suppress(OSError):     # it has ended
             state, _, group = path.read_text().rpartition(")")[2].split()[:3]
             if int(group) == pid != int(path.parent.name) and state != "Z":
                 found.append(int(path.parent.name))
@@ -241,7 +241,7 @@ def test_killed_runs_end_with_the_same_weights(brief, tmp_path):
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     core, other = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
-    undisturbed = start(whole, other)                   # at the same time
+    undisturbed = start(whole, other)   # at the same time
     for least, method, status in ((10, "fork", 1), (20, "fork", -9), (30, "forkserver", -9)):
         job = start(cut, core, method)
         job.wait_for(lambda: max(steps(cut), default=0) >= least
@@ -272,7 +272,7 @@ def test_a_signal_to_the_group_saves(brief, tmp_path, capsys):
     signals = [(signal.SIGTERM, REQUEUE, "a signal"), (signal.SIGUSR1, REQUEUE, "a signal"),
                (signal.SIGINT, INTERRUPTED, "Ctrl-C")]
     for (number, status, cause), out, job in zip(signals, outs, jobs):
-        again = flags_of(brief, out)                        # with other --epochs
+        again = flags_of(brief, out)    # with other --epochs
         job.wait_for(lambda: steps(out))
         assert run_here(pretrain, *again) == 1
         owner = f"process {job.pid} on {socket.gethostname()}"

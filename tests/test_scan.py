@@ -46,8 +46,8 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
         ("a", "a", 1), ("a", "new", 1), ("b", "b", 1), ("c", "c", 0), ("d", "moved", 1),
         ("e", "e", 0)]
     files_read.clear()
-    # The rows so far were not verified. A verified row serves both, but no later reader: the
-    # earlier one may have called joined recordings verified.
+    # The rows so far were not verified. A verified row serves both, but no later reader:
+    # an earlier one may have called joined recordings verified.
     now = scan.READER
     for verify, reader, many in ((True, now, 6), (True, now, 6), (False, now, 6),
                                  (True, "r98", 12), (False, "r99", 18)):
@@ -130,7 +130,7 @@ def test_the_processes_need_no_torch_and_end_with_their_parent():
                               text=True)
     assert parent.stdout.readline() in ("a False\n", "b False\n")
     parent.kill()
-    parent.communicate(timeout=5)       # stdout closes when the last process that has it ends
+    parent.communicate(timeout=5)   # stdout closes when the last process that has it ends
 
 
 @pytest.mark.slow
