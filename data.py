@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from augment import (centre_band, centre_crop, crop_at, flip_jitter, frame_times, random_crop,
                      random_resized_crop, sample_speeds, speed_up_audio)
 from prepare import demo, scan
-from support.batches import TrainingBatches, collate, load_item
+from support.batches import TrainingBatches, collate, draw_or_replace, read_or_name
 from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once, say,
                                world_size)
 from support.reading import RATE, read
@@ -136,7 +136,7 @@ class AudioVisualClips(Dataset):
         seed: every draw (place, speeds, scale, crop, flip) depends on (seed, epoch, index) alone.
         clips_per_file: None to train | n to evaluate on n evenly spaced clips with a centre crop.
     Items: to train, of a key (epoch, index), see `draw`; to evaluate, of a key index, see `read`. A
-        third value tells what failed, see load_item of support/batches.py.
+        third value tells what failed, see support/batches.py.
     """
 
     def __init__(self, rows, frames=30, fps=30, size=128, max_speed=4, same_speed=False, seed=0,
@@ -157,7 +157,9 @@ class AudioVisualClips(Dataset):
         return len(self.rows)
 
     def __getitem__(self, key):
-        return load_item(self, key)
+        if self.clips_per_file is None:
+            return draw_or_replace(self, *key)
+        return read_or_name(self, key)
 
     def read(self, row):
         """The evaluation clips of a file: video (n, T, H, W, 3) uint8, audio (n, L) float32."""
@@ -197,7 +199,9 @@ class ActionClips(Dataset):
         return len(self.rows)
 
     def __getitem__(self, key):
-        return load_item(self, key)
+        if self.clips_per_file is None:
+            return draw_or_replace(self, *key)
+        return read_or_name(self, key)
 
     def read(self, row):
         """The evaluation clips of a file: video (n c, T, H, W, 3) uint8, and its label."""

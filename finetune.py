@@ -34,10 +34,10 @@ from support.checkpoints import load_encoder
 from support.classification import (predictions, check_protocol, fit_linear, print_results,
                                     say_torchvision, shared_classes, subset, top_1_and_5,
                                     write_classes, write_results)
+from support.commands import add_run_flags, at_least, fraction, positive
 from support.layers import prepare_layers
-from support.processes import (at_least, autocast, choose_precision, fraction, launch, positive,
-                               say, world_size)
-from support.run import Run, add_run_flags, lock_folder
+from support.processes import autocast, choose_precision, launch, say, world_size
+from support.run import Run, lock_folder
 
 # The built-in set is seen as in pretraining, in fewer clips, so that two CPU cores take minutes.
 DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, train_clips=2, test_clips=4)

@@ -34,10 +34,10 @@ from data import AudioVisualClips, find_rows, make_loader
 from loss import all_gather, double_sum, positions, soft_info_nce
 from models import SvaCLR
 from support.checkpoints import load_audio_encoder, load_encoder
+from support.commands import add_run_flags, at_least, positive
 from support.layers import prepare_layers
-from support.processes import (at_least, autocast, choose_precision, launch, positive, say,
-                               say_left_out, world_size)
-from support.run import Run, add_run_flags, lock_folder
+from support.processes import autocast, choose_precision, launch, say, say_left_out, world_size
+from support.run import Run, lock_folder
 
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong
 # The built-in set has small frames and a small encoder, so that two CPU cores train it in minutes.

@@ -25,7 +25,8 @@ from models import C, SvaCLR
 from prepare.weights import sound_input
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_svaclr
-from support.processes import at_least, autocast, choose_precision, launch, say, share
+from support.commands import at_least, share
+from support.processes import autocast, choose_precision, launch, say
 from support.tables import check_size, report, results_path
 
 RANKS = (1, 5, 10, 20)

@@ -32,7 +32,8 @@ import pretrain
 from augment import LogMel, normalize_frames
 from loss import soft_info_nce
 from prepare.scan import Row
-from support.processes import at_least, autocast, choose_precision, setup
+from support.commands import at_least
+from support.processes import autocast, choose_precision, setup
 from support.reading import RATE
 
 

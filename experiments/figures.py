@@ -12,7 +12,6 @@ import argparse
 import csv
 import json
 import statistics
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +27,7 @@ from data import read_clip
 from experiments.ablation import COLUMNS, COMPARED, EQUAL, RESULTS, chances, read_csv
 from loss import cross_affinity
 from retrieval import load
+from support.commands import errors_in_one_line
 
 SPEEDS = (1, 2, 3, 4)
 
@@ -157,10 +157,8 @@ def main(argv=None):
     p.add_argument("--out", required=True, help="the png to write")
     p.set_defaults(clips=1)                     # of a file, for `load`; none of them is read
     args = p.parse_args(argv)
-    try:
+    with errors_in_one_line():
         draw[args.what](args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":

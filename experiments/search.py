@@ -32,9 +32,10 @@ from prepare.weights import sound_input
 from retrieval import RANKS, average, chance, embed, extract, find_part, load, parser
 from support.batches import gather_results
 from support.checkpoints import load_encoder, load_svaclr, read_state
-from support.files import write_atomic
 from support.classification import say_torchvision
-from support.processes import at_least, choose_precision, launch, rank, say
+from support.files import write_atomic
+from support.commands import at_least
+from support.processes import choose_precision, launch, rank, say
 from support.reading import RATE, read, read_sound
 from support.tables import check_size, write_table
 

@@ -16,6 +16,7 @@ import sys
 
 from prepare.layouts import LAYOUTS
 from prepare.scan import segment_name, summary, survey
+from support.commands import at_least, errors_in_one_line
 
 
 def main():
@@ -36,20 +37,13 @@ def main():
                         "(default 0)")
     parser.add_argument("--out", default="manifest.csv",
                         help="the csv to write (default manifest.csv)")
-    parser.add_argument("--workers", type=int, default=2,
+    parser.add_argument("--workers", type=at_least(1), default=2,
                         help="the number of processes that read files (default 2)")
     parser.add_argument("--verify", action="store_true",
                         help="decode every file to its end: slow, finds all damage")
     args = parser.parse_args()
-    if args.workers < 1:
-        parser.error(f"--workers {args.workers}: give 1 or more")
-    try:
+    with errors_in_one_line(": what was read is kept, run the same command to go on"):
         rows, notes = survey(**vars(args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped: what was read is kept, run the same command to go on", file=sys.stderr)
-        sys.exit(130)                                     # as a shell has it for SIGINT
     for row in [row for row in rows if row["reason"]][:10]:
         print(f"left out: {segment_name(row['path'], row['start'], row['end'])}: {row['reason']}",
               file=sys.stderr)

@@ -28,9 +28,9 @@ from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
 from prepare.scan import READER, in_workers, probe, read_table, summary, write
-from support.processes import at_least
-from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, demux, end, in_order,
-                             open_file, open_streams, place_sound, rows, upright)
+from support.commands import at_least, errors_in_one_line
+from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, bytes_of, demux, end,
+                             in_order, open_file, open_streams, place_sound, upright)
 
 PRIMING = 1024                          # samples that the AAC encoder puts before the first one
 LIMIT = 24 * 3600                       # s that one film may take
@@ -67,10 +67,10 @@ def shrink(video, pictures, ticks, short_side):
 
 def turn(image, matrix):
     """Turn and mirror a frame of yuv420p by the display matrix."""
-    planes = [upright(rows(plane)[:, :plane.width], matrix) for plane in image.planes]
+    planes = [upright(bytes_of(plane)[:, :plane.width], matrix) for plane in image.planes]
     turned = av.VideoFrame(*planes[0].shape[::-1], "yuv420p")
     for plane, array in zip(turned.planes, planes):
-        rows(plane)[:, :plane.width] = array
+        bytes_of(plane)[:, :plane.width] = array
     turned.colorspace, turned.color_range = image.colorspace, image.color_range
     return turned
 
@@ -188,9 +188,9 @@ def hide_priming(path, start, scale):
     scale: ticks in 1 s of the mp4's clock.
     """
     data = bytearray(path.read_bytes())
-    at = data.rindex(b"elst") + 4                         # that of the sound, which is the last
-    width = 8 if data[at] else 4                          # bytes of a number, by the version
-    empty, edit = at + 8, at + 8 + 2 * width + 4          # the two entries: (length, media time)
+    entry = data.rindex(b"elst") + 4                      # that of the sound, which is the last
+    width = 8 if data[entry] else 4                       # bytes of a number, by the version
+    empty, edit = entry + 8, entry + 8 + 2 * width + 4    # two entries: (length, media time)
     length = int.from_bytes(data[edit:edit + width]) - round(PRIMING / RATE * scale)
     for place, number in ((empty, round(start / RATE * scale)), (edit, length),
                           (edit + width, PRIMING)):
@@ -268,8 +268,8 @@ def run(manifest, out, short_side=160, gop=15, workers=2):
     """Transcode the files of a manifest into the folder `out`. Returns a summary, one line.
 
     short_side: of the pictures in pixels, 16 or more. gop: frames from keyframe to keyframe, 1 or
-    more. workers: processes, 1 or more. crop: see shrink. Raises ValueError if the manifest or
-    the folder is not as it should be.
+    more. workers: processes, 1 or more. Raises ValueError if the manifest or the folder is not as
+    it should be.
     """
     rows, out = read_table(manifest), Path(out).resolve()
     jobs = plan([row for row in rows if not row["reason"]], out)
@@ -319,14 +319,8 @@ def main():
     parser.add_argument("--workers", type=at_least(1), default=len(os.sched_getaffinity(0)),
                         help="processes (default: one per core)")
     args = parser.parse_args()
-    try:
-        line = run(**vars(args))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped: finished copies are kept, run the same command to go on", file=sys.stderr)
-        sys.exit(130)                                     # as a shell has it for SIGINT
-    print(f"{args.out}: {line}")
+    with errors_in_one_line(": finished copies are kept, run the same command to go on"):
+        print(f"{args.out}: {run(**vars(args))}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ says which scripts take the checkpoints.
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from augment import LogMel
 from models import SvaCLR
 from support.checkpoints import misfit, read_state, serialise
+from support.commands import errors_in_one_line
 from support.files import write_atomic
 
 TITLES = {"gdt": "GDT", "selavi": "SeLaVi"}
@@ -115,14 +115,12 @@ def main():
     settings = {"arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
                 "data": "", "sound": "gdt" if args.peer == "gdt" else None,
                 "peer": TITLES[args.peer], "source": Path(args.file).name}
-    try:
+    with errors_in_one_line():
         if out.exists():
             raise ValueError(f"--out {out} exists already: give another, or delete it first")
         weights = convert(args.peer, args.file)
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(serialise({"settings": settings, "model": weights}), out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
     print(f"{out}: {len(weights)} tensors of {TITLES[args.peer]}")
 
 

@@ -48,14 +48,6 @@ class TrainingBatches(Sampler):
             used = 0
 
 
-def load_item(dataset, key):
-    """The item of a dataset: a training clip of the key (epoch, index), or the evaluation clips of
-    the file with this index."""
-    if dataset.clips_per_file is None:
-        return draw_or_replace(dataset, *key)
-    return read_or_name(dataset, key)
-
-
 def draw_or_replace(dataset, epoch, index):
     """Draw a training clip of the file `index`: (*dataset.draw(...), (name, failures)).
 

@@ -4,7 +4,6 @@ In a running script a process group always exists: that of torchrun or Slurm, or
 process. So a collective operation needs no special case for one process.
 """
 
-import argparse
 import functools
 import glob
 import multiprocessing
@@ -16,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -269,26 +268,3 @@ def choose_precision(choice, device):
 def autocast(device, dtype):
     """The autocast context of a dtype. It does nothing for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def bounded(kind, accepts, rule):
-    """An argparse type: kind(text) if accepts(value) is true, otherwise an error with the rule."""
-    def convert(text):
-        with suppress(ValueError):
-            value = kind(text)
-            if accepts(value):
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {rule}")
-
-    return convert
-
-
-def at_least(low, kind=int):
-    """An argparse type: a whole number (or a number, if kind is float) of `low` or more."""
-    number = "a whole number" if kind is int else "a number"
-    return bounded(kind, lambda x: x >= low, f"{number} of {low} or more")
-
-
-positive = bounded(float, lambda x: 0 < x < float("inf"), "a number above 0")
-fraction = bounded(float, lambda x: 0 < x <= 1, "a share above 0 and at most 1")
-share = bounded(float, lambda x: 0 <= x < 1, "a share of 0 or more and less than 1")

@@ -271,8 +271,8 @@ class Cutter:
             self.place(frame)
         if self.is_packed:
             frame = self.unpack.reformat(frame, format="gbrp", interpolation=EXACT, threads=1)
-        for plane, (part, place) in zip(frame.planes, self.parts):
-            part[:] = rows(plane)[place]
+        for plane, (target, place) in zip(frame.planes, self.targets):
+            target[:] = bytes_of(plane)[place]
         self.window.colorspace, self.window.color_range = frame.colorspace, frame.color_range
         return self.scale.reformat(self.window, *self.size, pixels, interpolation=EXACT, threads=1)
 
@@ -304,21 +304,21 @@ class Cutter:
         name = form.name.replace("gray", "yuv444p") if limited_gray else form.name
         # A frame made from another one keeps what the file says of the place of the chroma. It also
         # keeps that it is interlaced, and then FFmpeg would scale each field alone.
-        self.window, self.parts = av.VideoFrame(width, height, name), []
+        self.window, self.targets = av.VideoFrame(width, height, name), []
         if not frame.interlaced_frame:
             self.window = self.unpack.reformat(copy, width, height, name, interpolation="POINT",
                                                 threads=1)
         bits = form.components[0].bits
         size = -(-bits // 8)                                # bytes of a sample
         for n, plane in enumerate(self.window.planes):
-            part = rows(plane)[:, :plane.width * size]
-            part.view(f"u{size}")[:] = 1 << (bits - 1)      # no colour, if the frame has no chroma
+            target = bytes_of(plane)[:, :plane.width * size]
+            target.view(f"u{size}")[:] = 1 << (bits - 1)    # no colour, if the frame has no chroma
             top, left = (y // step_y, x // step_x * size) if n in (1, 2) else (y, x * size)
-            place = slice(top, top + part.shape[0]), slice(left, left + part.shape[1])
-            self.parts.append((part, place))
+            place = slice(top, top + target.shape[0]), slice(left, left + target.shape[1])
+            self.targets.append((target, place))
 
 
-def rows(plane):
+def bytes_of(plane):
     """Return a view of the bytes of a plane, (height, bytes of a row with its padding) uint8."""
     array = np.frombuffer(plane, np.uint8).reshape(plane.height, -1)
     return array[::-1 if plane.line_size < 0 else 1]

@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from support.checkpoints import read_state, serialise
 from support.files import writing, write_atomic
-from support.processes import (INTERRUPTED, SIGNALS, at_least, gather, rank, run_once, say, share,
-                               signals_blocked, world_size)
+from support.processes import (INTERRUPTED, SIGNALS, gather, rank, run_once, say, signals_blocked,
+                               world_size)
 
 LOG_EVERY = 10                                  # steps
 REQUEUE = 75                                    # exit status after a scheduler's signal
@@ -39,27 +39,6 @@ REQUEUE = 75                                    # exit status after a scheduler'
 CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips",
               "classes"}
 MARK = "requeue"                                # left in OUT by a run that a signal has ended
-
-
-def add_run_flags(parser):
-    """Add the flags of a script that trains. Returns their group."""
-    run = parser.add_argument_group("running")
-    run.add_argument("--seed", type=at_least(0), default=0,
-                     help="of weights, order and draws (0; our choice)")
-    run.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
-                     help="of the encoders (auto; our choice: bf16 where the hardware has it, fp16 "
-                     "on older GPUs, else fp32)")
-    run.add_argument("--workers", type=at_least(0), help="loading processes of each process "
-                     "(default: the cores per process but one, at most 8; our choice)")
-    run.add_argument("--max-failures", type=share, default=0.05,
-                     help="share of clips that may fail to be read; training replaces them, a test "
-                     "leaves them out, and clearly more stop the run (0.05; our choice)")
-    run.add_argument("--save-every", type=at_least(0, float), default=10,
-                     help="minutes between checkpoints (10; our choice; 0: one every 10 steps)")
-    run.add_argument("--keep-every", type=at_least(1), metavar="E",
-                     help="keep the checkpoint of every E-th epoch, as checkpoint-<epoch>.pt "
-                     "(none; our choice)")
-    return run
 
 
 locks = []                                      # open files, each for as long as the process lives
@@ -236,9 +215,9 @@ class Run:
         last, every = self.step == self.last_step, self.args.keep_every
         ends_epoch = self.used + self.N > len(self.loader.dataset)
         keep = ends_epoch and every and (self.epoch + 1) % every == 0
-        due = (self.step % LOG_EVERY == 0 or last or keep
-               or time_to_save and self.args.save_every > 0)
-        if not (due or stop_status):
+        log_now = (self.step % LOG_EVERY == 0 or last or keep
+                   or time_to_save and self.args.save_every > 0)
+        if not (log_now or stop_status):
             return
         summaries = gather(self.summary())
         self.stop_if_not_finite(summaries)
@@ -246,7 +225,7 @@ class Run:
         self.replaced, self.failed = self.replaced + failed, self.failed + failed
         self.drawn += len(self.files) * self.N + failed
         too_many_failed = clearly_more(self.failed, self.drawn, self.args.max_failures)
-        if due and rank() == 0:
+        if log_now and rank() == 0:
             self.write_summary(summaries)
         self.start_window()
         if time_to_save or stop_status or last or keep or too_many_failed:
@@ -274,9 +253,9 @@ class Run:
 
     def stop_if_not_finite(self, summaries):
         """Stop all processes if a loss or a weight is not finite."""
-        kept = (f"the checkpoint of step {self.saved_step} is kept" if self.saved_step
-                else "there is no checkpoint yet")
-        advice = f"{kept}; try a lower --lr and another --out"
+        state = (f"the checkpoint of step {self.saved_step} is kept" if self.saved_step
+                 else "there is no checkpoint yet")
+        advice = f"{state}; try a lower --lr and another --out"
         for n, losses in enumerate(zip(*(summary["losses"] for summary in summaries))):
             if all(map(math.isfinite, losses)):
                 continue
