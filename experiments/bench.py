@@ -33,7 +33,7 @@ from augment import LogMel, normalize_frames
 from loss import soft_info_nce
 from prepare.scan import Row
 from support.commands import at_least
-from support.processes import autocast, choose_precision, setup
+from support.processes import autocast, choose_precision, is_out_of_memory, setup
 from support.reading import RATE
 
 
@@ -175,9 +175,8 @@ def step(args):
             flags = [*common, "--batch-per-process", str(clips), *flags]
             try:
                 done.append(train(flags, args.rounds, device, args.chunk, args.profile))
-            except RuntimeError as error:   # cuDNN and cuBLAS name a full memory in other words
-                full = re.search("unable to find an engine|ALLOC_FAILED", str(error))
-                if not full and not isinstance(error, torch.OutOfMemoryError):
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
                     raise
                 yield f"B {clips} does not fit the memory: {str(error).splitlines()[0]}", {}
                 break

@@ -10,6 +10,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,14 +41,9 @@ def launch(job, args):
             job(args, setup())
         except (RuntimeError, ConnectionError, EOFError) as error:
             time.sleep(0.1)     # if Ctrl-C has ended a peer, its Ctrl-C to this process counts
-            # A loading process that dies while it hands over a batch breaks a connection.
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader "):
+            if (sentence := explain(error)) is None:
                 raise
-            cause = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise ValueError(f"{cause}: a loading process ran out of memory, or a file crashes "
-                             "the decoder; python -m prepare.manifest with --verify finds such a "
-                             "file, and if you replace it, the same command goes on from what is "
-                             "saved") from None
+            raise ValueError(sentence) from None
     except SystemExit:
         cleanup()
         raise
@@ -55,17 +51,34 @@ def launch(job, args):
         signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second one ends it at once
         say("stopped by Ctrl-C; the same command goes on from what is saved", sys.stderr)
         exit_alone(INTERRUPTED)
-    except (ValueError, FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         # An error of a loading process carries that process's traceback before its sentence.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         sentence = lines[-1].removeprefix("ValueError: ")
-        if isinstance(error, torch.OutOfMemoryError):
-            sentence = (f"{str(error).split('.')[0]}: give fewer clips per process or a smaller "
-                        "--size, --chunk in pre-training, or --global-batch in fine-tuning")
         where = f" on rank {rank()}" if rank() else ""
         print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
         exit_alone(1)
     cleanup()
+
+
+def explain(error):
+    """What to do if a GPU's memory is full, or if a loading process has died; None for others."""
+    cause = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if is_out_of_memory(error):
+        return (f"{cause.split('.')[0]}: give fewer clips per process or a smaller --size, --chunk "
+                "in pre-training, or --global-batch in fine-tuning")
+    # A loading process that dies while it hands over a batch breaks a connection.
+    if isinstance(error, RuntimeError) and not cause.startswith("DataLoader "):
+        return None
+    return (f"{cause}: a loading process ran out of memory, or a file crashes the decoder; python "
+            "-m prepare.manifest with --verify finds such a file, and if you replace it, the same "
+            "command goes on from what is saved")
+
+
+def is_out_of_memory(error):
+    """Whether a GPU's memory is full, which cuDNN and cuBLAS say in words of their own."""
+    return (isinstance(error, torch.OutOfMemoryError)
+            or re.search("unable to find an engine|ALLOC_FAILED", str(error)) is not None)
 
 
 def cleanup():
@@ -104,8 +117,8 @@ def setup():
     if not cuda and glob.glob(DEVICES) and not hidden:
         raise ValueError(f"torch {torch.__version__} cannot use a GPU of this machine: was one "
                          "asked for (Slurm: --gpus-per-node)? If nvidia-smi shows one, this torch "
-                         "may be a build for CPUs, or its driver need the versions of the section "
-                         "V100 of docs/running.md; with CUDA_VISIBLE_DEVICES= in the environment "
+                         "may be a build for CPUs, or the driver needs the versions in README's "
+                         "section on older drivers; with CUDA_VISIBLE_DEVICES= in the environment "
                          "the CPU is used")
     if cuda:
         # A launcher may show each process its own GPU alone, which is then device 0 of each.
@@ -140,7 +153,7 @@ def check_gpu(device):
     if 10 * major + minor < min(known, default=0):      # sm_75, ...; later GPUs compile the newest
         raise ValueError(f"torch {torch.__version__} has no kernels for "
                          f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}"
-                         "): install the versions that docs/running.md names for V100")
+                         "): install the versions in README's section on V100 and older drivers")
     uuids = gather(str(torch.cuda.get_device_properties(device).uuid))
     shared, processes = Counter(uuids).most_common(1)[0]
     if processes > 1:

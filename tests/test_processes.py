@@ -103,6 +103,9 @@ DIED = ("a loading process ran out of memory, or a file crashes the decoder; pyt
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
      "CUDA out of memory: give fewer clips per process or a smaller --size, "
      "--chunk in pre-training, or --global-batch in fine-tuning"),
+    (RuntimeError("GET was unable to find an engine to execute this computation"),     # cuDNN
+     "GET was unable to find an engine to execute this computation: give fewer clips per process "
+     "or a smaller --size, --chunk in pre-training, or --global-batch in fine-tuning"),
     (FloatingPointError("loss nan at step 3"), "loss nan at step 3"), (OSError(), "OSError"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nRaise its limit."),
      f"DataLoader worker (pid 7) is killed by signal: Bus error. Raise its limit: {DIED}"),
