@@ -40,6 +40,7 @@ def launch(job, args):
         try:
             job(args, setup())
         except (RuntimeError, ConnectionError, EOFError) as error:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # no second word of a dead process
             time.sleep(0.1)     # if Ctrl-C has ended a peer, its Ctrl-C to this process counts
             if (sentence := explain(error)) is None:
                 raise

@@ -120,6 +120,21 @@ def test_an_expected_error_is_one_line(error, sentence, capsys):
     assert stop.value.code == 1 and capsys.readouterr().err == f"error: {sentence}\n"
 
 
+def test_a_second_word_of_a_dead_loading_process_is_not_told(capfd):
+    """The DataLoader raises in the handler of SIGCHLD too, which may come while launch waits."""
+    def again(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    def job(args, device):
+        signal.signal(signal.SIGCHLD, again)
+        subprocess.Popen(["sleep", "0.05"])
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(SystemExit):
+        processes.launch(job, None)
+    assert capfd.readouterr().err == f"error: [Errno 104] Connection reset by peer: {DIED}\n"
+
+
 # ---- several processes
 
 @pytest.mark.slow
