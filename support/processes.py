@@ -67,7 +67,8 @@ def explain(error):
     cause = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     if is_out_of_memory(error):
         return (f"{cause.split('.')[0]}: give fewer clips per process or a smaller --size, --chunk "
-                "in pre-training, or --global-batch in fine-tuning")
+                "in pre-training, or --global-batch in fine-tuning, and another --out if this one "
+                "has a checkpoint")
     # A loading process that dies while it hands over a batch breaks a connection.
     if isinstance(error, RuntimeError) and not cause.startswith("DataLoader "):
         return None

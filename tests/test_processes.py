@@ -94,6 +94,8 @@ def test_precision_of_a_cpu(bf16, auto, monkeypatch):
     assert processes.choose_precision("auto", torch.device("cpu"))[0] == auto
 
 
+FULL = ("give fewer clips per process or a smaller --size, --chunk in pre-training, or "
+        "--global-batch in fine-tuning, and another --out if this one has a checkpoint")
 DIED = ("a loading process ran out of memory, or a file crashes the decoder; python -m "
         "prepare.manifest with --verify finds such a file, and if you replace it, the same command "
         "goes on from what is saved")
@@ -101,11 +103,9 @@ DIED = ("a loading process ran out of memory, or a file crashes the decoder; pyt
 
 @pytest.mark.parametrize("error,sentence", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
-     "CUDA out of memory: give fewer clips per process or a smaller --size, "
-     "--chunk in pre-training, or --global-batch in fine-tuning"),
+     f"CUDA out of memory: {FULL}"),
     (RuntimeError("GET was unable to find an engine to execute this computation"),     # cuDNN
-     "GET was unable to find an engine to execute this computation: give fewer clips per process "
-     "or a smaller --size, --chunk in pre-training, or --global-batch in fine-tuning"),
+     f"GET was unable to find an engine to execute this computation: {FULL}"),
     (FloatingPointError("loss nan at step 3"), "loss nan at step 3"), (OSError(), "OSError"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. \nRaise its limit."),
      f"DataLoader worker (pid 7) is killed by signal: Bus error. Raise its limit: {DIED}"),
