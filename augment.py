@@ -42,9 +42,12 @@ def sample_speeds(max_speed, generator=None, same=False):
 def frame_times(T, fps, tau):
     """When the T frames of a view are taken, in seconds after its start: (T,).
 
-    At speed tau (an integer >= 1) a view takes every tau-th of the times that lie 1/fps seconds
-    apart, so it covers tau times the source.
+    At speed tau a view takes every tau-th of the times that lie 1/fps seconds apart, so it covers
+    tau times the source. Raises ValueError if tau is not an integer >= 1, or fps not above 0.
     """
+    if not tau >= 1 or tau % 1 or not fps > 0:
+        raise ValueError(f"tau is {tau} and fps is {fps}: give a whole speed of 1 or more, and fps "
+                         "above 0")
     return torch.arange(T) * tau / fps
 
 
@@ -52,7 +55,8 @@ def speed_up_audio(wave, tau):
     """Squeeze tau times the source into the same length: (..., tau L) -> (..., L).
 
     The sampling rate stays, so a tone of f Hz comes out at tau f Hz. A windowed sinc first removes
-    the frequencies that would pass the Nyquist limit, so they are not folded back. Raises
+    the frequencies that would pass the Nyquist limit, so they are not folded back. A source of n
+    samples becomes ceil(n / tau): see to it that n = tau L. Raises
     ValueError if the wave holds integers, or if tau is not an integer >= 1.
     """
     if not wave.is_floating_point() or not tau >= 1 or tau % 1:
@@ -116,8 +120,11 @@ def crop_at(frames, size, place=0.5):
     """Cut size x size out of (..., H, W, 3) for evaluation.
 
     The crop lies in the middle of the shorter side. Along the longer side it lies at `place`, from
-    0 (left or top end) to 1 (right or bottom end). Raises ValueError if it lies outside.
+    0 (left or top end) to 1 (right or bottom end). Raises ValueError if it lies outside, or for
+    another layout.
     """
+    if frames.dim() < 3 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {tuple(frames.shape)}: give (..., H, W, 3), the colours last")
     H, W = frames.shape[-3:-1]
     if not 0 < size <= min(H, W) or not 0 <= place <= 1:
         raise ValueError(f"a crop of {size} pixels at place {place} does not lie in frames of "
@@ -133,7 +140,7 @@ def flip_jitter(frames, seed):
     shape. All frames are treated alike, and the result depends on `seed` alone. Raises ValueError
     for other types or layouts.
     """
-    if frames.dtype != torch.uint8 or frames.shape[-1] != 3:
+    if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
         raise ValueError(f"frames are {str(frames.dtype)[6:]} {tuple(frames.shape)}: give uint8 "
                          "(T, H, W, 3), the colours last")
     view = v2.Compose([v2.RandomHorizontalFlip(),

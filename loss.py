@@ -1,5 +1,6 @@
 """SvaCLR's objective: Eq. 1 (§2.1), Eq. 2 (§2.2) and Eq. 3 (§2.3) of arXiv 2309.13942.
 
+    ly_a, ly_v, z_a, z_v = torch.randn(4, 8, 2, 256)    # 8 clips, 2 views, of widths C = D = 256
     loss = soft_info_nce(ly_a, ly_v, z_a, z_v)    # ly = l(y), y: encoder outputs, z: projections
 
 This file needs torch alone, and the MIT licence of this unofficial implementation beside a copy.
@@ -104,7 +105,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
 
     Args:
         ly_a, ly_v: (B, K, C) l(y) of this process's clips, see `cross_affinity`. All processes
-            have the same B (drop_last=True of a DataLoader). None for affinity "none".
+            have the same B (drop_last=True of a DataLoader), and give the same arguments. None for
+            affinity "none".
         z_a, z_v: (B, K, D) projections, of any length: they are brought to unit length here. Clips
             come first: torch.stack([view_0, view_1], dim=1).
         eta: temperature of Eq. 1 ("constant", §2.1; 0.07 is GDT's).
@@ -180,12 +182,14 @@ def check_inputs(tensors, eta, affinity_temperature, check):
     names = ("z_a", "z_v", "ly_a", "ly_v")[:len(tensors)]
     shapes = [None if x is None else tuple(x.shape) for x in tensors]
     audio, video = shapes[::2], shapes[1::2]
-    if (None in shapes or audio != video
-            or {len(x) for x in shapes} != {3} or len({x[:2] for x in shapes}) > 1):
+    if (None in shapes or audio != video or {len(x) for x in shapes} != {3}
+            or len({x[:2] for x in shapes}) > 1 or 0 in audio[0]
+            or not all(torch.is_tensor(x) and x.is_floating_point() for x in tensors)):
         given = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes))
         raise ValueError(f"{given}: give z_a and z_v in one shape (B, K, D), and ly_a and ly_v in "
-                         "one shape (B, K, C), with the same B clips and K views (one view is "
-                         "z[:, None]); only soft_info_nce with affinity='none' works without ly")
+                         "one shape (B, K, C), float tensors with the same B clips and K views "
+                         "(one view is z[:, None]); only soft_info_nce with affinity='none' works "
+                         "without ly")
     if check:
         diverged = [name for name, x in zip(names, tensors) if not x.isfinite().all()]
         double = any(x.dtype == torch.float64 for x in tensors)

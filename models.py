@@ -1,13 +1,16 @@
 """The networks of §2 and §2.3: encoders f and g, projectors h_v and h_a, the mapping l of Eq. 2.
 
     model = SvaCLR()
-    ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, 1, M, F), (B, K, 3, T, H, W)
+    audio = torch.randn(2, 2, 1, 40, 101)             # (B, K, 1, M, F)
+    video = torch.randn(2, 2, 3, 8, 64, 64)           # (B, K, 3, T, H, W)
+    ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, C) x 2, (B, K, D) x 2
 
 This file needs torch and torchvision alone, and the MIT licence of this unofficial implementation
 beside a copy. For other encoders replace model.f or model.g, which have to give 512 numbers for a
 view. For another width change C, and replace both. In several processes BatchNorm has to take the
 statistics of all (paper silent; GDT). So convert the model there: on GPUs by
-nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs as support/layers.py of this project does.
+nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs as support/layers.py of this project does:
+copy that too.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
 encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.
@@ -93,5 +96,9 @@ class SvaCLR(nn.Module):
         views = video.shape[:2]                                         # (B, K)
         y_a = self.g(audio.flatten(0, 1))                               # (B K, C)
         y_v = self.f(video.flatten(0, 1))                               # (B K, C)
+        for name, y in (("g", y_a), ("f", y_v)):
+            if y.shape != (len(audio) * audio.shape[1], C):
+                raise ValueError(f"{name} gives {tuple(y.shape)} for {tuple(views)} clips and "
+                                 f"views: it has to give {C} numbers for each view")
         z_a, z_v = self.h_a(y_a), self.h_v(y_v)                         # (B K, D) x 2
         return tuple(x.unflatten(0, views) for x in (self.l(y_a), self.l(y_v), z_a, z_v))

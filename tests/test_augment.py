@@ -40,6 +40,9 @@ def test_a_fast_view():
         assert abs(peak_hz(fast) - 500 * s) < 2
         assert abs(fast[2000:-2000].std() - tone(500).std()) < 0.01
         assert frame_times(12, 30, s).equal(frame_times(12 * s, 30, 1)[::s])
+    for fps, s in ((30, 0), (30, 1.5), (0, 1)):
+        with pytest.raises(ValueError, match=f"tau is {s} and fps is {fps}: give a whole speed"):
+            frame_times(12, fps, s)
     assert speed_up_audio(tone(8000, 2), 2)[500:-500].abs().max() < 0.01
     assert speed_up_audio(tone(4100, 2), 2)[500:-500].abs().max() > 0.9
     wave = tone(440)
@@ -64,7 +67,7 @@ def test_colours_and_mirror_of_fine_tuning():
         changed += not view.equal(frames) and not view.equal(frames.flip(-2))
     assert abs(changed / 300 - 0.8) < 0.1 and abs(mirrored / 300 - 0.5) < 0.1
     assert torch.get_rng_state().equal(state)
-    for wrong in (frames.float(), frames.movedim(-1, 1)):
+    for wrong in (frames.float(), frames.movedim(-1, 1), frames[None]):
         with pytest.raises(ValueError, match="give uint8 .T, H, W, 3., the colours last"):
             flip_jitter(wrong, 0)
 
@@ -112,6 +115,8 @@ def test_windows_and_crops_of_evaluation():
     for size, place in ((15, 0.5), (8, 2)):
         with pytest.raises(ValueError, match=f"a crop of {size} pixels at place {place} does not"):
             crop_at(wide, size, place)
+    with pytest.raises(ValueError, match=r"frames are \(3, 10, 14\): give \(..., H, W, 3\)"):
+        crop_at(wide.movedim(-1, 0), 3)
 
 
 def test_normalize_frames():

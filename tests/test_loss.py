@@ -128,6 +128,9 @@ def test_bad_input(loss):
         given = "z_a {}, z_v {}, ly_a {}, ly_v {}: give z_a and z_v in one shape (B, K, D)"
         with pytest.raises(ValueError, match=re.escape(given.format(*shapes))):
             loss(y_a, y_v, z_a, z_v)
+    for z in (torch.ones(Z, dtype=torch.long), np.ones(Z), torch.ones(5, 0, 4)):
+        with pytest.raises(ValueError, match="float tensors with the same B clips and K views"):
+            loss(torch.ones(Y), torch.ones(Y), z, z)
     with pytest.raises(ValueError, match="'batch': choose .* 'none'; double_sum sums "):
         soft_info_nce(*batch(), affinity="batch")
 

@@ -32,6 +32,9 @@ def test_what_does_not_fit_gets_a_sentence():
         with pytest.raises(ValueError, match=f"video {v.dtype} .*: give floats .B, K, 1, M, F. and "
                                              ".B, K, 3, T, H, W., with"):
             model(a, v)
+    model.g.fc = nn.Linear(512, 128)
+    with pytest.raises(ValueError, match=r"g gives \(4, 128\) for \(2, 2\) clips and views: "):
+        model(audio, video)
     for make, name in ((video_encoder, "r50"), (Mapping, "cubic")):
         with pytest.raises(ValueError, match=f"'{name}': choose "):
             make(name)
