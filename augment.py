@@ -1,8 +1,11 @@
 """Speed co-augmentation (§2.1), windows, mirror and colours, and the log-mel input.
 
+    H, W, L = 72, 96, 24000                   # a film of 4 s at 30 frames per s, and its sound
+    film = torch.randint(256, (120, H, W, 3), dtype=torch.uint8)
+    wave = torch.rand(4 * L) * 2 - 1
     tau_v, tau_a = sample_speeds(4)           # ([1, 3], [1, 2]): view 0 at speed 1, view 1 sped up
     times = frame_times(30, 30, tau_v[1])     # (T,) s: three frame intervals apart
-    fast_video = frames[::tau_v[1]][:30]      # the same of a film that is in memory, (T, H, W, 3)
+    frames = film[::tau_v[1]][:30]            # the same of a film that is in memory, (T, H, W, 3)
     source = wave[:tau_a[1] * L]              # (tau L,): L samples of a view, tau times the source
     fast = speed_up_audio(source, tau_a[1])   # (tau L,) -> (L,): the pitch is tau times as high
     x = LogMel()(fast)                        # (L,) -> (1, M, F)
@@ -39,15 +42,20 @@ def sample_speeds(max_speed, generator=None, same=False):
     return [1, tau_v], [1, tau_v if same else tau_a]
 
 
+def is_speed(tau):
+    """Whether tau is one whole number of 1 or more."""
+    return not isinstance(tau, (list, tuple)) and tau >= 1 and tau % 1 == 0
+
+
 def frame_times(T, fps, tau):
     """When the T frames of a view are taken, in seconds after its start: (T,).
 
     At speed tau a view takes every tau-th of the times that lie 1/fps seconds apart, so it covers
     tau times the source. Raises ValueError if tau is not an integer >= 1, or fps not above 0.
     """
-    if not tau >= 1 or tau % 1 or not fps > 0:
-        raise ValueError(f"tau is {tau} and fps is {fps}: give a whole speed of 1 or more, and fps "
-                         "above 0")
+    if not is_speed(tau) or not fps > 0:
+        raise ValueError(f"tau is {tau} and fps is {fps}: give one whole speed of 1 or more, and "
+                         "fps above 0")
     return torch.arange(T) * tau / fps
 
 
@@ -55,13 +63,13 @@ def speed_up_audio(wave, tau):
     """Squeeze tau times the source into the same length: (..., tau L) -> (..., L).
 
     The sampling rate stays, so a tone of f Hz comes out at tau f Hz. A windowed sinc first removes
-    the frequencies that would pass the Nyquist limit, so they are not folded back. A source of n
-    samples becomes ceil(n / tau): see to it that n = tau L. Raises
+    the frequencies that would pass the Nyquist limit, so they are not folded back. The samples come
+    last (stereo is (2, n)); n of them become ceil(n / tau), so see to it that n = tau L. Raises
     ValueError if the wave holds integers, or if tau is not an integer >= 1.
     """
-    if not wave.is_floating_point() or not tau >= 1 or tau % 1:
-        raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau}: give floats, and a "
-                         "whole speed of 1 or more")
+    if not wave.is_floating_point() or not is_speed(tau):
+        raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau}: give floats, and "
+                         "one whole speed of 1 or more")
     decimate = torchaudio.transforms.Resample(int(tau), 1).to(wave.device, wave.dtype)
     with torch.autocast(wave.device.type, enabled=False):
         return decimate(wave)

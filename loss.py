@@ -176,9 +176,9 @@ def check_inputs(tensors, eta, affinity_temperature, check):
     process alone, for which the others then wait. With `check` all processes raise it if a value is
     NaN or infinite, or if the shapes of z or precisions differ between processes.
     """
-    if not (eta > 0 and affinity_temperature > 0):
+    if not (0 < eta < float("inf") and 0 < affinity_temperature < float("inf")):
         raise ValueError(f"eta={eta}, affinity_temperature={affinity_temperature}: temperatures "
-                         "must be above 0")
+                         "must be above 0, and finite")
     names = ("z_a", "z_v", "ly_a", "ly_v")[:len(tensors)]
     shapes = [None if x is None else tuple(x.shape) for x in tensors]
     audio, video = shapes[::2], shapes[1::2]

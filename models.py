@@ -77,7 +77,9 @@ class SvaCLR(nn.Module):
     audio is the output of augment.LogMel (log-mel of mean 0 and deviation 1), and video that of
     augment.normalize_frames (uint8 / 255, less 0.45, over 0.225). Each encoder runs once over all
     views, so its BatchNorm sees both speeds together. y = f(v) or g(a), z = h(y), and ly = l(y),
-    which is y itself for the identity mapping. The loss brings z to unit length.
+    which is y itself for the identity mapping. The loss brings z to unit length. The
+    weights are random. arch: see video_encoder. mapping: see Mapping. D: projection width. Raises
+    ValueError for other shapes or types.
     """
 
     def __init__(self, arch="r2plus1d_18", mapping="identity", D=256):
