@@ -28,6 +28,11 @@ from torchvision.transforms import v2
 MEAN, STD = 0.45, 0.225                                 # of pixels in [0, 1] (paper silent; GDT)
 
 
+def is_speed(tau):
+    """Whether tau is one whole number of 1 or more."""
+    return not isinstance(tau, (list, tuple, str)) and tau >= 1 and tau % 1 == 0
+
+
 def sample_speeds(max_speed, generator=None, same=False):
     """Draw tau_v and tau_a, the speeds of the video views and of the audio views of a clip (§2.1).
 
@@ -36,15 +41,10 @@ def sample_speeds(max_speed, generator=None, same=False):
     both (`same`). For a film shorter than max_speed clip lengths pass the number of whole ones.
     Raises ValueError if max_speed is not an integer >= 1.
     """
-    if not max_speed >= 1 or max_speed % 1:
+    if not is_speed(max_speed):
         raise ValueError(f"max_speed is {max_speed}: give a whole speed of 1 or more")
     tau_v, tau_a = torch.randint(1, int(max_speed) + 1, (2,), generator=generator).tolist()
     return [1, tau_v], [1, tau_v if same else tau_a]
-
-
-def is_speed(tau):
-    """Whether tau is one whole number of 1 or more."""
-    return not isinstance(tau, (list, tuple)) and tau >= 1 and tau % 1 == 0
 
 
 def frame_times(T, fps, tau):
@@ -149,7 +149,7 @@ def flip_jitter(frames, seed):
     for other types or layouts.
     """
     if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames are {str(frames.dtype)[6:]} {tuple(frames.shape)}: give uint8 "
+        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}: give torch.uint8 "
                          "(T, H, W, 3), the colours last")
     view = v2.Compose([v2.RandomHorizontalFlip(),
                        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8)])
@@ -165,7 +165,7 @@ def normalize_frames(frames):
     is rearranged. Raises ValueError for other types or layouts.
     """
     if frames.dtype != torch.uint8 or frames.dim() < 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames are {str(frames.dtype)[6:]} {tuple(frames.shape)}: give uint8 "
+        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}: give torch.uint8 "
                          "(..., T, H, W, 3), the colours last")
     x = torch.movedim(frames, -1, -4)                                   # (..., 3, T, H, W)
     return x.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)

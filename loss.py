@@ -108,7 +108,7 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
             have the same B (drop_last=True of a DataLoader), and give the same arguments. None for
             affinity "none".
         z_a, z_v: (B, K, D) projections, of any length: they are brought to unit length here. Clips
-            come first: torch.stack([view_0, view_1], dim=1).
+            come first: torch.stack([view_0, view_1], dim=1). (K, B, D) would go unnoticed.
         eta: temperature of Eq. 1 ("constant", §2.1; 0.07 is GDT's).
         affinity: "clip" | "view": the scope of the softmax in Eq. 2 | "none": lam = 1/K^2, which
             is plain InfoNCE over co-augmented views (Table 1, rows 2 to 4; row 1 with K = 1).
@@ -185,7 +185,8 @@ def check_inputs(tensors, eta, affinity_temperature, check):
     if (None in shapes or audio != video or {len(x) for x in shapes} != {3}
             or len({x[:2] for x in shapes}) > 1 or 0 in audio[0]
             or not all(torch.is_tensor(x) and x.is_floating_point() for x in tensors)):
-        given = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes))
+        given = ", ".join(f"{name} None" if x is None else f"{name} {x.dtype} {tuple(x.shape)}"
+                          for name, x in zip(names, tensors))
         raise ValueError(f"{given}: give z_a and z_v in one shape (B, K, D), and ly_a and ly_v in "
                          "one shape (B, K, C), float tensors with the same B clips and K views "
                          "(one view is z[:, None]); only soft_info_nce with affinity='none' works "

@@ -79,7 +79,7 @@ class SvaCLR(nn.Module):
     views, so its BatchNorm sees both speeds together. y = f(v) or g(a), z = h(y), and ly = l(y),
     which is y itself for the identity mapping. The loss brings z to unit length. The
     weights are random. arch: see video_encoder. mapping: see Mapping. D: projection width. Raises
-    ValueError for other shapes or types.
+    ValueError for another number of axes or channels, or for integers; M and F are not checked.
     """
 
     def __init__(self, arch="r2plus1d_18", mapping="identity", D=256):

@@ -70,7 +70,7 @@ def test_colours_and_mirror_of_fine_tuning():
     assert abs(changed / 300 - 0.8) < 0.1 and abs(mirrored / 300 - 0.5) < 0.1
     assert torch.get_rng_state().equal(state)
     for wrong in (frames.float(), frames.movedim(-1, 1), frames[None]):
-        with pytest.raises(ValueError, match="give uint8 .T, H, W, 3., the colours last"):
+        with pytest.raises(ValueError, match="give torch.uint8 .T, H, W, 3., the colours last"):
             flip_jitter(wrong, 0)
 
 
@@ -127,7 +127,7 @@ def test_normalize_frames():
     torch.testing.assert_close(x[0, 1, 2, 3], (frames[0, 1, 3, :, :, 2] / 255 - 0.45) / 0.225)
     assert x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last_3d)
     for wrong in (frames.movedim(-1, 2), frames[0, 0, 0], frames / 255):
-        with pytest.raises(ValueError, match="give uint8 .*, T, H, W, 3., the colours last"):
+        with pytest.raises(ValueError, match="give torch.uint8 .*, T, H, W, 3., the colours last"):
             normalize_frames(wrong)
 
 

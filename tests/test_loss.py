@@ -125,8 +125,9 @@ def test_bad_input(loss):
     for shapes in ([(5, 4)] * 4, [(5, 2, 3), Z, Y, Y], [Z, Z, Y, (5, 2, 5)],
                    [Z, Z, (5, 1, 6), (5, 1, 6)], [Z, Z, None, None]):
         z_a, z_v, y_a, y_v = (shape and torch.ones(shape) for shape in shapes)
-        given = "z_a {}, z_v {}, ly_a {}, ly_v {}: give z_a and z_v in one shape (B, K, D)"
-        with pytest.raises(ValueError, match=re.escape(given.format(*shapes))):
+        given = ", ".join(f"{name} torch.float32 {shape}" if shape else f"{name} None"
+                          for name, shape in zip(("z_a", "z_v", "ly_a", "ly_v"), shapes))
+        with pytest.raises(ValueError, match=re.escape(f"{given}: give z_a and z_v in one shape")):
             loss(y_a, y_v, z_a, z_v)
     for z in (torch.ones(Z, dtype=torch.long), np.ones(Z), torch.ones(5, 0, 4)):
         with pytest.raises(ValueError, match="float tensors with the same B clips and K views"):
