@@ -1,5 +1,7 @@
 """Speed co-augmentation (§2.1), windows, mirror and colours, and the log-mel input.
 
+    import torch
+    from augment import LogMel, frame_times, random_crop, sample_speeds, speed_up_audio
     H, W, L = 72, 96, 24000                   # a film of 4 s at 30 frames per s, and its sound
     film = torch.randint(256, (120, H, W, 3), dtype=torch.uint8)
     wave = torch.rand(4 * L) * 2 - 1

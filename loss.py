@@ -1,5 +1,7 @@
 """SvaCLR's objective: Eq. 1 (§2.1), Eq. 2 (§2.2) and Eq. 3 (§2.3) of arXiv 2309.13942.
 
+    import torch
+    from loss import soft_info_nce
     ly_a, ly_v, z_a, z_v = torch.randn(4, 8, 2, 256)    # 8 clips, 2 views, of widths C = D = 256
     loss = soft_info_nce(ly_a, ly_v, z_a, z_v)    # ly = l(y), y: encoder outputs, z: projections
 

@@ -1,5 +1,7 @@
 """The networks of §2 and §2.3: encoders f and g, projectors h_v and h_a, the mapping l of Eq. 2.
 
+    import torch
+    from models import SvaCLR
     model = SvaCLR()
     audio = torch.randn(2, 2, 1, 40, 101)             # (B, K, 1, M, F)
     video = torch.randn(2, 2, 3, 8, 64, 64)           # (B, K, 3, T, H, W)
