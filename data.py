@@ -143,7 +143,8 @@ class AudioVisualClips(Dataset):
                  clips_per_file=None):
         self.frames, self.fps, self.size, self.seed = frames, fps, size, seed
         self.max_speed, self.same_speed, self.clips_per_file = max_speed, same_speed, clips_per_file
-        self.seconds, self.K = frames / fps, 1 if max_speed == 1 else 2     # without speed one view
+        self.seconds = frames / fps
+        self.K = 1 if max_speed == 1 else 2             # one view without co-augmentation
         self.rows, self.left_out = [], {}
         for row in rows:
             if not row.has_audio:

@@ -31,7 +31,7 @@ from data import ActionClips, find_rows, make_loader
 from models import C, video_encoder
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_encoder
-from support.classification import (predictions, check_protocol, fit_linear, print_results,
+from support.classification import (check_protocol, fit_linear, predictions, print_results,
                                     say_torchvision, shared_classes, subset, top_1_and_5,
                                     write_classes, write_results)
 from support.commands import add_run_flags, at_least, fraction, positive

@@ -79,9 +79,9 @@ class SvaCLR(nn.Module):
     audio is the output of augment.LogMel (log-mel of mean 0 and deviation 1), and video that of
     augment.normalize_frames (uint8 / 255, less 0.45, over 0.225). Each encoder runs once over all
     views, so its BatchNorm sees both speeds together. y = f(v) or g(a), z = h(y), and ly = l(y),
-    which is y itself for the identity mapping. The loss brings z to unit length. The
-    weights are random. arch: see video_encoder. mapping: see Mapping. D: projection width. Raises
-    ValueError for another number of axes or channels, or for integers; M and F are not checked.
+    which is y itself for the identity mapping. The loss brings z to unit length. The weights are
+    random. arch: see video_encoder. mapping: see Mapping. D: projection width. Raises ValueError
+    for another number of axes or channels, or for integers; M and F are not checked.
     """
 
     def __init__(self, arch="r2plus1d_18", mapping="identity", D=256):
@@ -101,7 +101,7 @@ class SvaCLR(nn.Module):
         y_a = self.g(audio.flatten(0, 1))                               # (B K, C)
         y_v = self.f(video.flatten(0, 1))                               # (B K, C)
         for name, y in (("g", y_a), ("f", y_v)):
-            if y.shape != (len(audio) * audio.shape[1], C):
+            if y.shape != (views.numel(), C):
                 raise ValueError(f"{name} gives {tuple(y.shape)} for {tuple(views)} clips and "
                                  f"views: it has to give {C} numbers for each view")
         z_a, z_v = self.h_a(y_a), self.h_v(y_v)                         # (B K, D) x 2

@@ -106,6 +106,13 @@ def test_what_a_run_prints_and_writes(trained):
     assert 0 <= first["wait"] <= 1 and first["replaced"] == 0
 
 
+def test_a_cpu_is_warned_of_the_papers_model(tmp_path, capsys):
+    for arch, times in (("r2plus1d_18", 1), ("r2plus1d_10", 0)):
+        run_here(pretrain, "--data", tmp_path / "gone", "--out", tmp_path, *SMALL, "--arch", arch)
+        errors = capsys.readouterr().err
+        assert errors.count("warning: no GPU is used. On a CPU the paper's settings") == times
+
+
 def test_bad_data(trained, tree, tmp_path, capsys):
     """A run that has ended has nothing to do, and no other command changes it."""
     ended, files = trained[0], ("log.jsonl", "checkpoint.pt", "manifest.csv")
