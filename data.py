@@ -30,16 +30,17 @@ from support.batches import TrainingBatches, collate, draw_or_replace, read_or_n
 from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once, say,
                                world_size)
 from support.reading import RATE, read
+from support.rows import make_row, read_rows, segment_name
 
 
 def read_manifest(path, split=None):
     """Read the usable rows of a manifest.csv, and the others as {name: reason}.
 
     split: the part to read, None for all. A manifest without parts is read whole. A row is a Row of
-    prepare/scan.py. Raises ValueError if the file is no manifest or has no such part.
+    support/rows.py. Raises ValueError if the file is no manifest or has no such part.
     """
     path = Path(path)
-    table = scan.read_table(path)
+    table = read_rows(path)
     if not table:
         raise ValueError(f"{path} has no rows: make it anew with python -m prepare.manifest")
     splits = sorted({line["split"] for line in table})
@@ -54,9 +55,9 @@ def read_manifest(path, split=None):
         try:
             if line["reason"]:
                 raise ValueError(line["reason"])
-            rows.append(scan.make_row(line))
+            rows.append(make_row(line))
         except ValueError as error:
-            name = scan.segment_name(line["path"], line["start"], line["end"])
+            name = segment_name(line["path"], line["start"], line["end"])
             left_out[name] = str(error)
     return rows, left_out
 

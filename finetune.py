@@ -36,7 +36,8 @@ from support.classification import (check_protocol, fit_linear, predictions, pri
                                     write_classes, write_results)
 from support.commands import add_run_flags, at_least, fraction, positive
 from support.layers import prepare_layers
-from support.processes import autocast, choose_precision, launch, say, world_size
+from support.precision import autocast, choose_precision
+from support.processes import launch, say, world_size
 from support.run import Run, lock_folder
 
 # The built-in set is seen as in pretraining, in fewer clips, so that two CPU cores take minutes.
@@ -161,32 +162,29 @@ def evaluate(model, clips, dtype, workers=None, max_failures=0.05):
     """The test of §3.1 (GDT): average the softmax over a video's clips and crops.
 
     Returns scores (n, classes), hits (n, 2), and the n rows of the videos that could be read. hits
-    has the share of a video's clips and crops whose own top 1 and top 5 have the label. Results are
-    kept by index, so no video counts twice.
+    has the share of a video's clips and crops whose own top 1 and top 5 have the label.
     """
-    device = next(model.parameters()).device
-    results = torch.zeros(len(clips), len(clips.classes) + 3, device=device)    # last: was it read?
+    found = {}
     for index, label, y in features(model.f, clips, dtype, workers, max_failures):
         logits = model.head(y)                                          # (clips * crops, classes)
         hits = top_1_and_5(logits, label).mean(0)                       # (2,)
-        results[index] = torch.cat([logits.softmax(1).mean(0), hits, y.new_ones(1)])
-    results, read = gather_results(results, "scores")
-    results = results.cpu()                                             # (n, classes + 2)
+        found[index] = torch.cat([logits.softmax(1).mean(0), hits])
+    results, read = gather_results(found, "scores")                     # (n, classes + 2)
     return results[:, :-2], results[:, -2:], [clips.rows[n] for n in read]
 
 
 def linear_probe(encoder, clips, args, dtype):
     """The linear classifier on the frozen encoder's features, and how many videos failed."""
-    device, each = next(encoder.parameters()).device, clips.clips_per_file
-    results = torch.zeros(len(clips), each, C + 1, device=device)       # last: was it read?
-    for index, _, y in features(encoder, clips, dtype, args.workers, args.max_failures):
-        results[index] = F.pad(y, (0, 1), value=1)
-    y, read = gather_results(results, "features")                       # (n, clips, C)
+    device = next(encoder.parameters()).device
+    found = {index: y for index, _, y
+             in features(encoder, clips, dtype, args.workers, args.max_failures)}
+    y, read = gather_results(found, "features")                         # (n, clips, C)
     labels = torch.tensor([clips.classes.index(clips.rows[n].label) for n in read])     # (n,)
     if len(labels.unique()) < len(clips.classes):
         raise ValueError("all training videos of a class failed: mend or replace those named above")
-    labels = labels.repeat_interleave(each).to(device)                 # (n clips,)
-    return fit_linear(y.flatten(0, 1), labels), len(clips) - len(read)
+    labels = labels.repeat_interleave(clips.clips_per_file)             # (n clips,)
+    linear = fit_linear(y.flatten(0, 1).to(device), labels.to(device))
+    return linear, len(clips) - len(read)
 
 
 def one_fold(args, device):

@@ -36,7 +36,8 @@ from models import SvaCLR
 from support.checkpoints import load_audio_encoder, load_encoder
 from support.commands import add_run_flags, at_least, positive
 from support.layers import prepare_layers
-from support.processes import autocast, choose_precision, launch, say, say_left_out, world_size
+from support.precision import autocast, choose_precision
+from support.processes import launch, say, say_left_out, world_size
 from support.run import Run, lock_folder
 
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong

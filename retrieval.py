@@ -10,7 +10,8 @@ at speed 1. Instance-level, the clip's own other half is among the top k. Class-
 query's class is. (Table 3 lies at the class-level chance for 34 classes.) The script prints the
 table, with standard errors and chance, and writes retrieval.json beside the checkpoint.
 
-Symbols: n clips in the pool, D feature width, B files of a batch, T frames, L samples.
+Symbols: n clips in the pool, C width of y, D width of z or of either feature, B files of a batch,
+T frames, L samples.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from prepare.weights import sound_input
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_svaclr
 from support.commands import at_least, share
-from support.processes import autocast, choose_precision, launch, say
+from support.precision import autocast, choose_precision
+from support.processes import launch, say
 from support.tables import check_size, report, results_path
 
 RANKS = (1, 5, 10, 20)
@@ -56,50 +58,44 @@ def parse(argv=None):
 
 
 @torch.no_grad()
-def embed(model, log_mel, dtype, feature, frames, waves):
-    """Features of files at speed 1: frames (B, n, T, H, W, 3), waves (B, n, L) -> (2, B, D).
+def embed(model, log_mel, dtype, frames, waves):
+    """Encoder outputs (l(y) if l is not the identity) and projections of files at speed 1.
 
-    [0] is of the sound and [1] of the pictures. feature: see `extract`.
+    frames (B, n, T, H, W, 3) uint8, waves (B, n, L) -> y (B, 2, C), z (B, 2, D). On the second axis
+    0 is the sound, and 1 the pictures. n: clips of a file.
     """
     device = next(model.parameters()).device
     audio, video = log_mel(waves.to(device)), normalize_frames(frames.to(device))
     with autocast(device, dtype):
         ly_a, ly_v, z_a, z_v = model(audio, video)                      # (B, n, C or D)
-    both = {"y": (ly_a, ly_v), "z": (z_a, z_v)}
-    return torch.cat([average(torch.stack(both[kind])) for kind in feature], 2)
+    return average(torch.stack([ly_a, ly_v], 1)), average(torch.stack([z_a, z_v], 1))
 
 
 def average(x):
     """A file's feature is the mean over its clips' unit-length features, at unit length again.
 
-    (..., B, clips of a file, D) -> (..., B, D), float32.
+    (..., n, D) -> (..., D), float32.
     """
     return F.normalize(F.normalize(x.float(), dim=-1).mean(-2), dim=-1)
 
 
-def extract(model, clips, dtype, feature="z", sound=None, max_failures=0.05):
-    """Features of all clips on every process: audio (n, D), video (n, D), and their n rows.
-
-    Features are kept by index, so no clip counts twice with any number of processes.
+def extract(model, clips, dtype, sound=None, max_failures=0.05):
+    """Features of all files on every process: {"y": (n, 2, C), "z": (n, 2, D)}, and their n rows.
 
     Args:
         clips: AudioVisualClips with clips_per_file.
         dtype: of autocast.
-        feature: "z", the projections | "y", the encoder outputs (l(y) if l is not the identity) |
-            "yz", first y and then z, each of unit length: D is the sum of their widths.
         sound: the input of g, see prepare.weights.sound_input.
         max_failures: share of the files that may fail to be read; ValueError if more do.
     """
     model.eval()
-    device = next(model.parameters()).device
-    log_mel, widths = sound_input(sound).to(device), {"y": C, "z": model.h_v[-1].out_features}
-    D = sum(widths[kind] for kind in feature)
-    results = torch.zeros(len(clips), 2, D + 1, device=device)          # last: was it read?
+    device, found = next(model.parameters()).device, {}
+    log_mel = sound_input(sound).to(device)
     for frames, waves, index in evaluation_batches(make_loader(clips, 8), max_failures):
-        x = embed(model, log_mel, dtype, feature, frames, waves)        # (2, B, D)
-        results[index] = F.pad(x, (0, 1), value=1).transpose(0, 1)
-    results, read = gather_results(results, "features")                 # (n, 2, D)
-    return *results.unbind(1), [clips.rows[n] for n in read]            # (n, D) x 2
+        both = torch.cat(embed(model, log_mel, dtype, frames, waves), 2)        # (B, 2, C + D)
+        found.update(zip(index, both))
+    both, read = gather_results(found, "features")                      # (n, 2, C + D)
+    return {"y": both[..., :C], "z": both[..., C:]}, [clips.rows[n] for n in read]
 
 
 def ranks(query, gallery, labels, chunk=256):
@@ -179,8 +175,8 @@ def evaluate(args, device):
     check_size(len(clips), args.split, left_out, max(RANKS))            # before the work
     dtype, reason = choose_precision("auto", device)
     say(f"{len(clips)} files on {device.type}, {str(dtype)[6:]} ({reason})")
-    audio, video, rows = extract(model.to(device), clips, dtype, args.feature, settings.sound,
-                                 max_failures=args.max_failures)        # (n, D) x 2
+    found, rows = extract(model.to(device), clips, dtype, settings.sound, args.max_failures)
+    audio, video = found[args.feature].to(device).unbind(1)             # (n, D) x 2
     failed = dict.fromkeys(range(len(clips) - len(rows)), "failed")
     check_size(len(rows), args.split, left_out | failed, max(RANKS))
     _, labels = np.unique([row.label for row in rows], return_inverse=True)

@@ -31,10 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import pretrain
 from augment import LogMel, normalize_frames
 from loss import soft_info_nce
-from prepare.scan import Row
 from support.commands import at_least
-from support.processes import autocast, choose_precision, is_out_of_memory, setup
+from support.precision import autocast, choose_precision
+from support.processes import is_out_of_memory, setup
 from support.reading import RATE
+from support.rows import Row
 
 
 def now(device):

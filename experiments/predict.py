@@ -17,7 +17,8 @@ from finetune import classifier, evaluate
 from models import video_encoder
 from prepare.scan import probe_file
 from support.checkpoints import read_state
-from support.processes import choose_precision, launch, rank, say
+from support.precision import choose_precision
+from support.processes import launch, rank, say
 
 
 def parse(argv=None):

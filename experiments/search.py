@@ -26,7 +26,7 @@ import torch.nn.functional as F
 
 from data import ActionClips, evenly_spaced
 from finetune import features
-from models import C, SvaCLR, video_encoder
+from models import SvaCLR, video_encoder
 from prepare.scan import probe_file
 from prepare.weights import sound_input
 from retrieval import RANKS, average, chance, embed, extract, find_part, load, parser
@@ -35,7 +35,8 @@ from support.checkpoints import load_encoder, load_svaclr, read_state
 from support.classification import say_torchvision
 from support.files import write_atomic
 from support.commands import at_least
-from support.processes import choose_precision, launch, rank, say
+from support.precision import choose_precision
+from support.processes import launch, rank, say
 from support.reading import RATE, read, read_sound
 from support.tables import check_size, write_table
 
@@ -138,16 +139,15 @@ def search(args, device):
 
 def make_pool(args, model, settings, clips, dtype):
     """The pool of the clips of --data, on every process."""
-    audio, video, rows = extract(model, clips, dtype, "yz", settings.sound,
-                                 max_failures=args.max_failures)        # (n, C + D) x 2
-    y_audio, z_audio = audio.tensor_split([C], 1)
-    y_video, z_video = video.tensor_split([C], 1)
+    found, rows = extract(model, clips, dtype, settings.sound, args.max_failures)
+    device = next(model.parameters()).device
+    arrays = {f"{kind}_{modality}": x[:, n].to(device) for kind, x in found.items()
+              for n, modality in enumerate(ASKS)}                       # (n, C or D)
     about = {"checkpoint": str(args.checkpoint), "weights": checksum(model), "data": args.data,
              "split": args.split, "clips_per_file": args.clips,
              "seconds": settings.frames / settings.fps}
     return {"paths": [row.path for row in rows], "labels": [row.label for row in rows],
-            "starts": [row.video_start for row in rows], "settings": about, "y_audio": y_audio,
-            "z_audio": z_audio, "y_video": y_video, "z_video": z_video}
+            "starts": [row.video_start for row in rows], "settings": about, **arrays}
 
 
 def checksum(model):
@@ -195,7 +195,8 @@ def read_queries(path, model, settings, dtype, feature, n):
     frames, waves, missing = read_clips(path, settings, n)
     device = next(model.parameters()).device
     log_mel = sound_input(settings.sound).to(device)
-    x = embed(model, log_mel, dtype, feature, frames, waves)[:, 0]      # (2, D)
+    y, z = embed(model, log_mel, dtype, frames, waves)                  # (1, 2, C), (1, 2, D)
+    x = {"y": y, "z": z}[feature][0]                                    # (2, C or D)
     pictures = {"audio": log_mel(waves.to(device))[0, n // 2, 0].cpu().numpy(),
                 "video": frames[0, n // 2, settings.frames // 2].numpy()}
     for modality, cause in missing.items():
@@ -357,11 +358,10 @@ def encode(args, f, rows, clip):
     dtype, _ = choose_precision("auto", device)
     clips = ActionClips(rows, sorted({row.label for row in rows}), **clip,
                         clips_per_file=args.clips)
-    results = torch.zeros(len(rows), C + 1, device=device)              # last: was it read?
-    for index, _, y in features(f, clips, dtype, None, args.max_failures):      # y: (clips, C)
-        results[index] = F.pad(average(y), (0, 1), value=1)
-    y_v, read = gather_results(results, "features")                     # (n, C)
-    return y_v, [rows[n].label for n in read]
+    found = {index: average(y) for index, _, y                          # y: (clips, C)
+             in features(f, clips, dtype, None, args.max_failures)}
+    y_v, read = gather_results(found, "features")                       # (n, C)
+    return y_v.to(device), [rows[n].label for n in read]
 
 
 def video_ranks(query, gallery, labels, gallery_labels, chunk=256):

@@ -15,8 +15,9 @@ import argparse
 import sys
 
 from prepare.layouts import LAYOUTS
-from prepare.scan import segment_name, summary, survey
+from prepare.scan import summary, survey
 from support.commands import at_least, errors_in_one_line
+from support.rows import segment_name
 
 
 def main():

@@ -5,13 +5,11 @@
 `python -m prepare.manifest` is the command for this, and docs/data.md says what the columns mean.
 """
 
-import csv
-import io
 import os
 import signal
 import sys
 import time
-from collections import Counter, namedtuple
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 from inspect import signature
@@ -23,15 +21,12 @@ import av
 from tqdm import tqdm
 
 from prepare.layouts import LAYOUTS
-from support.files import write_atomic
 from support.reading import (Damage, Shape, StampCheck, begin, converter, decode, demux, end, mono,
                              open_file, open_streams)
+from support.rows import COLUMNS, make_row, read_rows, segment, write_rows
 
-COLUMNS = ("path", "label", "split", "start", "end", "duration", "video_duration", "sound_start",
-           "fps", "width", "height", "has_audio", "reason", "note", "stamp")
 PROBE_LIMIT, VERIFY_LIMIT = 20, 300     # s that one file may take: to probe it, to decode it whole
 SAVE_EVERY = 30                         # s between two saves of OUT.partial
-ROUNDED = 1                             # s; lists count whole ones, so an end may lie a bit outside
 CUT = 0.5                               # s by which a clip that was cut out may be too long
 COPY = "another copy of a clip that is used"
 READER = "r2"                           # change it when other files are read, refused or timed
@@ -61,7 +56,7 @@ def survey(layout, root, workers=2, out=None, verify=False, **options):
     rows = probe_all(entries, workers, verify, out)
     drop_copies(rows, [entry.name for _, entry in entries])
     if out:
-        write(rows, out)
+        write_rows(rows, out)
         Path(f"{out}.partial").unlink(missing_ok=True)
     return rows, notes
 
@@ -73,7 +68,7 @@ def probe_all(entries, workers, verify, out):
     OUT.partial is still valid. A file of several clips is opened once.
     """
     unfinished, saved = Path(f"{out}.partial"), time.monotonic()
-    earlier = read_rows(Path(out)) | read_rows(unfinished) if out else {}
+    earlier = earlier_rows(Path(out)) | earlier_rows(unfinished) if out else {}
     files = {path: (path, entry.label, entry.split)
              for path, entry in entries if not entry.reason}
     rows = {path: row for path in files if (row := reuse(earlier.get(str(path)), verify))}
@@ -85,11 +80,11 @@ def probe_all(entries, workers, verify, out):
                                        unit="file", file=sys.stderr):
             rows[file[0]] = row or empty_row(*file, failure)
             if out and time.monotonic() - saved > SAVE_EVERY:
-                write(rows.values(), unfinished)
+                write_rows(rows.values(), unfinished)
                 saved = time.monotonic()
     finally:
         if out and len(rows) < len(files):              # after Ctrl-C, for instance
-            write(rows.values(), unfinished)
+            write_rows(rows.values(), unfinished)
     return [empty_row(path, entry.label, entry.split, entry.reason) if entry.reason
             else row_of(entry, rows[path]) for path, entry in entries]
 
@@ -107,69 +102,6 @@ def row_of(entry, row):
     except ValueError as error:
         row["reason"] = str(error)
     return row
-
-
-def segment(row, source=""):
-    """Where the clip of a row lies in its file: (start, stop), s after the pictures begin, or
-    (0, None) for the whole file.
-
-    An end less than ROUNDED behind the end of the pictures becomes this end. source: where the
-    segment was named, for the error. Raises ValueError if it does not lie in the file.
-    """
-    start, end = row["start"], row["end"]
-    if start == end == "":
-        return 0, None
-    length = float(row["video_duration"])
-    with suppress(ValueError):                            # of a cell that is no number
-        first, last = float(start or 0), float(length if end == "" else end)
-        if 0 <= first < min(last, length) and last < length + ROUNDED:
-            return first, min(last, length)
-    raise ValueError(f"its segment does not lie in the film ({source}expected 0 <= start < end <= "
-                     f"{length:.2f} s, got {start} to {end})")
-
-
-def segment_name(path, start, end):
-    """'path [start-end s]', or the path alone if the row is of the whole file."""
-    return f"{path} [{start}-{end} s]" if start or end else path
-
-
-class Row(namedtuple("Row", "path label split duration video_duration has_audio note "
-                     "start stop video_start", defaults=(0, None, 0))):
-    """A file, or a segment of it.
-
-    duration: the s that pictures and sound both cover, or the pictures alone if the sound cannot be
-    used (has_audio is False, and note tells why). start, stop: of the segment, by the clock of
-    `read_clip` with sound. video_start, video_stop: the same by its clock without sound. The stops
-    of a whole file are None.
-    """
-
-    __slots__ = ()
-
-    @property
-    def video_stop(self):
-        return None if self.stop is None else round(self.video_start + self.video_duration, 6)
-
-    @property
-    def name(self):
-        """The path, or 'path [start-end s]', which tells apart the segments of a file."""
-        if self.video_stop is None:
-            return self.path
-        return segment_name(self.path, self.video_start, self.video_stop)
-
-
-def make_row(line):
-    """The Row of a usable line of a manifest, {column: text or value}. Raises ValueError if its
-    segment does not lie in the file."""
-    duration, video_duration = float(line["duration"]), float(line["video_duration"])
-    start, stop = segment(line)
-    places = ()
-    if stop is not None:
-        late = float(line["sound_start"])               # the clock with sound begins so much later
-        places = max(0, start - late), min(duration, stop - late), start
-        duration, video_duration = max(0, places[1] - places[0]), stop - start
-    # A class name is kept once and not once a row, because every worker has a copy of the rows.
-    return Row(line["path"], sys.intern(line["label"]), sys.intern(line["split"]), duration,
-               video_duration, str(line["has_audio"]) == "1", sys.intern(line["note"]), *places)
 
 
 def reuse(row, verify):
@@ -216,32 +148,10 @@ def summary(rows, notes=()):
 
 # ---- the csv
 
-def read_rows(path):
+def earlier_rows(path):
     """{path of a video: row with a stamp} of an earlier manifest, if there is one."""
-    rows = read_table(path) if path.exists() else []
+    rows = read_rows(path) if path.exists() else []
     return {row["path"]: row for row in rows if row["stamp"]}
-
-
-def read_table(path):
-    """The rows of a manifest, with all values as text. Raises ValueError if it is none."""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file)
-        missing = set(COLUMNS) - set(table.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path} is no manifest of this version, it lacks "
-                             f"{', '.join(sorted(missing))}: give another file, or make one with "
-                             "python -m prepare.manifest")
-        return list(table)
-
-
-def write(rows, out):
-    """Write rows as a manifest, whole or not at all."""
-    out, text = Path(out), io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(text.getvalue().encode(errors="backslashreplace"), out)
 
 
 def empty_row(path, label, split, reason=""):

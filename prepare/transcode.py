@@ -27,10 +27,11 @@ import numpy as np
 from av.video.reformatter import Colorspace
 from tqdm import tqdm
 
-from prepare.scan import READER, in_workers, probe, read_table, summary, write
+from prepare.scan import READER, in_workers, probe, summary
 from support.commands import at_least, errors_in_one_line
 from support.reading import (RATE, UPRIGHT, Cutter, Damage, StampCheck, begin, bytes_of, demux, end,
                              in_order, open_file, open_streams, place_sound, upright)
+from support.rows import read_rows, write_rows
 
 PRIMING = 1024                          # samples that the AAC encoder puts before the first one
 LIMIT = 24 * 3600                       # s that one film may take
@@ -271,7 +272,7 @@ def run(manifest, out, short_side=160, gop=15, workers=2):
     more. workers: processes, 1 or more. Raises ValueError if the manifest or the folder is not as
     it should be.
     """
-    rows, out = read_table(manifest), Path(out).resolve()
+    rows, out = read_rows(manifest), Path(out).resolve()
     jobs = plan([row for row in rows if not row["reason"]], out)
     if not jobs:
         raise ValueError(f"{manifest} has no usable row, each has a reason: look at its last "
@@ -302,7 +303,7 @@ def run(manifest, out, short_side=160, gop=15, workers=2):
     part = "label", "split", "start", "end"
     rows = [row if row["reason"] else copies[row["path"]] | {name: row[name] for name in part}
             for row in rows]
-    write(rows, out / "manifest.csv")
+    write_rows(rows, out / "manifest.csv")
     return (f"{states['done']} done, {states['skipped']} skipped (already there), "
             f"{states['failed']} failed; {summary(rows)}")
 

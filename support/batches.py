@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.utils.data import Sampler, get_worker_info
 from tqdm import tqdm
 
@@ -131,17 +130,21 @@ def evaluation_batches(loader, max_failures):
     stop_if_too_many()
 
 
-def gather_results(results, what):
-    """Put together what all processes have found about the N files of an evaluation.
+def gather_results(found, what):
+    """Put together what all processes have found about the files of an evaluation.
 
-    results: (N, ..., D + 1), zeros but for the files that this process has read, whose last numbers
-    are 1. Each file has one place, so none counts twice. what: words for the error.
-    Returns (n, ..., D) of the n files that were read, and their indices. Raises ValueError if a
-    number is not finite.
+    found: {index of a file: tensor (...)} of this process. Each file has one index, so none counts
+    twice. what: words for an error.
+    Returns (n, ...) of the n files that were read, on the CPU, and their indices in order. Raises
+    ValueError if no file was read, or if a number is not finite.
     """
-    dist.all_reduce(results)
+    own = (list(found), torch.stack([*found.values()]).cpu().numpy()) if found else ((), ())
+    everywhere = {n: x for part in gather(own) for n, x in zip(*part)}
+    if not everywhere:
+        raise ValueError("none of the files could be read: see the causes above")
+    read = sorted(everywhere)
+    results = torch.from_numpy(np.stack([everywhere[n] for n in read]))
     if not torch.isfinite(results).all():
         raise ValueError(f"{what} are not finite: the training has diverged, train anew with a "
                          "lower --lr")
-    read = results.flatten(1)[:, -1].nonzero().flatten()                # (n,)
-    return results[read][..., :-1], read.tolist()
+    return results, read

@@ -40,6 +40,7 @@ torch.set_num_threads(2)
 from frames import barcode                      # noqa: E402
 from prepare import scan                        # noqa: E402
 from support import processes                   # noqa: E402
+from support.rows import write_rows                # noqa: E402
 from support.run import locks                   # noqa: E402
 
 # A run of seconds in float32, which repeats to the bit.
@@ -310,12 +311,12 @@ def remux(source, target, tracks=("video", "audio"), change=None, title="", has_
 
 def with_damaged(rows, folder, chosen):
     """Two manifests of the rows: with the chosen files damaged since the scan, and without them."""
-    scan.write([row for n, row in enumerate(rows) if n not in chosen], folder / "without.csv")
+    write_rows([row for n, row in enumerate(rows) if n not in chosen], folder / "without.csv")
     for n in chosen:
         path = folder / f"bad{n}{Path(rows[n]['path']).suffix}"
         path.write_bytes(b"damaged since the scan")
         rows[n] = rows[n] | {"path": str(path)}
-    scan.write(rows, folder / "with.csv")
+    write_rows(rows, folder / "with.csv")
     return folder / "with.csv", folder / "without.csv"
 
 

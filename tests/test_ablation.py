@@ -14,6 +14,8 @@ import pretrain
 from experiments import ablation, transfer
 from experiments.ablation import BASE, PAPER, RESULTS, read_results
 from prepare import demo, scan
+from support.precision import choose_precision
+from support.rows import write_rows
 from retrieval import RANKS, extract, load, recall_at_k
 
 
@@ -60,7 +62,9 @@ def test_it_measures_the_features(tree, brief, tmp_path):
     found = ablation.measure(brief)
     args = Namespace(checkpoint=brief, data=None, split="test", clips=10)
     model, _, clips, _ = load(args)
-    audio, video, rows = extract(model, clips, torch.float32)
+    dtype, _ = choose_precision("auto", torch.device("cpu"))
+    features, rows = extract(model, clips, dtype)
+    audio, video = features["z"].unbind(1)
     labels = torch.tensor([row.label == "high" for row in rows])
     by_video = recall_at_k(video, audio, labels)
     by_audio = recall_at_k(audio, video, labels)
@@ -73,7 +77,7 @@ def test_it_measures_the_features(tree, brief, tmp_path):
     assert found["clips"] == 24
     rows, _ = scan.survey("folder", tree)
     rows[0]["path"] = "gone.mp4"  # of the test part
-    scan.write(rows, tmp_path / "manifest.csv")
+    write_rows(rows, tmp_path / "manifest.csv")
     shutil.copy(brief, tmp_path)
     with pytest.raises(ValueError, match=f"retrieval.py ended with 1: see {tmp_path}.txt"):
         ablation.measure(tmp_path / brief.name)

@@ -11,7 +11,7 @@ import pretrain
 from augment import LogMel, normalize_frames
 from experiments import bench
 from loss import soft_info_nce
-from support.processes import autocast
+from support.precision import autocast
 from support.reading import RATE
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ import data
 from augment import centre_band, crop_at
 from data import ActionClips, AudioVisualClips, find_rows, make_loader, read_clip
 from frames import read_barcode
-from prepare.scan import Row
 from support.batches import TrainingBatches, collate, evaluation_batches
+from support.rows import Row
 
 # ---- one clip
 

@@ -13,13 +13,14 @@ from experiments.ablation import COLUMNS, EQUAL, write_csv
 from models import SvaCLR
 from prepare import scan
 from support.checkpoints import load_svaclr
+from support.rows import write_rows
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_affinities(tree, brief, tmp_path):
     """The softmax of the cosines of y_v and the y_a of four speeds."""
-    scan.write(scan.survey("folder", tree)[0][10:13], tmp_path / "m.csv")  # the test part's
+    write_rows(scan.survey("folder", tree)[0][10:13], tmp_path / "m.csv")  # the test part's
     assert command(figures, "affinity", "--checkpoint", brief, "--data", tmp_path / "m.csv",
                    "--show", 2, "--out", tmp_path / "a.png")[0] == 0
     assert imread(tmp_path / "a.png")[..., :3].std() > 20 / 255

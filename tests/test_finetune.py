@@ -18,6 +18,7 @@ from finetune import classifier, evaluate, learning_rates, parse
 from models import video_encoder
 from prepare import scan
 from support.classification import fit_linear, say_torchvision, subset
+from support.rows import Row, read_rows, write_rows
 
 SMALL = ("--arch r2plus1d_10 --size 16 --frames 4 --fps 8 --train-clips 2 --test-clips 2 "
          "--global-batch 4 --epochs 1 --workers 1 --precision fp32").split()
@@ -52,7 +53,7 @@ def test_bad_flags(flags, sentence):
 
 
 def test_subset_of_the_labels():
-    rows = [scan.Row(f"{label}{n}", label, "train", 1, 1, True, "")
+    rows = [Row(f"{label}{n}", label, "train", 1, 1, True, "")
             for label, many in (("a", 40), ("b", 3)) for n in range(many)]
     least, quarter, half = (subset(rows, share, 0) for share in (0.01, 0.25, 0.5))
     assert [row.label for row in least] == ["a", "b"] and subset(rows, 1.0, 0) == rows
@@ -87,7 +88,7 @@ def ucf(tmp_path_factory):
     for fold in (1, 2, 3):
         part = lambda row: "test" if row["path"].endswith(f"{fold}.avi") else "train"
         lines = [row | {"split": part(row)} for row in sorted(rows, key=part, reverse=True)]
-        scan.write(lines[:7] if fold == 3 else lines, root / f"ucf101-{fold}.csv")
+        write_rows(lines[:7] if fold == 3 else lines, root / f"ucf101-{fold}.csv")
     return root
 
 
@@ -144,7 +145,7 @@ def test_commands_of_the_docs_on_a_small_ucf101(ucf, tuned, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one_and_without_files_that_fail(ucf, tmp_path):
     """A training video and one of two test videos fail, each on another process."""
-    with_them, without = with_damaged(scan.read_table(ucf / "ucf101-2.csv"), tmp_path, (4, 7))
+    with_them, without = with_damaged(read_rows(ucf / "ucf101-2.csv"), tmp_path, (4, 7))
     results = []
     for data, processes in ((without, 1), (with_them, 1), (with_them, 2)):
         flags = f"--data {data} --checkpoint none --linear --out {tmp_path} --max-failures 0.5"
@@ -165,8 +166,8 @@ def test_a_tie_counts_against_the_model(ucf, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(finetune, "train",
                         lambda args, model, *_: torch.nn.init.zeros_(model.head.weight))
-    rows = scan.read_table(ucf / "ucf101-1.csv")
-    scan.write([*rows, rows[-1]], "m.csv")
+    rows = read_rows(ucf / "ucf101-1.csv")
+    write_rows([*rows, rows[-1]], "m.csv")
     run(*"--data m.csv --checkpoint none --out .".split(), *SMALL, script="finetune.py")
     result = json.loads(Path("results.json").read_text())["test"]
     assert result["video top-1"] == result["clip top-1"] == 0
@@ -222,9 +223,9 @@ def test_bad_input(ucf, tuned, tmp_path, monkeypatch, capsys):
     Path("runs/ucf101/fold1/results.json").unlink()  # as of a run that was stopped
     torch.save(video_encoder("r2plus1d_10").state_dict(), "runs/k400/checkpoint.pt")
     torch.save({"settings": {"arch": "r3d_18"}, "model": {}}, "r3d.pt")
-    rows = scan.read_table("ucf101-1.csv")
-    scan.write([row | {"split": ""} for row in rows], "undivided.csv")
-    scan.write([*rows[:-1], rows[-1] | {"label": "Diving"}], "strange.csv")
+    rows = read_rows("ucf101-1.csv")
+    write_rows([row | {"split": ""} for row in rows], "undivided.csv")
+    write_rows([*rows[:-1], rows[-1] | {"label": "Diving"}], "strange.csv")
     with_damaged(rows, Path(), (0, 1, 2))
     capsys.readouterr()
     for more, sentence in (

@@ -8,6 +8,7 @@ import pytest
 
 from conftest import by_name, command, write_text
 from prepare import manifest, scan
+from support.rows import COLUMNS, read_rows
 
 K400 = "label,youtube_id,time_start,time_end,split\n"
 UNLISTED = "", "", "not in the official list"
@@ -183,8 +184,8 @@ def test_command(put, tmp_path, monkeypatch, files_read):
     assert (status, stdout) == (
         0, "new/m.csv: 5 files, 3 usable, 2 left out: 1 another copy of a clip that is used, "
         f"1 not in the official list; 1 {ABSENT}, e.g. 'v_YoYo_g25_c09'\n")
-    rows = scan.read_table("new/m.csv")
-    assert rows[0].keys() == set(scan.COLUMNS) and len(rows) == 5 and len(files_read) == 4
+    rows = read_rows("new/m.csv")
+    assert rows[0].keys() == set(COLUMNS) and len(rows) == 5 and len(files_read) == 4
     assert by_name(rows)["v_YoYo_g01_c01.avi"] == ("YoYo", "train", "")
     words[-1] = "lists/l.csv"
     status, stdout, stderr = command(manifest, "kinetics400", *words)
@@ -193,4 +194,4 @@ def test_command(put, tmp_path, monkeypatch, files_read):
         "\nerror: new/m.csv: 5 files, 0 usable, 5 left out: 5 not in the official list; "
         f"1 {ABSENT}, e.g. '--07_000001_000011'\n")
     assert os.listdir("new") == ["m.csv"]
-    assert set(by_name(scan.read_table("new/m.csv")).values()) == {UNLISTED}
+    assert set(by_name(read_rows("new/m.csv")).values()) == {UNLISTED}

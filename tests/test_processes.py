@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, SMALL, Job, run_two, write_text
 
 from support import processes
+from support.precision import choose_precision
 from support.run import REQUEUE
 
 
@@ -81,8 +82,8 @@ def test_what_a_gpu_can(capability, kernels, auto, others, sentence, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: kernels)
     monkeypatch.setattr(processes, "gather", lambda own: [own, *others])
     device = torch.device("cuda")
-    assert processes.choose_precision("auto", device)[0] == auto
-    assert processes.choose_precision("fp32", device)[0] == torch.float32
+    assert choose_precision("auto", device)[0] == auto
+    assert choose_precision("fp32", device)[0] == torch.float32
     with pytest.raises(ValueError, match=sentence) if sentence else nullcontext():
         processes.check_gpu(device)
 
@@ -91,7 +92,7 @@ def test_what_a_gpu_can(capability, kernels, auto, others, sentence, monkeypatch
 def test_precision_of_a_cpu(bf16, auto, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert processes.choose_precision("auto", torch.device("cpu"))[0] == auto
+    assert choose_precision("auto", torch.device("cpu"))[0] == auto
 
 
 FULL = ("give fewer clips per process or a smaller --size, --chunk in pre-training, or "

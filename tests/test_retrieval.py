@@ -14,6 +14,7 @@ from conftest import error_of, run, run_here, with_damaged
 import retrieval
 from experiments.search import video_ranks
 from prepare import scan
+from support.rows import write_rows
 from retrieval import chance, ranks, recall_at_k
 
 
@@ -82,8 +83,8 @@ def rows_of(tree, part=None, **changes):
 def test_the_data_is_that_of_the_training(tree, tmp_path):
     """A manifest beside the checkpoint is of a scan: of the training's, or of a try before it."""
     rows = rows_of(tree, "test")
-    scan.write(rows, tmp_path / "manifest.csv")
-    scan.write(rows[:12], tmp_path / "own.csv")
+    write_rows(rows, tmp_path / "manifest.csv")
+    write_rows(rows[:12], tmp_path / "own.csv")
     for trained_on, n in ((f"{tmp_path}/own.csv", 12), (str(tree), 24), (None, 24)):
         args = Namespace(checkpoint=tmp_path / "checkpoint.pt", data=None)
         assert len(retrieval.find_part(args, "test", trained_on)[0]) == n
@@ -127,7 +128,7 @@ def test_features_that_are_not_finite(brief, tmp_path, capsys):
 def test_command_prints_and_keeps_the_table(tree, brief, tmp_path, capsys):
     """Without classes the numbers are the same, at instance level alone."""
     def table(rows, *more):
-        scan.write(rows, tmp_path / "some.csv")
+        write_rows(rows, tmp_path / "some.csv")
         assert run_here(retrieval, "--checkpoint", brief, "--clips", 1, *more, "--data",
                         tmp_path / "some.csv") == 0
         return written(brief), capsys.readouterr().out

@@ -20,10 +20,9 @@ from conftest import SMALL, Job, free_port, log_of, run_here
 import pretrain
 import retrieval
 from data import make_loader
-from prepare import scan
-from prepare.scan import Row
 from support import run
 from support.processes import INTERRUPTED
+from support.rows import Row, read_rows, write_rows
 from support.run import REQUEUE, Run, clearly_more, fingerprint, lock_folder
 
 
@@ -306,8 +305,8 @@ def test_ctrl_c_ends_work_that_hangs_with_one_line(at, signals, sentence, brief,
     (tmp_path / "films").mkdir()
     pipe = tmp_path / "films" / "a.mp4"
     os.mkfifo(pipe)
-    rows = scan.read_table(brief.with_name("manifest.csv"))
-    scan.write([row | {"path": str(pipe)} for row in rows], tmp_path / "m.csv")
+    rows = read_rows(brief.with_name("manifest.csv"))
+    write_rows([row | {"path": str(pipe)} for row in rows], tmp_path / "m.csv")
     data = tmp_path / ("m.csv" if at == "training" else "films")
     job = Job("pretrain.py", "--data", data, "--out", tmp_path / "out", *SMALL)
     job.wait_for(lambda: at in "".join(job.printed()))

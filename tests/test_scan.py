@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, by_name, command, remux, write_text
 from data import read_clip, read_manifest
 from prepare import manifest, scan
+from support.rows import COLUMNS
 
 # ---- repeated scans
 
@@ -54,7 +55,7 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
         monkeypatch.setattr(scan, "READER", reader)
         scan.survey("folder", root, out=out, verify=verify)
         assert len(files_read) == many
-    out.write_text(",".join(scan.COLUMNS))
+    out.write_text(",".join(COLUMNS))
     with pytest.raises(ValueError, match="m.csv has no rows: make it anew"):
         read_manifest(out)
 
@@ -73,7 +74,7 @@ def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch, s
     """A killed scan can continue too: progress is not only saved when Python cleans up."""
     def interrupted(*args):
         yield from islice(in_workers(*args), 3)
-        found.append(len(scan.read_rows(partial)))
+        found.append(len(scan.earlier_rows(partial)))
         raise KeyboardInterrupt
 
     for n in range(6):
@@ -86,7 +87,7 @@ def test_an_interrupted_scan_continues(put, tmp_path, files_read, monkeypatch, s
         status, _, errors = command(manifest, "folder", tmp_path / "r", "--out", out)
     assert status == 130 and "\nstopped: what was read is kept, run the same command" in errors
     assert sorted(os.listdir(tmp_path)) == ["m.csv.partial", "r"]
-    assert found == [saved] and len(scan.read_rows(partial)) == 3
+    assert found == [saved] and len(scan.earlier_rows(partial)) == 3
     files_read.clear()
     assert len(scan.survey("folder", tmp_path / "r", out=out)[0]) == 6 and len(files_read) == 3
     assert sorted(os.listdir(tmp_path)) == ["m.csv", "r"]

@@ -17,9 +17,9 @@ from data import read_clip
 from experiments import search
 from experiments.search import sound_clips, video_ranks
 from models import SvaCLR
-from prepare import scan
 from support.checkpoints import load_svaclr
 from support.reading import RATE
+from support.rows import write_rows
 
 COMPARE = "--pair video-video --clips 3 --split train --gallery test"
 SOUND, PICTURES = "its sound finds these videos", "its pictures find these sounds"
@@ -170,9 +170,9 @@ def test_bad_input(tree, brief, pool, monkeypatch, capsys):
     np.savez("array.npz", x=np.zeros(3))
     np.save("array.npy", np.zeros(3))
     Path("cut.npz").write_bytes(pool.read_bytes()[:20000])
-    scan.write(rows_of(tree, has_audio=0), "silent.csv")
+    write_rows(rows_of(tree, has_audio=0), "silent.csv")
     rows = rows_of(tree)
-    scan.write([rows[0] | {"label": ""}, *rows[1:]], "unlabelled.csv")
+    write_rows([rows[0] | {"label": ""}, *rows[1:]], "unlabelled.csv")
     for flags, sentence in (
             ("--query text.mp4 --pool features.npz",
              f"--query text.mp4 has no pictures (cannot be read: {invalid}) and no sound "
@@ -222,7 +222,7 @@ def test_videos_find_videos(tree, brief, capsys, tmp_path, monkeypatch):
     only["label"] = "only"
     bright["path"] = str(make_video(tmp_path / "bright.mp4", 3.0, 10, gray=lambda t: 30 + 60 * t))
     data = tmp_path / "silent.csv"
-    scan.write(rows, data)
+    write_rows(rows, data)
     flags = [*COMPARE.split(), "--data", data, "--checkpoint"]
     assert run_here(search, *flags, brief) == 0
     kept, text = written(brief), capsys.readouterr().out

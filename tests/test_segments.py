@@ -11,6 +11,7 @@ from conftest import command, make_video, write_text
 import data
 from data import ActionClips, AudioVisualClips, read_manifest
 from prepare import manifest, scan, transcode
+from support.rows import write_rows
 from support.run import fingerprint
 
 
@@ -110,7 +111,7 @@ def test_forms_of_a_list_and_of_a_manifest(root, listed, files_read, tmp_path):
     assert fingerprint(rows) != fingerprint(other)
     row, *_ = scan.survey("folder", root)[0]       # whose places are then written by hand
     places = ("", ""), ("2", "5"), ("2", ""), ("", "3"), ("3", "2"), ("8", "9"), ("a", "9")
-    scan.write([row | dict(start=start, end=end) for start, end in places], tmp_path / "m.csv")
+    write_rows([row | dict(start=start, end=end) for start, end in places], tmp_path / "m.csv")
     rows, left_out = read_manifest(tmp_path / "m.csv")
     assert [row[7:9] for row in rows] == [(0, None), (2, 5), (2, 8), (0, 3)]
     assert len(left_out) == 3

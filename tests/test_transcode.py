@@ -13,13 +13,14 @@ from conftest import Job, command, make_video
 from data import read_manifest
 from frames import UNEVEN, beep, beeps_of, shown, truth
 from prepare import scan, transcode
+from support.rows import read_rows, write_rows
 
 
 def transcode_one(path, tmp_path, short_side=64, gop=15):
     """Transcode one file. Returns the path of its copy and the copy's row."""
-    scan.write([scan.probe((path, "a", "train"))], tmp_path / "in.csv")
+    write_rows([scan.probe((path, "a", "train"))], tmp_path / "in.csv")
     assert "1 done" in transcode.run(tmp_path / "in.csv", tmp_path / "out", short_side, gop, 1)
-    row, = scan.read_table(tmp_path / "out/manifest.csv")
+    row, = read_rows(tmp_path / "out/manifest.csv")
     assert row["path"] == str(tmp_path / f"out/train/a/{path.stem}.mp4") and row["reason"] == ""
     return row["path"], row
 
@@ -96,7 +97,7 @@ def test_a_second_run_makes_only_missing_and_old_copies(put, tmp_path):
             for name in ("1/same", "1/one", "2/same", "2/two")]
 
     def run(rows):
-        scan.write(rows, listed)
+        write_rows(rows, listed)
         return transcode.run(listed, out, 32), read_manifest(out / "manifest.csv", "train")[0]
 
     line, copies = run(rows)
@@ -142,7 +143,7 @@ def test_failures_are_named_and_left_out(put, tmp_path, capsys):
     broken, _, _ = (put(f"in/x/{name}.mp4") for name in ("broken", "fine", "unlisted"))
     rows, _ = scan.survey("folder", tmp_path / "in")
     rows[3]["reason"] = "not in the list"
-    scan.write(rows, tmp_path / "in.csv")
+    write_rows(rows, tmp_path / "in.csv")
     broken.write_bytes(b"damaged since the scan")
     with av.open(str(cut)) as container:    # cut between packets: the rest decodes
         length = [packet.pos for packet in container.demux(video=0) if packet.size][60]
@@ -167,7 +168,7 @@ def test_wrong_input_gives_one_sentence(put, tmp_path, folder, change, words):
     source, listed = put("in/x/a.mp4"), tmp_path / "own/manifest.csv"
     content = source.read_bytes()
     if change is not None:
-        scan.write([scan.probe((source, "x", "")) | change], listed)
+        write_rows([scan.probe((source, "x", "")) | change], listed)
     status, stdout, stderr = command(transcode, listed, tmp_path / folder)
     assert (status, stdout) == (1, "") and stderr.count("\n") == 1
     assert stderr.startswith("error: ") and words in stderr
