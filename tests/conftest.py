@@ -40,7 +40,7 @@ torch.set_num_threads(2)
 from frames import barcode                      # noqa: E402
 from prepare import scan                        # noqa: E402
 from support import processes                   # noqa: E402
-from support.rows import write_rows                # noqa: E402
+from support.rows import write_rows              # noqa: E402
 from support.run import locks                   # noqa: E402
 
 # A run of seconds in float32, which repeats to the bit.

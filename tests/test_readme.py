@@ -67,9 +67,9 @@ def test_snippets_of_the_encoders(brief, tmp_path, monkeypatch):
     use, _ = SNIPPET.findall(DOCUMENTS["README.md"])
     export, = SNIPPET.findall(DOCUMENTS["using.md"].partition("## Export")[2])
     exec(use, names := {})
-    f, g = names["f"], names["g"]
-    assert names["y_v"].shape == names["y_a"].shape == (1, 512)
-    assert names["y_v"].norm() > 0 and not f.training
+    assert names["y_v"].shape == (1, 1, 512) and names["z_a"].shape == (1, 1, 256)
+    assert names["y_v"].norm() > 0 and names["settings"].size == 16
+    f, g = names["model"].f, names["model"].g
     exec(export.replace("30, 128, 128", "4, 16, 16"), {})
     for name, net, shape in (("f", f, (3, 4, 16, 16)), ("g", g, (1, 40, 101))):
         exported = torch.export.load(f"{name}.pt2").module()
@@ -131,7 +131,9 @@ def test_prepare_commands_run_as_written(put, tmp_path, monkeypatch):
         assert status == 0 and len(read_manifest(out)[0]) == 1, (line, errors)
 
 
-def test_links_lead_to_files():
+def test_links_lead_to_files_and_tables_are_whole():
+    """Behind a blank line a row would be text."""
     for path in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
         for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
             assert (path.parent / link).exists(), (path, link)
+        assert not re.search(r"\n\n\|.*\n(?!\|---)", path.read_text()), path
