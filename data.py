@@ -27,8 +27,8 @@ from augment import (centre_band, centre_crop, crop_at, flip_jitter, frame_times
                      random_resized_crop, sample_speeds, speed_up_audio)
 from prepare import demo, scan
 from support.batches import TrainingBatches, collate, draw_or_replace, read_or_name
-from support.processes import (end_with_trainer, end_workers, loading_workers, rank, run_once, say,
-                               world_size)
+from support.processes import (cores_per_process, end_with_trainer, end_workers, rank, run_once,
+                               say, world_size)
 from support.reading import RATE, read
 from support.rows import make_row, read_rows, segment_name
 
@@ -244,11 +244,14 @@ def make_loader(dataset, batch_size, workers=None, epochs=1):
     """A DataLoader over this process's share of an AudioVisualClips or ActionClips.
 
     To train, it gives the shuffled batches of all epochs, from the place in its batch_sampler on.
-    To evaluate, it goes through the files once. workers: see support.processes.loading_workers.
+    To evaluate, it goes through the files once. workers: loading processes, or None for all cores
+    of this process but one, at most 8.
     """
+    if workers is None:
+        workers = min(8, max(1, cores_per_process() - 1))
     # Without a timeout, which would delay the news of a worker's death (see findings/).
-    common = dict(num_workers=loading_workers(workers), collate_fn=collate,
-                  worker_init_fn=end_with_trainer, pin_memory=torch.cuda.is_available())
+    common = dict(num_workers=workers, collate_fn=collate, worker_init_fn=end_with_trainer,
+                  pin_memory=torch.cuda.is_available())
     atexit.register(end_workers)
     if dataset.clips_per_file is not None:
         share = range(rank(), len(dataset), world_size())

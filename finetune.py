@@ -17,7 +17,6 @@ Symbols: n videos, B clips of this process's batch, T frames, H, W pixels, C enc
 """
 
 import argparse
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from augment import normalize_frames
 from data import ActionClips, find_rows, make_loader
 from models import C, video_encoder
 from support.batches import evaluation_batches, gather_results
-from support.checkpoints import load_encoder
+from support.checkpoints import checksum, load_encoder
 from support.classification import (check_protocol, fit_linear, predictions, print_results,
                                     say_torchvision, shared_classes, subset, top_1_and_5,
                                     write_classes, write_results)
@@ -199,8 +198,7 @@ def one_fold(args, device):
     test_rows, test_left_out = find_rows(args.data, "test", args.out)
     train_rows = subset(train_rows, args.fraction, args.seed)
     classes = shared_classes(args.data, train_rows, test_rows)
-    weights = b"".join(x.numpy().tobytes() for x in encoder.state_dict().values())
-    args.encoder = f"{zlib.crc32(weights):08x}"         # no run continues with another encoder
+    args.encoder = checksum(encoder)                    # no run continues with another encoder
     model = classifier(encoder, len(classes)).to(device)
     dtype, reason = choose_precision(args.precision, device)
     clip = dict(frames=args.frames, fps=args.fps, size=args.size, seed=args.seed)

@@ -47,8 +47,8 @@ DEMO = dict(arch="r2plus1d_10", size=32, frames=4, fps=4, epochs=15, batch_per_p
 DEMO_BATCH = 32
 
 
-def flags():
-    """The parser of the command line."""
+def parse(argv=None):
+    """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
     p = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     data = p.add_argument_group("data")
@@ -71,7 +71,19 @@ def flags():
                       help="H = W in pixels (128: Table 2, which has 224 too; built-in set: 32)")
     add_training_flags(p)
     add_run_flags(p).add_argument("--compile", action="store_true", help="torch.compile (off)")
-    return p
+    if p.parse_args(argv).data is None:
+        p.set_defaults(**DEMO)
+    args = p.parse_args(argv)
+    args.warmup = args.epochs / 10 if args.warmup is None else args.warmup
+    if args.warmup > args.epochs:
+        p.error(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
+    if args.same_speed and args.max_speed == 1:
+        p.error("--same-speed has no speed to draw: it needs --max-speed above 1")
+    if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none" or
+                                       args.max_speed == 1 and args.affinity != "batch"):
+        p.error(f"--mapping {args.mapping} has nothing to learn from: it needs --affinity batch, "
+                "or clip or view with --max-speed above 1, and no --detach-affinity")
+    return args
 
 
 def add_training_flags(p):
@@ -115,24 +127,6 @@ def add_training_flags(p):
                        "of it; all three are scaled by the global batch over 512")
     optim.add_argument("--weight-decay", type=at_least(0, float), default=1e-5,
                        help="of SGD, on all weights (1e-5; paper silent, GDT)")
-
-
-def parse(argv=None):
-    """The arguments of the command line. Bad ones end the script with a sentence and status 2."""
-    p = flags()
-    if p.parse_args(argv).data is None:
-        p.set_defaults(**DEMO)
-    args = p.parse_args(argv)
-    args.warmup = args.epochs / 10 if args.warmup is None else args.warmup
-    if args.warmup > args.epochs:
-        p.error(f"--warmup {args.warmup} is longer than --epochs {args.epochs}")
-    if args.same_speed and args.max_speed == 1:
-        p.error("--same-speed has no speed to draw: it needs --max-speed above 1")
-    if args.mapping != "identity" and (args.detach_affinity or args.affinity == "none" or
-                                       args.max_speed == 1 and args.affinity != "batch"):
-        p.error(f"--mapping {args.mapping} has nothing to learn from: it needs --affinity batch, "
-                "or clip or view with --max-speed above 1, and no --detach-affinity")
-    return args
 
 
 def learning_rate(epoch, warmup, epochs, peak):

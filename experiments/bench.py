@@ -26,6 +26,7 @@ import av
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
@@ -43,22 +44,6 @@ def now(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def fastest(function, rounds, device):
-    """The least time of a function in s, of `rounds` rounds after one that is not counted."""
-    times = []
-    for _ in range(rounds + 1):
-        began = now(device)
-        function()
-        times.append(now(device) - began)
-    return min(times[1:])
-
-
-def ratio(name, ours, bare):
-    """{quantity: value}: the median of the ratios of the rounds, and their quartiles."""
-    low, middle, high = statistics.quantiles([a / b for a, b in zip(ours, bare)], n=4)
-    return {name: middle, f"{name}, first quartile": low, f"{name}, third quartile": high}
 
 
 def forget_peak(device):
@@ -195,14 +180,18 @@ def of_step(steps):
     args, dtype, cuda = steps.args, str(steps.dtype)[6:], steps.device.type == "cuda"
     B, size = args.batch_per_process, 8192 if cuda else 2048
     a, b = (torch.randn(size, size, device=steps.device, dtype=steps.dtype) for _ in range(2))
+    matmul = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    limit = 2 * size ** 3 / min(matmul.blocked_autorange().times)                   # FLOP/s
     rate = steps.flops / min(steps.ours)                                            # FLOP/s
-    limit = 2 * size ** 3 / fastest(lambda: a @ b, steps.rounds, steps.device)      # FLOP/s
     what = f"step {args.arch} B{B} T{args.frames} {args.size}px {dtype}"
     what += f" chunks of {args.chunk}" if args.chunk else ""
     what += " compiled" if args.compile else ""
     # Beside --chunk the bare encoders take chunks, also where the step does not.
     over = "step / bare in chunks" if steps.chunk else "step / bare"
-    values = ratio(over, steps.ours, steps.bare) | {
+    ratios = [ours / bare for ours, bare in zip(steps.ours, steps.bare)]            # of the rounds
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    values = {
+        over: middle, f"{over}, first quartile": low, f"{over}, third quartile": high,
         "s": min(steps.ours), "clips per s": B / min(steps.ours), "TFLOP/s": rate / 1e12,
         "share of matmul rate": rate / limit, "peak memory, GB": steps.peak / 1e9}
     if cuda:

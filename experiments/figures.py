@@ -9,7 +9,6 @@ experiments.ablation with and without --hide.
 """
 
 import argparse
-import csv
 import json
 import statistics
 from pathlib import Path
@@ -88,10 +87,8 @@ def affinity(args):
              title=f"mean +- deviation, {len(lams)} clips")
     axis.legend()
     save(figure, args.out)
-    with open(Path(args.out).with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["speed of the sound", "lambda", "deviation"])
-        writer.writerows([f"{x:.4g}" for x in line] for line in zip(SPEEDS, mean, deviation))
+    np.savetxt(Path(args.out).with_suffix(".csv"), np.stack([SPEEDS, mean, deviation], 1), "%.4g",
+               ",", header="speed of the sound,lambda,deviation", comments="")
 
 
 def curves(args):
@@ -118,7 +115,7 @@ def links(args):
               "timing": "ablation-hide-kind-rhythm.csv"}
     steps = {name: read_csv(RESULTS / file, COLUMNS) for name, file in shared.items()
              if (RESULTS / file).exists()}                              # {name: lines of the csv}
-    by_chance = chances(int(steps["kind, rhythm, timing"][0]["clips"]))
+    by_chance = chances(int(next(iter(steps.values()))[0]["clips"]))
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for axis, metric in zip(axes, COMPARED):
         for name in EQUAL:

@@ -31,7 +31,7 @@ from prepare.scan import probe_file
 from prepare.weights import sound_input
 from retrieval import RANKS, average, chance, embed, extract, find_part, load, parser
 from support.batches import gather_results
-from support.checkpoints import load_encoder, load_svaclr, read_state
+from support.checkpoints import checksum, load_encoder, load_svaclr, read_state
 from support.classification import say_torchvision
 from support.files import write_atomic
 from support.commands import at_least
@@ -148,14 +148,6 @@ def make_pool(args, model, settings, clips, dtype):
              "seconds": settings.frames / settings.fps}
     return {"paths": [row.path for row in rows], "labels": [row.label for row in rows],
             "starts": [row.video_start for row in rows], "settings": about, **arrays}
-
-
-def checksum(model):
-    """Tell the weights of models apart: crc32 of all tensors, 8 hexadecimal digits."""
-    crc = 0
-    for x in model.state_dict().values():
-        crc = zlib.crc32(x.cpu().contiguous().numpy().tobytes(), crc)
-    return f"{crc:08x}"
 
 
 def save_pool(pool, path):

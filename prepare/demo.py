@@ -195,9 +195,9 @@ def make_clip(root, seed, hide, name):
     write(root / split / kind / f"{n:03d}.mp4", film, wave)
 
 
-def build(root, seed=0, workers=None, hide=()):
+def build(root, seed=0, hide=()):
     """Build the set under root and return root. Nothing is done if the set is complete already, and
-    of this version, seed and `hide`. workers: processes (default: one for each core)."""
+    of this version, seed and `hide`."""
     root = Path(root)
     recipe = {"version": VERSION, "seed": seed} | ({"hide": sorted(hide)} if hide else {})
     recipe_file = root / "recipe.json"                  # written when the set is complete
@@ -206,7 +206,7 @@ def build(root, seed=0, workers=None, hide=()):
     names = [(split, kind, n) for split, number in (("train", TRAIN), ("test", TEST))
              for kind in KINDS for n in range(number)]
     # Ctrl-C ends this process, which then ends the pool.
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), initializer=signal.signal,
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=signal.signal,
                              initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         done = pool.map(partial(make_clip, root, seed, hide), names, chunksize=8)
         for _ in tqdm(done, total=len(names), desc="building the built-in set", unit="clip",

@@ -186,22 +186,15 @@ def folder(root, test_share=None, seed=None):
         *folders, _ = name.parts
         split = splits[folders.pop(0)] if folders and folders[0] in splits else ""
         if test_share is not None:
-            split = draw_split(name, test_share, seed or 0)
+            # A hash of the seed and the name, so a file keeps its part when others come or go.
+            digest = hashlib.sha256(f"{seed or 0} ".encode() + os.fsencode(name)).digest()
+            split = "test" if int.from_bytes(digest[:8]) < test_share * 2 ** 64 else "train"
         entries.append((path, Entry("/".join(folders) or root.name, split, "", path)))
     if test_share is not None:
         counts = Counter(entry.split for _, entry in entries)
         notes.insert(0, f"{counts['train']} files in train and {counts['test']} in test, drawn "
                      f"with seed {seed or 0}")
     return entries, notes
-
-
-def draw_split(name, test_share, seed):
-    """The part of a file, "train" or "test", drawn from a hash of the seed and the file's name.
-
-    A file keeps its part when other files come or go. name: its path below the root.
-    """
-    digest = hashlib.sha256(f"{seed} ".encode() + os.fsencode(name)).digest()
-    return "test" if int.from_bytes(digest[:8]) < test_share * 2 ** 64 else "train"
 
 
 def kinetics400(root, annotations):

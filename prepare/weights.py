@@ -18,9 +18,8 @@ from torch import nn
 
 from augment import LogMel
 from models import SvaCLR
-from support.checkpoints import misfit, read_state, serialise
+from support.checkpoints import misfit, read_state, write_state
 from support.commands import errors_in_one_line
-from support.files import write_atomic
 
 TITLES = {"gdt": "GDT", "selavi": "SeLaVi"}
 # GDT's head is Flatten, Dropout, Linear without bias, Unsqueeze, BatchNorm1d, Flatten, ReLU,
@@ -120,7 +119,7 @@ def main():
             raise ValueError(f"--out {out} exists already: give another, or delete it first")
         weights = convert(args.peer, args.file)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(serialise({"settings": settings, "model": weights}), out)
+        write_state({"settings": settings, "model": weights}, out)
     print(f"{out}: {len(weights)} tensors of {TITLES[args.peer]}")
 
 

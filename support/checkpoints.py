@@ -2,10 +2,13 @@
 
 import io
 import pickle
+import zlib
 from argparse import Namespace
 
 import torch
 from torchvision.models.video import R2Plus1D_18_Weights, R3D_18_Weights
+
+from support.files import write_atomic
 
 SUPERVISED = {"r2plus1d_18": R2Plus1D_18_Weights.KINETICS400_V1,
               "r3d_18": R3D_18_Weights.KINETICS400_V1}
@@ -109,8 +112,16 @@ def load_audio_encoder(source, net):
     return bool(state)
 
 
-def serialise(state):
-    """The bytes that torch.save writes for a state."""
+def write_state(state, path):
+    """Write a state for torch.load, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getbuffer()
+    write_atomic(buffer.getbuffer(), path)
+
+
+def checksum(model):
+    """Tell the weights of models apart: crc32 of all tensors, 8 hexadecimal digits."""
+    crc = 0
+    for x in model.state_dict().values():
+        crc = zlib.crc32(x.cpu().contiguous().numpy().tobytes(), crc)
+    return f"{crc:08x}"

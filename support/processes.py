@@ -222,11 +222,6 @@ def cores_per_process():
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def loading_workers(number=None):
-    """The number of loading processes: `number`, or all cores but one, at most 8."""
-    return min(8, max(1, cores_per_process() - 1)) if number is None else number
-
-
 @contextmanager
 def signals_blocked():
     """Processes that are started in here, and theirs, do not see SIGTERM, SIGUSR1 and SIGINT.

@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support.checkpoints import read_state, serialise
-from support.files import writing, write_atomic
+from support.checkpoints import read_state, write_state
+from support.files import writing
 from support.processes import (INTERRUPTED, SIGNALS, gather, rank, run_once, say, signals_blocked,
                                world_size)
 
@@ -39,7 +39,6 @@ REQUEUE = 75                                    # exit status after a scheduler'
 CHANGEABLE = {"out", "workers", "save_every", "keep_every", "compile", "max_failures", "test_clips",
               "classes"}
 MARK = "requeue"                                # left in OUT by a run that a signal has ended
-
 
 locks = []                                      # open files, each for as long as the process lives
 
@@ -246,9 +245,9 @@ class Run:
         """What this process tells the others of the steps since the last line of the log."""
         measures = {name: torch.stack([step[name] for step in self.measures])
                     for name in self.measures[0]}
-        losses = measures.pop("loss").tolist()
         finite = torch.stack([x.isfinite().all() for x in self.model.parameters()]).all().item()
-        return {"losses": losses, "finite": finite, "replaced": self.newly_replaced,
+        return {"losses": measures["loss"].tolist(), "finite": finite,
+                "replaced": self.newly_replaced,
                 "means": {name: x.mean().item() for name, x in measures.items()}}
 
     def stop_if_not_finite(self, summaries):
@@ -274,15 +273,14 @@ class Run:
     def write_summary(self, summaries):
         """Write a line of the log."""
         steps, seconds = len(self.files), time.monotonic() - self.since
-        loss = sum(sum(summary["losses"]) for summary in summaries) / steps / world_size()
-        means = {name: sum(summary["means"][name] for summary in summaries) / world_size()
+        means = {name: round(sum(summary["means"][name] for summary in summaries) / world_size(), 5)
                  for name in summaries[0]["means"]}
         epoch = self.epoch + self.used / self.N / self.sampler.steps_per_epoch
         speed, wait = round(steps * self.N / seconds, 2), round(self.waited / seconds, 3)
-        self.write_line({"step": self.step, "epoch": round(epoch, 3), "loss": round(loss, 5),
-                         **means, "lr": self.rates[-1], "clips_per_s": speed, "wait": wait,
+        self.write_line({"step": self.step, "epoch": round(epoch, 3), **means,
+                         "lr": self.rates[-1], "clips_per_s": speed, "wait": wait,
                          "replaced": self.replaced, "skipped": self.skipped})
-        self.bar.set_postfix(loss=f"{loss:.3f}", clips_s=speed, wait=f"{wait:.0%}")
+        self.bar.set_postfix(loss=f"{means['loss']:.3f}", clips_s=speed, wait=f"{wait:.0%}")
 
     def write_line(self, record, mode="a"):
         """Write one line of JSON to the log."""
@@ -312,7 +310,7 @@ class Run:
     def write(self, state, name):
         """Write a state to the folder of the run, for torch.load. Only process 0 does."""
         if rank() == 0:
-            write_atomic(serialise(state), self.path.with_name(name))
+            write_state(state, self.path.with_name(name))
 
 
 @contextmanager

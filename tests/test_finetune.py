@@ -143,22 +143,18 @@ def test_commands_of_the_docs_on_a_small_ucf101(ucf, tuned, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one_and_without_files_that_fail(ucf, tmp_path):
+def test_files_that_fail_are_left_out(ucf, tmp_path):
     """A training video and one of two test videos fail, each on another process."""
-    with_them, without = with_damaged(read_rows(ucf / "ucf101-2.csv"), tmp_path, (4, 7))
-    results = []
-    for data, processes in ((without, 1), (with_them, 1), (with_them, 2)):
-        flags = f"--data {data} --checkpoint none --linear --out {tmp_path} --max-failures 0.5"
-        done = run(*flags.split(), *SMALL, processes=processes, script="finetune.py")
-        results.append(json.loads((tmp_path / "results.json").read_text())["test"])
-        many = int(data == with_them)
-        assert results[-1].pop("failed") == results[-1].pop("failed in training") == many
-        for said in ("1 of 2 test videos failed", "1 of 6 training videos failed"):
-            assert done.stdout.count(said) == many
-        assert (tmp_path / "confusion.csv").read_text().endswith("\ndark,1,0\nlight,0,0\n")
-        assert "\ndark,1,1,1.0000\n" in (tmp_path / "classes.csv").read_text()
-    assert results[0] == results[1] == results[2] and results[0]["test videos"] == 1
-    assert results[0]["video top-1"] == 100  # it is plain to see
+    with_them, _ = with_damaged(read_rows(ucf / "ucf101-2.csv"), tmp_path, (4, 7))
+    flags = f"--data {with_them} --checkpoint none --linear --out {tmp_path} --max-failures 0.5"
+    done = run(*flags.split(), *SMALL, processes=2, script="finetune.py")
+    result = json.loads((tmp_path / "results.json").read_text())["test"]
+    assert result["failed"] == result["failed in training"] == result["test videos"] == 1
+    assert "1 of 2 test videos failed" in done.stdout
+    assert "1 of 6 training videos failed" in done.stdout
+    assert (tmp_path / "confusion.csv").read_text().endswith("\ndark,1,0\nlight,0,0\n")
+    assert "\ndark,1,1,1.0000\n" in (tmp_path / "classes.csv").read_text()
+    assert result["video top-1"] == 100  # it is plain to see
 
 
 def test_a_tie_counts_against_the_model(ucf, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from loss import double_sum, soft_info_nce
 from models import SvaCLR
 from prepare import scan
 from pretrain import learning_rate, parse
+from support.layers import prepare_layers
 from support.processes import rank, setup, world_size
 
 
@@ -232,9 +233,9 @@ def gradient_of(model):
     return torch.cat([x.grad.flatten() for x in model.parameters()])
 
 
-def all_at_once(model, objective, batch):
-    """What step_in_chunks does in four chunks, and the gradient."""
-    outputs = [model(*(x[k::4] for x in batch)) for k in range(4)]
+def all_at_once(model, objective, batch, chunks):
+    """What step_in_chunks does in these chunks, lists of clips, and the gradient."""
+    outputs = [model(*(x[clips] for x in batch)) for clips in chunks]
     ly_a, ly_v, z_a, z_v = (torch.cat(x) for x in zip(*outputs))
     loss = objective(ly_a, ly_v, z_a, z_v)
     loss.backward()
@@ -247,7 +248,8 @@ def test_chunks_have_the_gradient_of_the_batch(affinity):
     """BatchNorm's statistics move once a chunk. A scaler scales gradients."""
     objective = partial(soft_info_nce, affinity=affinity)
     model, batch = eight_clips()
-    expected = [*all_at_once(model, objective, batch), *model.buffers()]
+    chunks = [[k, k + 4] for k in range(4)]
+    expected = [*all_at_once(model, objective, batch, chunks), *model.buffers()]
     model, batch = eight_clips()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     found = pretrain.step_in_chunks(model, objective, model, scaler, batch, 4)
@@ -256,9 +258,11 @@ def test_chunks_have_the_gradient_of_the_batch(affinity):
 
 
 def chunks_of_two_processes():
-    """They are four chunks of one. With the last alone the gradients are summed up."""
+    """The k-th chunks of both have their statistics in common. With the last alone the gradients
+    are summed up."""
     setup()
     model, batch = eight_clips()
+    model = prepare_layers(model, torch.device("cpu"))
     net, sums = torch.nn.parallel.DistributedDataParallel(model), []
     net.register_comm_hook(None, lambda group, bucket: (sums.append(bucket.index()),
                                                         allreduce_hook(group, bucket))[1])
@@ -266,11 +270,18 @@ def chunks_of_two_processes():
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     pretrain.step_in_chunks(net, soft_info_nce, net, scaler, batch_here, 2)
     assert sums == list(range(len(sums))), sums     # each bucket once
-    found = gradient_of(model)
+    found = [gradient_of(model), *model.buffers()]
+    # Far from zero a careless variance would lose its digits.
+    one, two, x = torch.nn.BatchNorm1d(9), torch.nn.BatchNorm1d(9), 1000 + torch.randn(8, 9)
+    one.running_mean.fill_(1000), two.running_mean.fill_(1000)
+    y = prepare_layers(two, torch.device("cpu"))(x[rank()::2])
+    assert_close(y, one(x)[rank()::2], atol=1e-3, rtol=1e-3)
     dist.barrier()
     dist.destroy_process_group()
     model, batch = eight_clips()
-    *_, expected = all_at_once(model, soft_info_nce, batch)
+    chunks = [[0, 4, 1, 5], [2, 6, 3, 7]]       # clips of process 0, then of process 1
+    *_, gradient = all_at_once(model, soft_info_nce, batch, chunks)
+    expected = [gradient, *model.buffers()]
     assert_close(found, expected, atol=1e-10, rtol=1e-8)
     print("equal")
 
