@@ -1,7 +1,8 @@
-"""Speed co-augmentation (§2.1), windows, mirror and colours, and the log-mel input.
+"""Speed co-augmentation (§2.1 of arXiv 2309.13942), windows, mirror, colours, the log-mel input.
 
     import torch
-    from augment import LogMel, frame_times, random_crop, sample_speeds, speed_up_audio
+    from augment import (LogMel, frame_times, normalize_frames, random_crop, sample_speeds,
+                         speed_up_audio)
     H, W, L = 72, 96, 24000                   # a film of 4 s at 30 frames per s, and its sound
     film = torch.randint(256, (120, H, W, 3), dtype=torch.uint8)
     wave = torch.rand(4 * L) * 2 - 1
@@ -14,13 +15,15 @@
 
     window, mirrored = random_crop()          # of one clip, for all its frames (T, H, W, 3)
     left, top, width, height = map(round, window(W, H))             # pixels
-    frames = frames[:, top:top + height, left:left + width]         # resize; if mirrored, flip(-2)
+    frames = frames[:, top:top + height, left:left + width]         # if mirrored, .flip(-2)
+    video = normalize_frames(frames)          # (3, T, h, w), to be resized to the network's H, W
 
 This file needs torch, torchvision and torchaudio alone, and the MIT licence of this unofficial
 implementation beside a copy. Speed is a sampling rate ("implemented by applying different sampling
 rates", §2.1): a view at speed tau covers tau times the source in the same number of frames and
-samples. Symbols: T frames of a view, H, W pixels, L samples of a view, M mel bands, F spectrogram
-frames, tau a speed from {1, ..., S}.
+samples. All views of a clip begin at the same moment. GDT is the paper's reference [17],
+github.com/facebookresearch/GDT. Symbols: T frames of a view, H, W pixels, L samples of a view, M
+mel bands, F spectrogram frames, tau a speed from {1, ..., S}.
 """
 
 import torch
@@ -44,7 +47,7 @@ def sample_speeds(max_speed, generator=None, same=False):
     Raises ValueError if max_speed is not an integer >= 1.
     """
     if not is_speed(max_speed):
-        raise ValueError(f"max_speed is {max_speed}: give a whole speed of 1 or more")
+        raise ValueError(f"max_speed is {max_speed!r}: give a whole speed of 1 or more")
     tau_v, tau_a = torch.randint(1, int(max_speed) + 1, (2,), generator=generator).tolist()
     return [1, tau_v], [1, tau_v if same else tau_a]
 
@@ -56,7 +59,7 @@ def frame_times(T, fps, tau):
     tau times the source. Raises ValueError if tau is not an integer >= 1, or fps not above 0.
     """
     if not is_speed(tau) or not fps > 0:
-        raise ValueError(f"tau is {tau} and fps is {fps}: give one whole speed of 1 or more, and "
+        raise ValueError(f"tau is {tau!r} and fps is {fps}: give one whole speed of 1 or more, and "
                          "fps above 0")
     return torch.arange(T) * tau / fps
 
@@ -64,14 +67,16 @@ def frame_times(T, fps, tau):
 def speed_up_audio(wave, tau):
     """Squeeze tau times the source into the same length: (..., tau L) -> (..., L).
 
-    The sampling rate stays, so a tone of f Hz comes out at tau f Hz. A windowed sinc first removes
-    the frequencies that would pass the Nyquist limit, so they are not folded back. The samples come
-    last (stereo is (2, n)); n of them become ceil(n / tau), so see to it that n = tau L. Raises
-    ValueError if the wave holds integers, or if tau is not an integer >= 1.
+    The sampling rate stays, so a tone of f Hz comes out at tau f Hz. A windowed sinc first weakens
+    the frequencies that would pass the Nyquist limit and be folded back: by 8 dB close above it,
+    and by 28 dB and more from 1.2 times the limit on. The samples come last (stereo is (2, n)); n
+    of them become ceil(n / tau), so see to it that n = tau L. Raises ValueError if the wave holds
+    integers, or if tau is not an integer >= 1.
     """
     if not wave.is_floating_point() or not is_speed(tau):
-        raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau}: give floats, and "
-                         "one whole speed of 1 or more")
+        raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau!r}: give floats in "
+                         "[-1, 1] (for 16-bit integers wave / 32768), and one whole speed of 1 or "
+                         "more")
     decimate = torchaudio.transforms.Resample(int(tau), 1).to(wave.device, wave.dtype)
     with torch.autocast(wave.device.type, enabled=False):
         return decimate(wave)

@@ -6,6 +6,8 @@
     loss = soft_info_nce(ly_a, ly_v, z_a, z_v)    # ly = l(y), y: encoder outputs, z: projections
 
 This file needs torch alone, and the MIT licence of this unofficial implementation beside a copy.
+GDT (github.com/facebookresearch/GDT) and SNCLR (github.com/ChongjianGE/SNCLR) are the paper's
+references [17] and [6].
 Symbols: B clips on this process, W processes, N = W B clips in the global batch; K views per
 modality (view 0 at speed 1, view 1 at a drawn speed); C width of l(y), D projection width. Views
 keep an axis of their own, so that no index arithmetic decides which row belongs to which clip:
@@ -103,7 +105,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
         loss = mean over i of sum_{p,q} lam[i,p,q] L[i,p,q]
 
     Under torch.distributed each process gives its own clips, and this function gathers the others,
-    so all processes have to call it.
+    so all processes of the default group have to call it, with the same keyword arguments. With z
+    that know nothing the loss is log(1 + K(N - 1)) or a little more.
 
     Args:
         ly_a, ly_v: (B, K, C) l(y) of this process's clips, see `cross_affinity`. All processes
@@ -123,7 +126,8 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
         A scalar: the loss of this process's clips against all videos. The mean of the losses, and
         of the gradients of the weights as DDP takes it, over the processes are those of the global
         batch. float64 stays float64, half precision becomes float32, and autocast is off inside.
-        Raises ValueError if an argument does not fit.
+        Raises ValueError if an argument does not fit: on all processes if it is found by `check`,
+        otherwise on its own process alone.
     """
     needed = (z_a, z_v) if affinity == "none" else (z_a, z_v, ly_a, ly_v)
     z_a, z_v, *ly = check_inputs(needed, eta, affinity_temperature, check)
@@ -182,13 +186,14 @@ def check_inputs(tensors, eta, affinity_temperature, check):
         raise ValueError(f"eta={eta}, affinity_temperature={affinity_temperature}: temperatures "
                          "must be above 0, and finite")
     names = ("z_a", "z_v", "ly_a", "ly_v")[:len(tensors)]
-    shapes = [None if x is None else tuple(x.shape) for x in tensors]
+    shapes = [tuple(x.shape) if torch.is_tensor(x) else None for x in tensors]
     audio, video = shapes[::2], shapes[1::2]
     if (None in shapes or audio != video or {len(x) for x in shapes} != {3}
             or len({x[:2] for x in shapes}) > 1 or 0 in audio[0]
-            or not all(torch.is_tensor(x) and x.is_floating_point() for x in tensors)):
-        given = ", ".join(f"{name} None" if x is None else f"{name} {x.dtype} {tuple(x.shape)}"
-                          for name, x in zip(names, tensors))
+            or not all(x.is_floating_point() for x in tensors)):
+        given = ", ".join(f"{name} {x.dtype} {shape}" if shape is not None else
+                          f"{name} {type(x).__name__}"
+                          for name, x, shape in zip(names, tensors, shapes))
         raise ValueError(f"{given}: give z_a and z_v in one shape (B, K, D), and ly_a and ly_v in "
                          "one shape (B, K, C), float tensors with the same B clips and K views "
                          "(one view is z[:, None]); only soft_info_nce with affinity='none' works "
@@ -196,11 +201,13 @@ def check_inputs(tensors, eta, affinity_temperature, check):
     if check:
         diverged = [name for name, x in zip(names, tensors) if not x.isfinite().all()]
         double = any(x.dtype == torch.float64 for x in tensors)
-        state = torch.tensor([[*shapes[0], double, len(diverged)]], device=tensors[0].device)
-        B, K, D, double, faults = all_gather(state).T.tolist()          # all raise, so none waits
-        if len({*zip(B, K, D, double)}) > 1:
-            raise ValueError(f"the processes have {B} clips of {K} views of {D} numbers (float64: "
-                             f"{double}): give all the same (drop_last=True of a DataLoader)")
+        state = torch.tensor([[*shapes[0], shapes[-1][2], double, len(diverged)]],
+                             device=tensors[0].device)
+        B, K, D, C, double, faults = all_gather(state).T.tolist()       # all raise, so none waits
+        if len({*zip(B, K, D, C, double)}) > 1:
+            raise ValueError(f"the processes have {B} clips of {K} views, z of {D} numbers and ly "
+                             f"of {C} (float64: {double}): give all the same (drop_last=True of a "
+                             "DataLoader)")
         if any(faults):
             raise ValueError(f"{', '.join(diverged) or 'a tensor of another process'} holds NaN or "
                              "infinity: look for the step before it that diverged")

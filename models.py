@@ -1,4 +1,4 @@
-"""The networks of §2 and §2.3: encoders f and g, projectors h_v and h_a, the mapping l of Eq. 2.
+"""The networks of arXiv 2309.13942 (§2, §2.3): encoders f, g, projectors h_v, h_a, l of Eq. 2.
 
     import torch
     from models import SvaCLR
@@ -8,11 +8,11 @@
     ly_a, ly_v, z_a, z_v = model(audio, video)        # (B, K, C) x 2, (B, K, D) x 2
 
 This file needs torch and torchvision alone, and the MIT licence of this unofficial implementation
-beside a copy. For other encoders replace model.f or model.g, which have to give 512 numbers for a
-view. For another width change C, and replace both. In several processes BatchNorm has to take the
-statistics of all (paper silent; GDT). So convert the model there: on GPUs by
-nn.SyncBatchNorm.convert_sync_batchnorm(model), on CPUs as support/layers.py of this project does:
-copy that too.
+beside a copy. For other encoders replace model.f or model.g: they take (n, 3, T, H, W) and
+(n, 1, M, F), and give (n, C). End them with nn.Linear(width, C), or change C in your copy. In
+several processes BatchNorm has to take the statistics of all (paper silent; GDT): prepare_layers of
+support/layers.py, which can be copied too, sees to that on GPUs and CPUs. GDT is the paper's
+reference [17], github.com/facebookresearch/GDT.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
 encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.
@@ -26,8 +26,8 @@ C = 512
 
 
 def video_encoder(arch="r2plus1d_18"):
-    """Build f: (n, 3, T, H, W) -> (n, 512), torchvision's network without its head `fc`.
-    f.load_state_dict(weights, strict=False) takes torchvision's weights.
+    """Build f: (n, 3, T, H, W) -> (n, C), torchvision's network without its head `fc`. It loads
+    torchvision's weights, if those of `fc` are left out.
 
     arch: "r2plus1d_18" (§2.3; Tables 1 and 2) | "r3d_18" (Table 2) | "r2plus1d_10", which has one
     block per stage instead of two and is for CPUs (not in the paper).
@@ -44,7 +44,7 @@ def video_encoder(arch="r2plus1d_18"):
 
 
 def audio_encoder():
-    """Build g: (n, 1, M, F) -> (n, 512), the "9-layered 2D ResNet" of §2.3: one convolution, and
+    """Build g: (n, 1, M, F) -> (n, C), the "9-layered 2D ResNet" of §2.3: one convolution, and
     one block of two convolutions per stage (GDT)."""
     net = ResNet(BasicBlock, [1, 1, 1, 1])
     net.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
@@ -103,6 +103,7 @@ class SvaCLR(nn.Module):
         for name, y in (("g", y_a), ("f", y_v)):
             if y.shape != (views.numel(), C):
                 raise ValueError(f"{name} gives {tuple(y.shape)} for {tuple(views)} clips and "
-                                 f"views: it has to give {C} numbers for each view")
+                                 f"views: end it with nn.Linear(width, {C}), or change C of "
+                                 "models.py")
         z_a, z_v = self.h_a(y_a), self.h_v(y_v)                         # (B K, D) x 2
         return tuple(x.unflatten(0, views) for x in (self.l(y_a), self.l(y_v), z_a, z_v))

@@ -1,14 +1,13 @@
 """What the layers of a model need before it is trained, in several processes or on CPUs.
 
 BatchNorm takes the statistics of the clips of all processes (paper silent; GDT), on CPUs too, where
-nn.SyncBatchNorm does not work. Otherwise training would depend on the number of processes.
+nn.SyncBatchNorm does not work. Otherwise training would depend on the number of processes. This
+file needs torch alone.
 """
 
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from support.processes import world_size
 
 
 def prepare_layers(model, device):
@@ -16,7 +15,7 @@ def prepare_layers(model, device):
     for module in model.modules() if device.type == "cpu" else ():
         if isinstance(module, nn.Conv3d) and module.padding[0]:
             module.register_forward_pre_hook(pad_first)
-    if world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return model
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -52,7 +51,7 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean, square = AllMean.apply(torch.stack([mean - m, var + (mean - m) ** 2]))
         mean, var = mean + m, square - mean ** 2                        # (C,) x 2, of all
         with torch.no_grad():
-            n = world_size() * x.numel() / x.shape[1]
+            n = dist.get_world_size() * x.numel() / x.shape[1]
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
@@ -68,6 +67,6 @@ class AllMean(torch.autograd.Function):
     def forward(ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x)
-        return x / world_size()
+        return x / dist.get_world_size()
 
     backward = forward                      # each loss depends on the x of all processes alike

@@ -125,12 +125,14 @@ def test_bad_input(loss):
     for shapes in ([(5, 4)] * 4, [(5, 2, 3), Z, Y, Y], [Z, Z, Y, (5, 2, 5)],
                    [Z, Z, (5, 1, 6), (5, 1, 6)], [Z, Z, None, None]):
         z_a, z_v, y_a, y_v = (shape and torch.ones(shape) for shape in shapes)
-        given = ", ".join(f"{name} torch.float32 {shape}" if shape else f"{name} None"
+        given = ", ".join(f"{name} torch.float32 {shape}" if shape else f"{name} NoneType"
                           for name, shape in zip(("z_a", "z_v", "ly_a", "ly_v"), shapes))
         with pytest.raises(ValueError, match=re.escape(f"{given}: give z_a and z_v in one shape")):
             loss(y_a, y_v, z_a, z_v)
-    for z in (torch.ones(Z, dtype=torch.long), np.ones(Z), torch.ones(5, 0, 4)):
-        with pytest.raises(ValueError, match="float tensors with the same B clips and K views"):
+    for z, given in ((torch.ones(Z, dtype=torch.long), "torch.int64 .5, 2, 4."),
+                     (np.ones(Z), "ndarray"), ([1.0], "list"),
+                     (torch.ones(5, 0, 4), "torch.float32 .5, 0, 4.")):
+        with pytest.raises(ValueError, match=f"^z_a {given}, .* float tensors with the same "):
             loss(torch.ones(Y), torch.ones(Y), z, z)
     with pytest.raises(ValueError, match="'batch': choose .* 'none'; double_sum sums "):
         soft_info_nce(*batch(), affinity="batch")
@@ -153,14 +155,17 @@ def compare_two_processes_with_one():
     """In each of two processes."""
     setup()
     for z, sentence in (
-            (torch.randn(4 + rank(), 2, 4), "processes have .4, 5. clips of .2, 2. views of .4, 4"),
-            (torch.randn(4, 2 + rank(), 4), "processes have .4, 4. clips of .2, 3. views of .4, 4"),
-            (torch.randn(4, 2, 4 + rank()), "processes have .4, 4. clips of .2, 2. views of .4, 5"),
+            (torch.randn(4 + rank(), 2, 4), "have .4, 5. clips of .2, 2. views, z of .4, 4"),
+            (torch.randn(4, 2 + rank(), 4), "have .4, 4. clips of .2, 3. views, z of .4, 4"),
+            (torch.randn(4, 2, 4 + rank()), "have .4, 4. clips of .2, 2. views, z of .4, 5"),
             (torch.randn(4, 2, 4, dtype=torch.float64 if rank() else torch.float32), "64: .0, 1."),
             (torch.full((4, 2, 4), torch.nan if rank() else 1.0),
              f"^{'z_a, z_v' if rank() else 'a tensor of another process'} holds NaN")):
         with pytest.raises(ValueError, match=sentence):     # on both, so neither waits
             soft_info_nce(None, None, z, z, affinity="none")
+    y, z = torch.randn(4, 2, 6 + rank()), torch.randn(4, 2, 4)
+    with pytest.raises(ValueError, match="z of .4, 4. numbers and ly of .6, 7."):
+        double_sum(y, y, z, z)
     found = list(gradients(rank(), 2))
     dist.barrier()                    # a process that leaves early can abort the other one
     dist.destroy_process_group()      # one process needs no group
