@@ -119,9 +119,9 @@ def setup():
     if not cuda and glob.glob(DEVICES) and not hidden:
         raise ValueError(f"torch {torch.__version__} cannot use a GPU of this machine: was one "
                          "asked for (Slurm: --gpus-per-node)? If nvidia-smi shows one, this torch "
-                         "may be a build for CPUs, or the driver needs the versions in README's "
-                         "section on older drivers; with CUDA_VISIBLE_DEVICES= in the environment "
-                         "the CPU is used")
+                         "may be a build for CPUs, or the driver needs the versions in the section on "
+                         "older drivers of docs/running.md; with CUDA_VISIBLE_DEVICES= in the "
+                         "environment the CPU is used")
     if cuda:
         # A launcher may show each process its own GPU alone, which is then device 0 of each.
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -155,7 +155,8 @@ def check_gpu(device):
     if 10 * major + minor < min(known, default=0):      # sm_75, ...; later GPUs compile the newest
         raise ValueError(f"torch {torch.__version__} has no kernels for "
                          f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}"
-                         "): install the versions in README's section on V100 and older drivers")
+                         "): install the versions in the section on V100 and older drivers of "
+                         "docs/running.md")
     uuids = gather(str(torch.cuda.get_device_properties(device).uuid))
     shared, processes = Counter(uuids).most_common(1)[0]
     if processes > 1:
