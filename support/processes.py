@@ -119,8 +119,8 @@ def setup():
     if not cuda and glob.glob(DEVICES) and not hidden:
         raise ValueError(f"torch {torch.__version__} cannot use a GPU of this machine: was one "
                          "asked for (Slurm: --gpus-per-node)? If nvidia-smi shows one, this torch "
-                         "may be a build for CPUs, or the driver needs the versions in the section on "
-                         "older drivers of docs/running.md; with CUDA_VISIBLE_DEVICES= in the "
+                         "may be a build for CPUs, or the driver needs the versions in the section "
+                         "on older drivers of docs/running.md; with CUDA_VISIBLE_DEVICES= in the "
                          "environment the CPU is used")
     if cuda:
         # A launcher may show each process its own GPU alone, which is then device 0 of each.
