@@ -89,7 +89,8 @@ def test_commands_are_parsed(name, monkeypatch):
     original = argparse.ArgumentParser.parse_args
     text = DOCUMENTS[name] if name in DOCUMENTS else import_module(name).__doc__
     others = "venv|pip install|two.py|^python -m pytest tests -n 2 --dist loadfile$"
-    inline = re.findall(r"`(python [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    prose = " ".join(re.sub(r"```.*?```", "", text, flags=re.DOTALL).split())
+    inline = re.findall("`(python [^`]+)`", prose)
     lines = [part for line in [*command_lines(text), *inline] for part in line.split(" && ")
              if not re.search(others, part)]
     assert lines or name == "readings.md"
