@@ -126,6 +126,10 @@ def train(args, model, clips, dtype):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     net = DistributedDataParallel(model) if world_size() > 1 else model
 
+    B, steps = loader.batch_sampler.batch_size, loader.batch_sampler.steps_per_epoch
+    say(f"global batch {args.global_batch} = {world_size()} process(es) x {B} clips, {steps} steps "
+        f"an epoch, {args.epochs * steps} steps in all; learning rate up to {args.lr:g} of the head"
+        f" and {args.lr / 10:g} of the trunk")
     run = Run(args, loader, model, optimizer, scaler,
               {"processes": world_size(), "clips": len(clips)})
     for epoch, (frames, labels) in run:             # (B, T, H, W, 3) uint8, (B,)
@@ -202,9 +206,10 @@ def one_fold(args, device):
     model = classifier(encoder, len(classes)).to(device)
     dtype, reason = choose_precision(args.precision, device)
     clip = dict(frames=args.frames, fps=args.fps, size=args.size, seed=args.seed)
-    say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}); "
-        f"{len(train_rows)} training and {len(test_rows)} test videos of {len(classes)} classes, "
-        f"{len(train_left_out)} and {len(test_left_out)} left out; encoder from {args.checkpoint}")
+    say(f"{world_size()} process(es) on {device.type}, {str(dtype)[6:]} ({reason}); clips of "
+        f"{args.frames} frames of {args.size} pixels, {args.fps} per s; {len(train_rows)} training "
+        f"and {len(test_rows)} test videos of {len(classes)} classes, {len(train_left_out)} and "
+        f"{len(test_left_out)} left out; encoder from {args.checkpoint}")
     say_torchvision(args.checkpoint, args.frames, args.fps, args.size)
     failed = {}
     if args.linear:
@@ -228,6 +233,9 @@ def one_fold(args, device):
 def recognise(args, device):
     """Train and test on the folds, write the results of each, and their mean if there are more."""
     check_protocol(args)
+    for fold in args.fold or ():        # before hours of training
+        if not Path(path := args.data.replace("{fold}", str(fold))).exists():
+            raise ValueError(f"--data {path}: no such manifest or folder")
     settings, folds = args, {}
     for fold in args.fold or [None]:
         if fold:

@@ -210,10 +210,9 @@ def step_in_chunks(embed, objective, net, scaler, batch, n):
 
 def find_clips(args, B):
     """§3.1: the batches of all epochs, and {path: reason} of the files that are left out."""
-    if args.data is None:
-        names = "arch", "size", "frames", "fps", "epochs", "warmup"
-        say("No --data: training on the built-in set, with "
-            + ", ".join(f"{name} {getattr(args, name)}" for name in names))
+    names = "arch", "size", "frames", "fps", "epochs", "warmup", "max_speed", "affinity"
+    source = "No --data: training on the built-in set" if args.data is None else args.data
+    say(f"{source}, with " + ", ".join(f"{name} {getattr(args, name)}" for name in names))
     rows, left_out = find_rows(args.data, args.split, args.out)
     clips = AudioVisualClips(rows, args.frames, args.fps, args.size, args.max_speed,
                              args.same_speed, args.seed)

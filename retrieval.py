@@ -46,6 +46,8 @@ def parser(description):
                    help="clips of a file, averaged (10; paper silent, GDT)")
     p.add_argument("--feature", default="z", choices=["z", "y"],
                    help="projections z or encoder outputs y (z; our choice)")
+    p.add_argument("--workers", type=at_least(0), help="loading processes of each process "
+                   "(default: the cores per process but one, at most 8; our choice)")
     p.add_argument("--max-failures", type=share, default=0.05,
                    help="share of videos that may fail to be read and are then left out; more stop "
                    "the script (0.05; our choice)")
@@ -79,19 +81,20 @@ def average(x):
     return F.normalize(F.normalize(x.float(), dim=-1).mean(-2), dim=-1)
 
 
-def extract(model, clips, dtype, sound=None, max_failures=0.05):
+def extract(model, clips, dtype, sound=None, workers=None, max_failures=0.05):
     """Features of all files on every process: {"y": (n, 2, C), "z": (n, 2, D)}, and their n rows.
 
     Args:
         clips: AudioVisualClips with clips_per_file.
         dtype: of autocast.
         sound: the input of g, see prepare.weights.sound_input.
+        workers: see data.make_loader.
         max_failures: share of the files that may fail to be read; ValueError if more do.
     """
     model.eval()
     device, found = next(model.parameters()).device, {}
     log_mel = sound_input(sound).to(device)
-    for frames, waves, index in evaluation_batches(make_loader(clips, 8), max_failures):
+    for frames, waves, index in evaluation_batches(make_loader(clips, 8, workers), max_failures):
         both = torch.cat(embed(model, log_mel, dtype, frames, waves), 2)        # (B, 2, C + D)
         found.update(zip(index, both))
     both, read = gather_results(found, "features")                      # (n, 2, C + D)
@@ -173,9 +176,10 @@ def evaluate(args, device):
     """§3.3: extract the features of the part, rank both ways, report."""
     model, settings, clips, left_out = load(args)
     check_size(len(clips), args.split, left_out, max(RANKS))            # before the work
-    dtype, reason = choose_precision("auto", device)
+    dtype, reason = choose_precision(settings.precision, device)
     say(f"{len(clips)} files on {device.type}, {str(dtype)[6:]} ({reason})")
-    found, rows = extract(model.to(device), clips, dtype, settings.sound, args.max_failures)
+    found, rows = extract(model.to(device), clips, dtype, settings.sound, args.workers,
+                          args.max_failures)
     audio, video = found[args.feature].to(device).unbind(1)             # (n, D) x 2
     failed = dict.fromkeys(range(len(clips) - len(rows)), "failed")
     check_size(len(rows), args.split, left_out | failed, max(RANKS))

@@ -90,7 +90,7 @@ def check_flags(parser, args):
     if args.query is None:
         refuse("top figure pool", "is for --query FILE: give both or none")
     if args.pool:
-        refuse("data split clips max_failures save",
+        refuse("data split clips workers max_failures save",
                "is not read with --pool, which has its own: leave it out")
     for name in ("save", "figure"):
         path = Path(getattr(args, name) or "")
@@ -123,7 +123,7 @@ def search(args, device):
         model, settings, clips, left_out = load(args)
         check_size(len(clips), args.split, left_out, 1)
     model = model.to(device).eval()
-    dtype, _ = choose_precision("auto", device)
+    dtype, _ = choose_precision(settings.precision, device)
     # The files come first, so that a bad one is named before the work.
     queries = [query for path in args.query or ()
                for query in read_queries(path, model, settings, dtype, args.feature, args.clips)]
@@ -139,7 +139,7 @@ def search(args, device):
 
 def make_pool(args, model, settings, clips, dtype):
     """The pool of the clips of --data, on every process."""
-    found, rows = extract(model, clips, dtype, settings.sound, args.max_failures)
+    found, rows = extract(model, clips, dtype, settings.sound, args.workers, args.max_failures)
     device = next(model.parameters()).device
     arrays = {f"{kind}_{modality}": x[:, n].to(device) for kind, x in found.items()
               for n, modality in enumerate(ASKS)}                       # (n, C or D)
@@ -318,8 +318,9 @@ def compare_videos(args, device):
     if "" in {row.label for row in queries + gallery} or len({row.label for row in gallery}) < 2:
         raise ValueError("--pair video-video compares by class: it needs a label for every video, "
                          "and two classes or more in the gallery, see the label column")
-    q, q_names = encode(args, f, queries, clip)                         # (n, C)
-    g, g_names = encode(args, f, gallery, clip)                         # (m, C)
+    dtype, _ = choose_precision(known.get("precision", "auto"), device)
+    q, q_names = encode(args, f, queries, clip, dtype)                  # (n, C)
+    g, g_names = encode(args, f, gallery, clip, dtype)                  # (m, C)
     failed = dict.fromkeys(range(len(gallery) - len(g)), "failed")
     check_size(len(g), args.gallery, gallery_left_out | failed, max(RANKS))
     _, labels = np.unique(q_names + g_names, return_inverse=True)       # (n + m,)
@@ -344,16 +345,14 @@ def compare_videos(args, device):
         say(f"{without} of {n} queries miss always: the gallery has no video of their class.")
 
 
-def encode(args, f, rows, clip):
+def encode(args, f, rows, clip, dtype):
     """y_v (n, C) of the videos of rows that can be read, on every process, and their n labels."""
-    device = next(f.parameters()).device
-    dtype, _ = choose_precision("auto", device)
     clips = ActionClips(rows, sorted({row.label for row in rows}), **clip,
                         clips_per_file=args.clips)
     found = {index: average(y) for index, _, y                          # y: (clips, C)
-             in features(f, clips, dtype, None, args.max_failures)}
+             in features(f, clips, dtype, args.workers, args.max_failures)}
     y_v, read = gather_results(found, "features")                       # (n, C)
-    return y_v.to(device), [rows[n].label for n in read]
+    return y_v.to(next(f.parameters()).device), [rows[n].label for n in read]
 
 
 def video_ranks(query, gallery, labels, gallery_labels, chunk=256):

@@ -47,7 +47,7 @@ def load_svaclr(path, build):
     no projectors.
     """
     state = read_state(path, ("model", "settings"))
-    settings = Namespace(**{"sound": None} | state["settings"])
+    settings = Namespace(**{"sound": None, "precision": "auto"} | state["settings"])
     if not hasattr(settings, "mapping"):
         raise ValueError(f"{path} was not written by pretrain.py: give a checkpoint.pt of it")
     if "h_v.0.weight" not in state["model"]:

@@ -127,6 +127,8 @@ def test_commands_of_the_docs_on_a_small_ucf101(ucf, tuned, monkeypatch):
     """One process has nothing to train, and evaluates to the same results."""
     monkeypatch.chdir(ucf)
     (flags, printed), out = tuned, Path("runs/ucf101")
+    assert "clips of 4 frames of 16 pixels, 8 per s; 6 training and 2 test videos" in printed
+    assert "global batch 4 = 2 process(es) x 2 clips, 3 steps an epoch, 3 steps in all" in printed
     kept = json.loads((out / "results.json").read_text())
     assert kept["protocol"]["epochs"] == 1 and kept["epoch"] == "last"
     mean = sum(kept[f"fold {n}"]["clip top-1"] for n in (1, 2, 3)) / 3
@@ -222,6 +224,7 @@ def test_bad_input(ucf, tuned, tmp_path, monkeypatch, capsys):
     rows = read_rows("ucf101-1.csv")
     write_rows([row | {"split": ""} for row in rows], "undivided.csv")
     write_rows([*rows[:-1], rows[-1] | {"label": "Diving"}], "strange.csv")
+    write_rows(rows, "part-1.csv")
     with_damaged(rows, Path(), (0, 1, 2))
     capsys.readouterr()
     for more, sentence in (
@@ -234,10 +237,11 @@ def test_bad_input(ucf, tuned, tmp_path, monkeypatch, capsys):
             ("--data strange.csv",
              "1 of the test part's classes are not in its train part: Diving"),
             ("--data undivided.csv", "has no train and test parts (its split column is empty)"),
-            ("--data hmdb51-{fold}.csv --fold 2", "hmdb51-2.csv: no such manifest"),
+            ("--data part-{fold}.csv --fold 1 3", "part-3.csv: no such manifest"),   # said at once
             ("--checkpoint r3d.pt", "; it was trained with --arch r3d_18"),
             ("--checkpoint torchvision",
              "torchvision has no weights for r2plus1d_10: choose r2plus1d_18 or r3d_18"),
             ("--global-batch 64", "12 training clips do not fill a batch of 64")):
         assert run_here(finetune, *flags, *more.split()) == 1
         assert sentence in error_of(capsys.readouterr().err)
+    assert not Path("new/fold1").exists()

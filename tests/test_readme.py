@@ -25,7 +25,7 @@ def test_first_line_on_the_built_in_set(tmp_path):
                      r"python pretrain.py && python retrieval.py\n", DOCUMENTS["README.md"])
     done = run("--out", tmp_path / "svaclr", "--epochs", "1", "--size", "16", processes=2)
     assert ("No --data: training on the built-in set, with arch r2plus1d_10, size 16, frames 4, "
-            "fps 4, epochs 1, warmup 0.1\n" in done.stdout)
+            "fps 4, epochs 1, warmup 0.1, max_speed 4, affinity clip\n" in done.stdout)
     assert ("576 clips (0 left out), global batch 32 = 2 process(es) x 16 clips, 2 view(s): 62 "
             "negatives per query, 18 steps an epoch" in done.stdout)
     table = run("--checkpoint", tmp_path / "svaclr" / "checkpoint.pt", "--clips", "2",

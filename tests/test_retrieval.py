@@ -101,6 +101,7 @@ def test_files_that_fail_leave_the_pool(tree, brief, tmp_path):
         assert (kept.pop("failed"), kept.pop("videos")) == (many, 23 + many)
         assert kept.pop("data") == str(data)
         assert done.stdout.count("of 2 classes (0 left out; 1 of 24 videos failed)") == many
+        assert " files on cpu, float32 (as asked)\n" in done.stdout     # as it was trained
         assert done.stderr.count(f"failed: {tmp_path / 'bad13.mp4'}: Invalid data") == many
         found.append(kept)
     assert found[0] == found[1] == found[2] and kept["pool"] == 23

@@ -78,7 +78,8 @@ def test_gdt_gives_the_same_outputs(gdt, tmp_path, monkeypatch):
     model, settings = load_svaclr("gdt/checkpoint.pt", SvaCLR)
     assert vars(settings) == {
         "arch": "r2plus1d_18", "mapping": "identity", "frames": 30, "fps": 30, "size": 112,
-        "data": "", "sound": "gdt", "peer": "GDT", "source": "gdt_K400.pth"}
+        "data": "", "sound": "gdt", "precision": "auto", "peer": "GDT",
+        "source": "gdt_K400.pth"}
     torch.manual_seed(1)
     video = torch.randn(3, 3, 4, 24, 24)        # (B, 3, T, H, W)
     audio = torch.randn(3, 1, 40, 99)           # (B, 1, M, F)
