@@ -10,9 +10,10 @@
 This file needs torch and torchvision alone, and the MIT licence of this unofficial implementation
 beside a copy. For other encoders replace model.f or model.g: they take (n, 3, T, H, W) and
 (n, 1, M, F), and give (n, C). End them with nn.Linear(width, C), or change C in your copy. In
-several processes BatchNorm has to take the statistics of all (paper silent; GDT): prepare_layers of
-support/layers.py, which can be copied too, sees to that on GPUs and CPUs. GDT is the paper's
-reference [17], github.com/facebookresearch/GDT.
+several processes BatchNorm has to take the statistics of all (paper silent; GDT): on GPUs convert
+the model by nn.SyncBatchNorm.convert_sync_batchnorm(model), and on CPUs by prepare_layers of
+support/layers.py, which can be copied too. GDT is the paper's reference [17],
+github.com/facebookresearch/GDT.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
 encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.
