@@ -127,9 +127,10 @@ def train(args, model, clips, dtype):
     net = DistributedDataParallel(model) if world_size() > 1 else model
 
     B, steps = loader.batch_sampler.batch_size, loader.batch_sampler.steps_per_epoch
+    head, trunk = learning_rates(args.epochs / 6, args.epochs, args.lr)         # the peaks
     say(f"global batch {args.global_batch} = {world_size()} process(es) x {B} clips, {steps} steps "
-        f"an epoch, {args.epochs * steps} steps in all; learning rate up to {args.lr:g} of the head"
-        f" and {args.lr / 10:g} of the trunk")
+        f"an epoch, {args.epochs * steps} steps in all; learning rate up to {head:g} of the head "
+        f"and {trunk:g} of the trunk")
     run = Run(args, loader, model, optimizer, scaler,
               {"processes": world_size(), "clips": len(clips)})
     for epoch, (frames, labels) in run:             # (B, T, H, W, 3) uint8, (B,)

@@ -43,8 +43,8 @@ def load_svaclr(path, build):
     """Load the model in a checkpoint.pt of pretrain.py, and its settings, a Namespace of the flags.
 
     build(arch, mapping) makes the model: models.SvaCLR. settings.sound names the input of g, see
-    prepare.weights.sound_input. Raises ValueError if the file is no such checkpoint, or if it has
-    no projectors.
+    prepare.weights.sound_input, and settings.precision is that of the training. Raises ValueError
+    if the file is no such checkpoint, or if it has no projectors.
     """
     state = read_state(path, ("model", "settings"))
     settings = Namespace(**{"sound": None, "precision": "auto"} | state["settings"])

@@ -18,7 +18,8 @@ ROUNDED = 1                             # s; lists count whole ones, so an end m
 
 
 def read_rows(path):
-    """The rows of a manifest, with all values as text. Raises ValueError if it is none."""
+    """The rows of a manifest, with all values as text. Raises ValueError if it is none, or with the
+    line of a row that is cut short or too long."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file)
         missing = set(COLUMNS) - set(table.fieldnames or ())
@@ -26,7 +27,14 @@ def read_rows(path):
             raise ValueError(f"{path} is no manifest of this version, it lacks "
                              f"{', '.join(sorted(missing))}: give another file, or make one with "
                              "python -m prepare.manifest")
-        return list(table)
+        rows = []
+        for row in table:
+            if None in row or None in row.values():
+                raise ValueError(f"{path}:{table.line_num}: the row has not the "
+                                 f"{len(table.fieldnames)} columns of the first line: mend it, or "
+                                 "make the manifest anew with python -m prepare.manifest")
+            rows.append(row)
+        return rows
 
 
 def write_rows(rows, out):

@@ -322,7 +322,7 @@ def catch_signals():
     def receive(number, frame):
         if INTERRUPTED in statuses:
             os.write(2, b"ended by a signal after Ctrl-C: the same command continues from the last "
-                        b"checkpoint\n")
+                        b"checkpoint, if there is one\n")
             os._exit(INTERRUPTED)
         status = INTERRUPTED if number == signal.SIGINT else REQUEUE
         if rank() == 0 and status not in statuses:

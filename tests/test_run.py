@@ -297,7 +297,7 @@ def test_a_signal_to_the_group_saves(brief, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("at,signals,sentence", [
     ("training", 2, "ended by a signal after Ctrl-C: the same command continues from the last "
-     "checkpoint\n"),
+     "checkpoint, if there is one\n"),
     ("scanning", 1, "stopped by Ctrl-C; the same command goes on from what is saved\n")])
 def test_ctrl_c_ends_work_that_hangs_with_one_line(at, signals, sentence, brief, tmp_path):
     """A named pipe never gives a byte. Training waits for the end of its step, to save, until a

@@ -17,7 +17,6 @@ import pytest
 from conftest import ROOT, by_name, command, remux, write_text
 from data import read_clip, read_manifest
 from prepare import manifest, scan
-from support.rows import COLUMNS
 
 # ---- repeated scans
 
@@ -55,9 +54,13 @@ def test_a_second_scan_reads_only_new_and_changed_files(put, tmp_path, files_rea
         monkeypatch.setattr(scan, "READER", reader)
         scan.survey("folder", root, out=out, verify=verify)
         assert len(files_read) == many
-    out.write_text(",".join(COLUMNS))
-    with pytest.raises(ValueError, match="m.csv has no rows: make it anew"):
-        read_manifest(out)
+    head, first, *_ = out.read_text().splitlines()
+    for rows, sentence in (([], "m.csv has no rows: make it anew"),
+                           ([first, first.rpartition(",")[0]], "m.csv:3: the row has not the 15"),
+                           ([f"{first},x"], "m.csv:2: the row has not the 15 columns")):
+        out.write_text("\n".join([head, *rows]))
+        with pytest.raises(ValueError, match=sentence):
+            read_manifest(out)
 
 
 def test_a_failure_of_the_disk_is_no_property_of_the_file(put, monkeypatch):
