@@ -39,7 +39,7 @@ def test_first_line_on_the_built_in_set(tmp_path):
 @pytest.mark.slow
 def test_snippets_of_the_loss(tmp_path, capsys):
     """In two processes its mean is the loss of one process with all clips."""
-    _, of_loss = SNIPPET.findall(DOCUMENTS["README.md"])
+    of_loss, _ = SNIPPET.findall(DOCUMENTS["README.md"])
     from_frames, of_two = SNIPPET.findall(DOCUMENTS["readings.md"])
     exec(of_loss, {})
     exec(from_frames, names := {})
@@ -64,7 +64,7 @@ def test_snippets_of_the_encoders(brief, tmp_path, monkeypatch):
     for name in ("svaclr", "k400"):
         shutil.copytree(brief.parent, f"runs/{name}")
     make_video(tmp_path / "runs/demo/test/bell/000.mp4", 2, 10)
-    use, _ = SNIPPET.findall(DOCUMENTS["README.md"])
+    _, use = SNIPPET.findall(DOCUMENTS["README.md"])
     export, = SNIPPET.findall(DOCUMENTS["using.md"].partition("## Export")[2])
     exec(use, names := {})
     assert names["y_v"].shape == (1, 1, 512) and names["z_a"].shape == (1, 1, 256)
