@@ -2,10 +2,9 @@
 
     python -m experiments.bench step            # a training step over the bare encoders
     python -m experiments.bench step --batch-size 64 --chunk 8      # and in chunks of 8 clips
-    python -m experiments.bench memory --batch-size 8 --precision fp16      # needs no GPU
 
-`step --batch-size 8 16 32 ...` goes on until the memory is full. Each bench yields what it measured
-with its {quantity: value}. They are printed, and `--csv FILE` adds a line to FILE for each value.
+`--batch-size 8 16 32 ...` goes on until the memory is full. `step` yields what it measured with its
+{quantity: value}. They are printed, and `--csv FILE` adds a line to FILE for each value.
 """
 
 import argparse
@@ -17,21 +16,17 @@ import re
 import statistics
 import sys
 import time
-from contextlib import contextmanager, redirect_stdout
-from copy import deepcopy
+from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
 import av
 import torch
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 import pretrain
 from augment import LogMel, normalize_frames
-from loss import soft_info_nce
 from support.commands import at_least
 from support.precision import autocast, choose_precision
 from support.processes import is_out_of_memory, setup
@@ -210,58 +205,6 @@ def of_chunks(one, chunked, whole=None):
     return f"step {args.arch} B{args.batch_per_process} in chunks of {args.chunk}", values
 
 
-@contextmanager
-def held_for_backward():
-    """Yield {storage: its bytes}, which gets each storage that the backward pass will need."""
-    held = {}
-
-    def keep(x):
-        storage = x.untyped_storage()
-        held[storage._cdata] = storage.nbytes()
-        return x
-
-    with saved_tensors_hooks(keep, lambda x: x):
-        yield held
-
-
-def memory(args):
-    """The bytes of a step of pretrain.py, counted on fake tensors, which have no values.
-
-    A chunk is embedded as a batch of its size, beside the frames of the whole batch. What
-    convolutions take for their work, and what an allocator leaves unused, is not counted.
-    """
-    cpu, (dtype, _) = torch.device("cpu"), choose_precision(args.precision, setup())
-    T, size, fake = args.frames, args.size, FakeTensorMode()
-    flags = pretrain.parse(["--data", "made up", "--arch", args.arch])
-    model, _, _ = pretrain.build(flags, cpu, dtype)
-    with FakeCopyMode(fake):
-        model, log_mel = deepcopy((model, LogMel()))
-    for B in args.batch_size:
-        c = args.chunk or B                                                     # clips at a time
-        with fake, FlopCounterMode(display=False) as counter, held_for_backward() as held:
-            frames = torch.empty(B, 2, T, size, size, 3, dtype=torch.uint8)
-            waves = torch.empty(B, 2, RATE)                             # 1 s of sound
-            audio, video = log_mel(waves[:c]), normalize_frames(frames[:c])
-            with autocast(cpu, dtype):
-                outputs = model(audio, video)
-            L = soft_info_nce(*outputs, check=False)
-            # A chunk is first embedded without gradient.
-            flops = counter.get_total_flops() if args.chunk else 0
-            L.backward()
-        inputs, state = [frames, waves, audio, video], list(model.state_dict().values())
-        counted = {x.untyped_storage()._cdata for x in inputs + state}
-        parts = {"held for backward": sum(n for s, n in held.items() if s not in counted),
-                 "weights": sum(x.nbytes for x in state),
-                 "gradients": sum(x.nbytes for x in model.parameters()),
-                 "momentum": sum(x.nbytes for x in model.parameters()),
-                 "frames and sound": sum(x.nbytes for x in inputs)}
-        parts = {"needed": sum(parts.values())} | parts
-        chunks = f" chunks of {c}" if args.chunk else ""
-        yield f"memory {args.arch} B{B} T{T} {size}px {str(dtype)[6:]}{chunks}", {
-            **{f"{name}, GB": n / 1e9 for name, n in parts.items()},
-            "TFLOP of a clip": (flops + counter.get_total_flops()) / c / 1e12}
-
-
 def hardware():
     """Number and kind of the cores, the GPU if there is one, and versions."""
     cpu = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -285,28 +228,27 @@ def record(path, what, values):
 
 def main():
     """Run the command."""
-    benches = {"step": step, "memory": memory}
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("what", choices=list(benches))
+    p.add_argument("what", choices=["step"])
     p.add_argument("--rounds", type=at_least(2), default=15, help="measured rounds (15)")
     p.add_argument("--csv", help="file to add the results to (none)")
     p.add_argument("--arch", default="r2plus1d_10", help="video encoder (r2plus1d_10)")
     p.add_argument("--batch-size", type=int, nargs="+", default=[32],
                    help="clips, one or more sizes, the smallest first (32)")
     p.add_argument("--chunk", type=at_least(2),
-                   help="memory: embed so many clips at a time; step: beside it the same batch in "
-                   "such chunks, and a batch of one chunk (none)")
+                   help="beside it time the same batch in chunks of so many clips, and a batch of "
+                   "one chunk (none)")
     p.add_argument("--frames", type=int, default=4, help="T (4)")
     p.add_argument("--size", type=int, default=32, help="H = W in pixels (32)")
     p.add_argument("--precision", default="auto", choices=["auto", "bf16", "fp16", "fp32"],
                    help="of the encoders (auto)")
-    p.add_argument("--compile", action="store_true", help="step: torch.compile (off)")
-    p.add_argument("--profile", action="store_true", help="step: where the time goes (off)")
+    p.add_argument("--compile", action="store_true", help="torch.compile (off)")
+    p.add_argument("--profile", action="store_true", help="where the time goes (off)")
     args = p.parse_args()
     if any(B % (args.chunk or B) for B in args.batch_size):
         p.error(f"--chunk {args.chunk} does not divide every --batch-size")
     print(hardware())
-    for what, values in benches[args.what](args):
+    for what, values in step(args):
         print(what, *(f"    {name}: {value:.4g}" for name, value in values.items()), sep="\n",
               flush=True)
         if args.csv:
