@@ -154,8 +154,8 @@ def double_sum(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity_temperature=1.0, raw_
         loss = mean over i and p of sum_{j,q} lam[i,p,j,q] L[i,p,j,q]
 
     lam is a softmax over the videos of all clips. So 1/N replaces the printed 1/N^2, and other
-    clips become soft positives. Training with it collapsed. The arguments are those of
-    `soft_info_nce`.
+    clips become soft positives. In an older version training with it stayed near chance, which
+    l(y) of unit length may have caused. The arguments are those of `soft_info_nce`.
     """
     z_a, z_v, ly_a, ly_v = check_inputs((z_a, z_v, ly_a, ly_v), eta, affinity_temperature, check)
     if not raw_affinity:
