@@ -111,8 +111,9 @@ def evaluation_batches(loader, max_failures):
         if len(causes) > max_failures * len(loader.dataset):
             raise ValueError(f"{len(causes)} of {len(loader.dataset)} videos failed, more than a "
                              f"share of {max_failures:g}, the last: {causes[-1]}; check the disk, "
-                             "mend these files or take them out of the data, or let more fail "
-                             "(--max-failures of retrieval.py and finetune.py)")
+                             "give --data if the videos have moved, mend these files or take them "
+                             "out of the data, or let more fail (--max-failures of retrieval.py "
+                             "and finetune.py)")
 
     causes = []
     with signals_blocked():
