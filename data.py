@@ -165,7 +165,8 @@ class AudioVisualClips(Dataset):
 
     def read(self, row):
         """The evaluation clips of a file: video (n, T, H, W, 3) uint8, audio (n, L) float32."""
-        return evenly_spaced(self, row.path, row.duration, row.start, row.stop)
+        return evenly_spaced(self, row.path, row.duration, row.start, row.stop,
+                             sound=row.has_audio)
 
     def draw(self, row, generator):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
@@ -249,7 +250,7 @@ def make_loader(dataset, batch_size, workers=None, epochs=1):
     """
     if workers is None:
         workers = min(8, max(1, cores_per_process() - 1))
-    # Without a timeout, which would delay the news of a worker's death (see findings/).
+    # No timeout, because of findings/dataloader-timeout-delays-the-news.sh
     common = dict(num_workers=workers, collate_fn=collate, worker_init_fn=end_with_trainer,
                   pin_memory=torch.cuda.is_available())
     atexit.register(end_workers)

@@ -27,16 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from augment import normalize_frames
 from data import ActionClips, find_rows, make_loader
-from models import C, video_encoder
+from models import ARCHS, C, video_encoder
 from support.batches import evaluation_batches, gather_results
-from support.checkpoints import checksum, load_encoder
+from support.checkpoints import checksum, load_encoder, say_torchvision
 from support.classification import (check_protocol, fit_linear, predictions, print_results,
-                                    say_torchvision, shared_classes, subset, top_1_and_5,
-                                    write_classes, write_results)
+                                    shared_classes, subset, top_1_and_5, write_classes,
+                                    write_results)
 from support.commands import add_run_flags, at_least, fraction, positive
+from support.launch import launch
 from support.layers import prepare_layers
 from support.precision import autocast, choose_precision
-from support.processes import launch, say, world_size
+from support.processes import say, world_size
 from support.run import Run, lock_folder
 
 # The built-in set is seen as in pretraining, in fewer clips, so that two CPU cores take minutes.
@@ -56,8 +57,7 @@ def parse(argv=None):
     data.add_argument("--checkpoint", default="runs/svaclr/checkpoint.pt",
                       help="checkpoint.pt or video_encoder.pt of pretrain.py, torchvision's file, "
                       "torchvision (Kinetics-400 labels), or none (runs/svaclr/checkpoint.pt)")
-    data.add_argument("--arch", choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
-                      default="r2plus1d_18",
+    data.add_argument("--arch", choices=ARCHS, default="r2plus1d_18",
                       help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10)")
     data.add_argument("--out", default="runs/finetune", help="folder of results (runs/finetune)")
     clip = p.add_argument_group("clips")
@@ -233,24 +233,22 @@ def one_fold(args, device):
 
 def recognise(args, device):
     """Train and test on the folds, write the results of each, and their mean if there are more."""
-    check_protocol(args)
-    for fold in args.fold or ():        # before hours of training
-        if not Path(path := args.data.replace("{fold}", str(fold))).exists():
-            raise ValueError(f"--data {path}: no such manifest or folder")
-    settings, folds = args, {}
-    for fold in args.fold or [None]:
-        if fold:
-            settings = argparse.Namespace(**vars(args) | {"fold": fold})
-            settings.data = args.data.replace("{fold}", str(fold))
-            settings.out = str(Path(args.out) / f"fold{fold}")
-            check_protocol(settings)
-        result = {f"fold {fold}" if fold else "test": one_fold(settings, device)}
-        write_results(settings, result)
+    runs = [argparse.Namespace(**vars(args) | {
+        "fold": fold, "data": args.data.replace("{fold}", str(fold)),
+        "out": str(Path(args.out, f"fold{fold}"))}) for fold in args.fold or ()] or [args]
+    for run in (args, *runs):
+        check_protocol(run)
+    for run in runs:                    # before hours of training
+        if run.fold and not Path(run.data).exists():
+            raise ValueError(f"--data {run.data}: no such manifest or folder")
+    folds = {}
+    for run in runs:
+        result = {f"fold {run.fold}" if run.fold else "test": one_fold(run, device)}
+        write_results(run, result)
         folds |= result
     if len(folds) > 1:
-        settings = args
         write_results(args, folds)
-    print_results(settings, folds)
+    print_results(args if len(folds) > 1 else run, folds)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.video import resnet as video_resnet
 
 C = 512
+ARCHS = {"r2plus1d_18": (video_resnet.Conv2Plus1D, video_resnet.R2Plus1dStem, 2),
+         "r2plus1d_10": (video_resnet.Conv2Plus1D, video_resnet.R2Plus1dStem, 1),
+         "r3d_18": (video_resnet.Conv3DSimple, video_resnet.BasicStem, 2)}
 
 
 def video_encoder(arch="r2plus1d_18"):
@@ -33,12 +36,9 @@ def video_encoder(arch="r2plus1d_18"):
     arch: "r2plus1d_18" (§2.3; Tables 1 and 2) | "r3d_18" (Table 2) | "r2plus1d_10", which has one
     block per stage instead of two and is for CPUs (not in the paper).
     """
-    archs = {"r2plus1d_18": (video_resnet.Conv2Plus1D, video_resnet.R2Plus1dStem, 2),
-             "r2plus1d_10": (video_resnet.Conv2Plus1D, video_resnet.R2Plus1dStem, 1),
-             "r3d_18": (video_resnet.Conv3DSimple, video_resnet.BasicStem, 2)}
-    if arch not in archs:
-        raise ValueError(f"arch={arch!r}: choose {', '.join(archs)}")
-    conv, stem, blocks = archs[arch]
+    if arch not in ARCHS:
+        raise ValueError(f"arch={arch!r}: choose {', '.join(ARCHS)}")
+    conv, stem, blocks = ARCHS[arch]
     net = video_resnet.VideoResNet(video_resnet.BasicBlock, [conv] * 4, [blocks] * 4, stem)
     net.fc = nn.Identity()
     return net

@@ -32,12 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 from augment import LogMel, normalize_frames
 from data import AudioVisualClips, find_rows, make_loader
 from loss import all_gather, double_sum, positions, soft_info_nce
-from models import SvaCLR
+from models import ARCHS, SvaCLR
 from support.checkpoints import load_audio_encoder, load_encoder
 from support.commands import add_run_flags, at_least, positive
+from support.launch import launch
 from support.layers import prepare_layers
 from support.precision import autocast, choose_precision
-from support.processes import launch, say, say_left_out, world_size
+from support.processes import say, world_size
 from support.run import Run, lock_folder
 
 PAPER_BATCH = 512           # §3.1: 64 GPUs x 8 clips, the batch to which its learning rates belong
@@ -89,8 +90,7 @@ def parse(argv=None):
 def add_training_flags(p):
     """Add the flags of §2.2, §2.3 and §3.1 to a parser."""
     model = p.add_argument_group("model and objective (Eq. 1 to 3)")
-    model.add_argument("--arch", default="r2plus1d_18",
-                       choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
+    model.add_argument("--arch", default="r2plus1d_18", choices=ARCHS,
                        help="video encoder f (r2plus1d_18: §2.3; built-in set: r2plus1d_10)")
     model.add_argument("--init", help="checkpoint.pt, video_encoder.pt, torchvision's file or "
                        "torchvision: first weights of f, and of g if the file has them (random; "
@@ -224,6 +224,15 @@ def find_clips(args, B):
                          f"global batch of {B * world_size()}: give a smaller --batch-per-process "
                          "or more data")
     return loader, left_out
+
+
+def say_left_out(left_out):
+    """Print up to ten of the files that are left out, and how many there are for each reason."""
+    for path, reason in list(left_out.items())[:10]:
+        say(f"left out: {path}: {reason}")
+    if len(left_out) > 10:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(left_out.values()).items())
+        say(f"... and {len(left_out) - 10} more: {reasons}")
 
 
 def say_settings(args, B, loader, left_out):

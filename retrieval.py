@@ -26,10 +26,11 @@ from models import C, SvaCLR
 from prepare.weights import sound_input
 from support.batches import evaluation_batches, gather_results
 from support.checkpoints import load_svaclr
-from support.commands import at_least, share
+from support.commands import add_reading_flags, at_least
+from support.launch import launch
 from support.precision import autocast, choose_precision
-from support.processes import launch, say
-from support.tables import check_size, report, results_path
+from support.processes import say
+from support.recall_table import check_size, report, results_path
 
 RANKS = (1, 5, 10, 20)
 
@@ -46,11 +47,7 @@ def parser(description):
                    help="clips of a file, averaged (10; paper silent, GDT)")
     p.add_argument("--feature", default="z", choices=["z", "y"],
                    help="projections z or encoder outputs y (z; our choice)")
-    p.add_argument("--workers", type=at_least(0), help="loading processes of each process "
-                   "(default: the cores per process but one, at most 8; our choice)")
-    p.add_argument("--max-failures", type=share, default=0.05,
-                   help="share of videos that may fail to be read and are then left out; more stop "
-                   "the script (0.05; our choice)")
+    add_reading_flags(p)
     return p
 
 

@@ -29,7 +29,8 @@ import pretrain
 from augment import LogMel, normalize_frames
 from support.commands import at_least
 from support.precision import autocast, choose_precision
-from support.processes import is_out_of_memory, setup
+from support.launch import is_out_of_memory
+from support.processes import setup
 from support.reading import RATE
 from support.rows import Row
 

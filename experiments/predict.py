@@ -17,8 +17,9 @@ from finetune import classifier, evaluate
 from models import video_encoder
 from prepare.scan import probe_file
 from support.checkpoints import read_state
+from support.launch import launch
 from support.precision import choose_precision
-from support.processes import launch, rank, say
+from support.processes import rank, say
 
 
 def parse(argv=None):

@@ -24,21 +24,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import ActionClips, evenly_spaced
+from data import ActionClips, AudioVisualClips
 from finetune import features
-from models import SvaCLR, video_encoder
+from models import ARCHS, SvaCLR, video_encoder
 from prepare.scan import probe_file
 from prepare.weights import sound_input
 from retrieval import RANKS, average, chance, embed, extract, find_part, load, parser
 from support.batches import gather_results
-from support.checkpoints import checksum, load_encoder, load_svaclr, read_state
-from support.classification import say_torchvision
-from support.files import write_atomic
+from support.checkpoints import (checksum, load_encoder, load_svaclr, read_state,
+                                 say_torchvision)
 from support.commands import at_least
+from support.files import write_atomic
+from support.launch import launch
 from support.precision import choose_precision
-from support.processes import launch, rank, say
+from support.processes import rank, say
 from support.reading import RATE, read, read_sound
-from support.tables import check_size, write_table
+from support.recall_table import check_size, write_table
 
 # What each modality is called, what it finds, and in which words.
 ASKS = {"audio": ("sound", "video", "sound finds these videos"),
@@ -68,7 +69,7 @@ def parse(argv=None):
                         "file, torchvision or none")
     videos.add_argument("--gallery", default="train",
                         help="part that the videos of --split query (train; SeLaVi)")
-    videos.add_argument("--arch", choices=["r2plus1d_18", "r3d_18", "r2plus1d_10"],
+    videos.add_argument("--arch", choices=ARCHS,
                         help="video encoder f (the checkpoint's, else r2plus1d_18: §2.3)")
     videos.add_argument("--frames", type=at_least(1), help="T (the checkpoint's, else 32: GDT)")
     videos.add_argument("--fps", type=at_least(1),
@@ -210,9 +211,8 @@ def read_clips(path, settings, n):
         waves = sound_clips(path, no_video, n, T / fps)                 # (n, L)
         black = torch.zeros(1, n, T, size, size, 3, dtype=torch.uint8)
         return black, waves[None], {"video": no_video}
-    clips = ActionClips([row], [row.label], T, fps, size, clips_per_file=n)
     try:
-        frames, waves = evenly_spaced(clips, path, row.duration, sound=row.has_audio)
+        frames, waves = AudioVisualClips((), T, fps, size, clips_per_file=n).read(row)
     except ValueError as error:
         raise ValueError(f"--query {error}") from error
     if row.has_audio:

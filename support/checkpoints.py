@@ -9,6 +9,7 @@ import torch
 from torchvision.models.video import R2Plus1D_18_Weights, R3D_18_Weights
 
 from support.files import write_atomic
+from support.processes import say
 
 SUPERVISED = {"r2plus1d_18": R2Plus1D_18_Weights.KINETICS400_V1,
               "r3d_18": R3D_18_Weights.KINETICS400_V1}
@@ -92,6 +93,14 @@ def load_encoder(source, net, arch):
                          + (f"; it was trained with --arch {trained}" if trained != arch else ""))
     net.load_state_dict(state)
     return net
+
+
+def say_torchvision(source, frames, fps, size):
+    """With --checkpoint torchvision, say which input its weights expect, and which they get."""
+    if source == "torchvision":
+        say("torchvision's weights were trained with --frames 16 --fps 15 --size 112 and with a "
+            f"mean and deviation for each colour; here they get --frames {frames} --fps {fps} "
+            f"--size {size}, and mean 0.45 and deviation 0.225 for all colours")
 
 
 def misfit(own, state):

@@ -14,14 +14,6 @@ from support.files import write_atomic
 from support.processes import rank, run_once, say
 
 
-def say_torchvision(source, frames, fps, size):
-    """With --checkpoint torchvision, say which input its weights expect, and which they get."""
-    if source == "torchvision":
-        say("torchvision's weights were trained with --frames 16 --fps 15 --size 112 and with a "
-            f"mean and deviation for each colour; here they get --frames {frames} --fps {fps} "
-            f"--size {size}, and mean 0.45 and deviation 0.225 for all colours")
-
-
 def subset(rows, fraction, seed):
     """The share `fraction` of each class's rows, at least one. Shares by one seed are nested."""
     groups = {}

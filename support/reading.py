@@ -37,16 +37,16 @@ JOINABLE = {"mpegts", "mpeg"}           # files that stay files if others are ap
 # Pictures that a decoder may hold back to put them in the order of display; the others hold 4.
 REORDER = {"h264": 16, "hevc": 16}
 UNORDERED = {"avi", "asf"}              # these containers do not store when a picture is shown
-# These decoders let skip_frame change in mid-stream.
+# Decoders that let skip_frame change in mid-stream: findings/skip-frame-is-not-for-all-decoders.sh
 SKIPS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video"}
 UPRIGHT = 65536, 0, 0, 65536            # the display matrix of most files
 # Without the flags beside AREA swscale takes faster ways at even widths and at the film's own size,
-# which darken the pictures by up to 2 levels and blur their colours.
+# which darken the pictures by up to 2 levels and blur colours: findings/swscale-even-widths.sh
 EXACT = int(Interpolation.AREA | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND)
 # Sound decoders that are right after 0.2 s. Bit reservoirs and filters with memory need 1 s.
 QUICK = re.compile("aac|e?ac3|alac|flac|mp2|(lib)?opus|(lib)?vorbis|wmav[12]|pcm_.*")
 
-# frame.side_data raises ValueError if PyAV does not know a type in it, such as EXIF, so name these.
+# frame.side_data raises ValueError at types such as EXIF: findings/pyav-unknown-side-data.sh
 Type._missing_ = classmethod(lambda cls, value: cls.SEI_UNREGISTERED)
 # glibc returns freed memory to the system above a limit, which grows with the largest block that
 # was freed. Without this block it would return the pictures of each clip and fetch them again.
@@ -299,7 +299,7 @@ class Cutter:
         step_x, step_y = 16 // form.chroma_width(16), 16 // form.chroma_height(16)
         x, width = whole_samples(x, width, W, step_x)
         y, height = whole_samples(y, height, H, step_y)
-        # FFmpeg takes gray for full-range whatever the file says, so limited gray gets a chroma.
+        # Limited gray gets a chroma: findings/gray-is-always-full-range.sh
         limited_gray = form.name.startswith("gray") and frame.color_range == ColorRange.MPEG
         name = form.name.replace("gray", "yuv444p") if limited_gray else form.name
         # A frame made from another one keeps what the file says of the place of the chroma. It also
@@ -335,8 +335,9 @@ def whole_samples(first, share, length, step):
 def mono(frames):
     """Yield frames of sound of any format as AudioFrames that are mono, float32, 24 kHz: pieces.
 
-    A piece is the mean of all channels, whatever their layout, so it is as loud as they are. The
-    format may change in mid-stream.
+    A piece is the mean of all channels, whatever their layout, so it is as loud as they are
+    (swresample's own mono is louder: findings/swresample-mono-is-louder.sh). The format may change
+    in mid-stream.
     """
     def kind(frame):
         return frame.format.name, frame.layout.name, frame.sample_rate, frame.time_base

@@ -39,7 +39,7 @@ torch.set_num_threads(2)
 
 from frames import barcode                      # noqa: E402
 from prepare import scan                        # noqa: E402
-from support import processes                   # noqa: E402
+from support import launch, processes           # noqa: E402
 from support.rows import write_rows              # noqa: E402
 from support.run import locks                   # noqa: E402
 
@@ -181,7 +181,7 @@ def run_here(script, *args):
            "experiments.search": "search", "experiments.predict": "predict"}[script.__name__]
     others = set(multiprocessing.active_children())         # processes of Jobs
     try:
-        processes.launch(getattr(script, job), script.parse([str(arg) for arg in args]))
+        launch.launch(getattr(script, job), script.parse([str(arg) for arg in args]))
     except SystemExit as stop:
         return stop.code
     finally:                                    # as at the end of a process of its own

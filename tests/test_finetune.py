@@ -17,7 +17,8 @@ from experiments import predict
 from finetune import classifier, evaluate, learning_rates, parse
 from models import video_encoder
 from prepare import scan
-from support.classification import fit_linear, say_torchvision, subset
+from support.checkpoints import say_torchvision
+from support.classification import fit_linear, subset
 from support.rows import Row, read_rows, write_rows
 
 SMALL = ("--arch r2plus1d_10 --size 16 --frames 4 --fps 8 --train-clips 2 --test-clips 2 "

@@ -30,10 +30,12 @@ def test_a_top_level_file_is_a_section_of_the_paper():
         assert {name.split(".")[0] for name in names} & ours <= allowed, path
 
 
-def test_lines_are_short():
+def test_lines_are_short_and_findings_exist():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py"), *ROOT.glob("*.md"),
                  *ROOT.glob("docs/*.md")]:
         text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
         free = "|#" if path.suffix == ".md" else ""     # tables and headings may be wider
         long = [line for line in text.splitlines() if len(line) > 100 and line[0] not in free]
         assert not long, (path, long)
+        for name in re.findall(r"findings/[\w-]+\.sh", text):
+            assert (ROOT / name).exists(), (path, name)

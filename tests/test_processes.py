@@ -1,4 +1,4 @@
-"""support/processes.py: several processes, hosts and schedulers, as a cluster has them."""
+"""support/processes.py, support/launch.py: processes, hosts and schedulers of a cluster."""
 
 import os
 import re
@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Job, run_two, write_text
 
-from support import processes
+from support import launch, processes
 from support.precision import choose_precision
 from support.run import REQUEUE
 
@@ -117,7 +117,7 @@ def test_an_expected_error_is_one_line(error, sentence, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        processes.launch(job, None)
+        launch.launch(job, None)
     assert stop.value.code == 1 and capsys.readouterr().err == f"error: {sentence}\n"
 
 
@@ -132,7 +132,7 @@ def test_a_second_word_of_a_dead_loading_process_is_not_told(capfd):
         raise ConnectionResetError(104, "Connection reset by peer")
 
     with pytest.raises(SystemExit):
-        processes.launch(job, None)
+        launch.launch(job, None)
     assert capfd.readouterr().err == f"error: [Errno 104] Connection reset by peer: {DIED}\n"
 
 
@@ -148,7 +148,8 @@ def test_processes_wait_for_a_slow_one_and_leave_together(tmp_path):
         import torch, torch.distributed as dist
         from data import make_loader
         from support.batches import evaluation_batches
-        from support.processes import launch, rank, run_once
+        from support.launch import launch
+        from support.processes import rank, run_once
 
         class Clips(torch.utils.data.Dataset):
             clips_per_file = 1
