@@ -116,6 +116,8 @@ def load_audio_encoder(source, net):
     """Load g of a checkpoint.pt into net, if the file holds one. Returns whether it does."""
     model = {} if source == "torchvision" else read_state(source).get("model", {})
     state = {name[2:]: x for name, x in model.items() if name.startswith("g.")}
+    if state and (faults := misfit(net.state_dict(), state)):
+        raise ValueError(f"{source} does not fit the audio encoder: it {faults}")
     if state:
         net.load_state_dict(state)
     return bool(state)

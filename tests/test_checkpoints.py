@@ -8,8 +8,8 @@ import torch
 import torchvision
 
 import finetune
-from models import SvaCLR, video_encoder
-from support.checkpoints import load_encoder, load_svaclr
+from models import SvaCLR, audio_encoder, video_encoder
+from support.checkpoints import load_audio_encoder, load_encoder, load_svaclr
 
 
 @pytest.mark.parametrize("arch", [pytest.param("r2plus1d_18", marks=pytest.mark.slow), "r3d_18"])
@@ -48,6 +48,9 @@ def test_checkpoints_are_not_trusted(tmp_path):
     torch.save(state, tmp_path / "finetune.pt")
     with pytest.raises(ValueError, match="finetune.pt was not written by pretrain.py: give a"):
         load_svaclr(tmp_path / "finetune.pt", SvaCLR)
+    torch.save({"model": {"g.conv2.weight": torch.ones(1)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt does not fit the audio encoder: it lacks "):
+        load_audio_encoder(tmp_path / "other.pt", audio_encoder())
     torch.save(state | {"model": Bomb(tmp_path / "exploded")}, tmp_path / "bomb.pt")
     torch.load(tmp_path / "bomb.pt", weights_only=False)
     (tmp_path / "exploded").unlink()            # so the code does run if it is trusted
