@@ -168,9 +168,13 @@ class AudioVisualClips(Dataset):
         return evenly_spaced(self, row.path, row.duration, row.start, row.stop,
                              sound=row.has_audio)
 
+    def fitting_speed(self, row):
+        """The highest speed up to S at which a clip fits the file."""
+        return min(self.max_speed, max(1, int(row.duration / self.seconds + 1e-3)))
+
     def draw(self, row, generator):
         """The views of one training clip: video (K, T, H, W, 3) uint8, audio (K, L) float32."""
-        S = min(self.max_speed, max(1, int(row.duration / self.seconds + 1e-3)))    # what fits
+        S = self.fitting_speed(row)
         tau_v, tau_a = (tau[:self.K] for tau in sample_speeds(S, generator, self.same_speed))
         room = row.duration - max(tau_v + tau_a) * self.seconds
         t0 = row.start + max(0, room) * float(torch.rand((), generator=generator))

@@ -218,6 +218,9 @@ def find_clips(args, B):
                              args.same_speed, args.seed)
     left_out |= clips.left_out
     say_left_out(left_out)
+    if short := sum(clips.fitting_speed(row) < args.max_speed for row in clips.rows):
+        say(f"{short} of {len(clips)} clips are too short for --max-speed {args.max_speed}: they "
+            "draw from the speeds that fit")
     loader = make_loader(clips, B, args.workers, args.epochs)
     if loader.batch_sampler.steps_per_epoch == 0:
         raise ValueError(f"{len(clips)} usable clips ({len(left_out)} left out) do not fill one "

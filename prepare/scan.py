@@ -356,6 +356,6 @@ def answer(parent_end, worker_end, work):
     """Answer each item from the pipe with work(item) until the parent has gone."""
     parent_end.close()                                    # so the death of the parent ends the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)          # the parent handles Ctrl-C for all
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(EOFError, ConnectionError):
         while True:
             worker_end.send(work(worker_end.recv()))

@@ -36,7 +36,7 @@ def read_state(path, names=()):
     missing = [name for name in names if name not in state]
     if missing:
         raise ValueError(f"{path} is no checkpoint.pt of this project: it lacks "
-                         f"{', '.join(missing)}; delete it or name another")
+                         f"{', '.join(missing)}; name another file, or another --out")
     return state
 
 

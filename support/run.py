@@ -119,7 +119,7 @@ class Run:
         self.epoch = self.used = self.step = 0                  # used: clips of this epoch
         self.saved_step = self.replaced = self.skipped = 0
         self.drawn = self.failed = 0            # clips since this start, for --max-failures
-        resumed_from = self.resume() if self.path.exists() else None
+        processes, N = self.resume() if self.path.exists() else (None, None)
         if len(set(gather((self.epoch, self.used, self.step, self.fingerprint)))) > 1:
             raise ValueError("the processes see different checkpoints or data: "
                              f"is --out {args.out} on a file system that they share?")
@@ -129,11 +129,14 @@ class Run:
             say(f"{self.path} has been trained to its last step (another --out starts a new run)")
         elif self.step:
             say(f"continuing {self.path} at step {self.step} of {self.last_step}" + (
-                f"; it ran on {resumed_from} process(es), so the weights will not be the same to "
-                "the bit" if resumed_from != world_size() else ""))
+                f"; it ran on {processes} process(es), so the weights will not be the same to "
+                "the bit" if processes != world_size() else ""))
+            if N != self.N:
+                say(f"warning: the global batch was {N} and is {self.N}, and with it the negatives "
+                    "and the learning rate change", sys.stderr)
 
     def resume(self):
-        """Load the checkpoint. Returns the number of processes that wrote it."""
+        """Load the checkpoint. Returns how many processes wrote it, and their global batch."""
         state = read_same(self.path, vars(self.args) | {"data set": self.fingerprint})
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -143,7 +146,7 @@ class Run:
         self.step = self.saved_step = state["step"]
         self.replaced, self.skipped = state["replaced"], state["skipped"]
         self.log_bytes = state["log_bytes"]
-        return state["world_size"]
+        return state["world_size"], state.get("batch", self.N)      # older ones do not have it
 
     def __iter__(self):
         if self.step == self.last_step:
@@ -277,7 +280,7 @@ class Run:
                  for name in summaries[0]["means"]}
         epoch = self.epoch + self.used / self.N / self.sampler.steps_per_epoch
         speed, wait = round(steps * self.N / seconds, 2), round(self.waited / seconds, 3)
-        self.write_line({"step": self.step, "epoch": round(epoch, 3), **means,
+        self.write_line({"step": self.step, "epoch": round(epoch, 3), "batch": self.N, **means,
                          "lr": self.rates[-1], "clips_per_s": speed, "wait": wait,
                          "replaced": self.replaced, "skipped": self.skipped})
         self.bar.set_postfix(loss=f"{means['loss']:.3f}", clips_s=speed, wait=f"{wait:.0%}")
@@ -296,9 +299,10 @@ class Run:
             last = self.step == self.last_step
             state = dict(settings=vars(self.args), fingerprint=self.fingerprint, step=self.step,
                          position=(self.args.epochs, 0) if last else (self.epoch, self.used),
-                         world_size=world_size(), replaced=self.replaced, skipped=self.skipped,
-                         log_bytes=self.log_path.stat().st_size, model=self.model.state_dict(),
-                         optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+                         world_size=world_size(), batch=self.N, replaced=self.replaced,
+                         skipped=self.skipped, log_bytes=self.log_path.stat().st_size,
+                         model=self.model.state_dict(), optimizer=self.optimizer.state_dict(),
+                         scaler=self.scaler.state_dict())
             self.write(state, self.path.name)
             if keep:
                 self.write(state, f"checkpoint-{self.epoch + 1}.pt")

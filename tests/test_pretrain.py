@@ -91,10 +91,14 @@ def test_the_built_in_set_has_one_global_batch(monkeypatch):
         pretrain.clips_per_process(parse([]))
 
 
-def test_same_speed_reaches_the_data(brief):
-    args = parse(["--data", str(brief.with_name("manifest.csv")), "--same-speed"])
+@pytest.mark.parametrize("S", [3, 4])
+def test_speeds_reach_the_data(S, brief, capsys):
+    """A speed that does not fit, here films of 3 s, is said."""
+    args = parse(["--data", str(brief.with_name("manifest.csv")), "--same-speed", "--max-speed",
+                  str(S)])
     loader, _ = pretrain.find_clips(args, 4)
-    assert loader.dataset.same_speed
+    assert loader.dataset.same_speed and loader.dataset.max_speed == S
+    assert capsys.readouterr().out.count("10 of 10 clips are too short for --max-speed 4") == S - 3
 
 
 def test_what_a_run_prints_and_writes(trained):
@@ -104,7 +108,7 @@ def test_what_a_run_prints_and_writes(trained):
         assert part in text, part
     head, first, _ = log_of(out)
     assert head["args"]["max_speed"] == 4 and head["processes"] == 1
-    assert 0 <= first["wait"] <= 1 and first["replaced"] == 0
+    assert 0 <= first["wait"] <= 1 and first["replaced"] == 0 and first["batch"] == 4
 
 
 def test_a_cpu_is_warned_of_the_papers_model(tmp_path, capsys):

@@ -345,6 +345,7 @@ def test_a_run_goes_on_under_torchrun_and_on_two_nodes(brief, tmp_path, monkeypa
     workers, (text, before) = children(), agent.printed()
     assert f"continuing {out / 'checkpoint.pt'} at step {first} of " in text
     assert "it ran on 1 process(es), so the weights will not be the same to the bit" in text
+    assert "warning: the global batch was 2 and is 4, and with it" in before
     os.kill(agent.pid, signal.SIGINT)
     assert agent.wait() == 1
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
