@@ -16,7 +16,8 @@
     window, mirrored = random_crop()          # of one clip, for all its frames (T, H, W, 3)
     left, top, width, height = map(round, window(W, H))             # pixels
     frames = frames[:, top:top + height, left:left + width]         # if mirrored, .flip(-2)
-    video = normalize_frames(frames)          # (3, T, h, w), to be resized to the network's H, W
+    video = normalize_frames(frames)          # (3, T, h, w), and at the network's H, W:
+    video = torch.nn.functional.interpolate(video, (128, 128), mode="bilinear", antialias=True)
 
 This file needs torch, torchvision and torchaudio alone, and the MIT licence of this unofficial
 implementation beside a copy. Speed is a sampling rate ("implemented by applying different sampling
@@ -31,6 +32,17 @@ import torchaudio
 from torchvision.transforms import v2
 
 MEAN, STD = 0.45, 0.225                                 # of pixels in [0, 1] (paper silent; GDT)
+
+
+def kind(x):
+    """What was given in place of a tensor of another kind, in words for an error."""
+    return f"{str(x.dtype)[6:]} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
+
+
+def is_video(frames):
+    """Whether they are a tensor (..., T, H, W, 3) uint8."""
+    return (torch.is_tensor(frames) and frames.dtype == torch.uint8 and frames.dim() >= 4
+            and frames.shape[-1] == 3)
 
 
 def is_speed(tau):
@@ -73,8 +85,8 @@ def speed_up_audio(wave, tau):
     of them become ceil(n / tau), so see to it that n = tau L. Raises ValueError if the wave holds
     integers, or if tau is not an integer >= 1.
     """
-    if not wave.is_floating_point() or not is_speed(tau):
-        raise ValueError(f"the wave is {str(wave.dtype)[6:]} and tau is {tau!r}: give floats in "
+    if not (torch.is_tensor(wave) and wave.is_floating_point() and is_speed(tau)):
+        raise ValueError(f"the wave is {kind(wave)} and tau is {tau!r}: give a tensor of floats in "
                          "[-1, 1] (for 16-bit integers wave / 32768), and one whole speed of 1 or "
                          "more")
     decimate = torchaudio.transforms.Resample(int(tau), 1).to(wave.device, wave.dtype)
@@ -138,8 +150,9 @@ def crop_at(frames, size, place=0.5):
     0 (left or top end) to 1 (right or bottom end). Raises ValueError if it lies outside, or for
     another layout.
     """
-    if frames.dim() < 3 or frames.shape[-1] != 3:
-        raise ValueError(f"frames are {tuple(frames.shape)}: give (..., H, W, 3), the colours last")
+    if not torch.is_tensor(frames) or frames.dim() < 3 or frames.shape[-1] != 3:
+        raise ValueError(f"frames are {kind(frames)}: give a tensor (..., H, W, 3), the colours "
+                         "last")
     H, W = frames.shape[-3:-1]
     if not 0 < size <= min(H, W) or not 0 <= place <= 1:
         raise ValueError(f"a crop of {size} pixels at place {place} does not lie in frames of "
@@ -155,9 +168,9 @@ def flip_jitter(frames, seed):
     shape. All frames are treated alike, and the result depends on `seed` alone. Raises ValueError
     for other types or layouts.
     """
-    if frames.dtype != torch.uint8 or frames.dim() != 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}: give torch.uint8 "
-                         "(T, H, W, 3), the colours last")
+    if not is_video(frames) or frames.dim() != 4:
+        raise ValueError(f"frames are {kind(frames)}: give a tensor (T, H, W, 3) of uint8, the "
+                         "colours last")
     view = v2.Compose([v2.RandomHorizontalFlip(),
                        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4)], p=0.8)])
     with torch.random.fork_rng(devices=[]):      # these transforms draw from the CPU's generator
@@ -171,9 +184,9 @@ def normalize_frames(frames):
     The channels stay innermost in memory, which convolutions call channels-last, so that nothing
     is rearranged. Raises ValueError for other types or layouts.
     """
-    if frames.dtype != torch.uint8 or frames.dim() < 4 or frames.shape[-1] != 3:
-        raise ValueError(f"frames are {frames.dtype} {tuple(frames.shape)}: give torch.uint8 "
-                         "(..., T, H, W, 3), the colours last")
+    if not is_video(frames):
+        raise ValueError(f"frames are {kind(frames)}: give a tensor (..., T, H, W, 3) of uint8, "
+                         "the colours last")
     x = torch.movedim(frames, -1, -4)                                   # (..., 3, T, H, W)
     return x.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)
 
@@ -198,9 +211,10 @@ class LogMel(torch.nn.Module):
 
     def forward(self, wave):
         shortest = self.mel.n_fft // 2 + 1
-        if not wave.is_floating_point() or wave.shape[-1] < shortest:
-            raise ValueError(f"the wave is {str(wave.dtype)[6:]} {tuple(wave.shape)}: give floats "
-                             "in [-1, 1] (for 16-bit integers wave / 32768), the samples last, "
+        if not (torch.is_tensor(wave) and wave.is_floating_point()
+                and wave.shape[-1] >= shortest):
+            raise ValueError(f"the wave is {kind(wave)}: give a tensor of floats in [-1, 1] (for "
+                             "16-bit integers wave / 32768), the samples last, "
                              f"{shortest} or more")
         with torch.autocast(wave.device.type, enabled=False):
             x = torch.log(self.mel(wave.float()) + 1e-6)                # (..., M, F)

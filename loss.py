@@ -2,8 +2,9 @@
 
     import torch
     from loss import soft_info_nce
-    ly_a, ly_v, z_a, z_v = torch.randn(4, 8, 2, 256)    # 8 clips, 2 views, of widths C = D = 256
-    loss = soft_info_nce(ly_a, ly_v, z_a, z_v)    # ly = l(y), y: encoder outputs, z: projections
+    ly_a, ly_v = torch.randn(2, 8, 2, 512)      # l(y) of sound and video: 8 clips, 2 views, C = 512
+    z_a, z_v = torch.randn(2, 8, 2, 256)        # their projections, D = 256
+    loss = soft_info_nce(ly_a, ly_v, z_a, z_v)
 
 This file needs torch alone, and the MIT licence of this unofficial implementation beside a copy.
 GDT (github.com/facebookresearch/GDT) and SNCLR (github.com/ChongjianGE/SNCLR) are the paper's
@@ -105,15 +106,17 @@ def soft_info_nce(ly_a, ly_v, z_a, z_v, *, eta=0.07, affinity="clip", affinity_t
         loss = mean over i of sum_{p,q} lam[i,p,q] L[i,p,q]
 
     Under torch.distributed each process gives its own clips, and this function gathers the others,
-    so all processes of the default group have to call it, with the same keyword arguments. With z
-    that know nothing the loss is log(1 + K(N - 1)) or a little more.
+    so all processes of the default group have to call it, with the same keyword arguments. If all z
+    are equally near, the loss is log(1 + K(N - 1)). Random z of width D give about 1 / (2 D eta^2)
+    more where D is large, 0.4 for D = 256, and far more where it is small.
 
     Args:
-        ly_a, ly_v: (B, K, C) l(y) of this process's clips, see `cross_affinity`. All processes
-            have the same B (drop_last=True of a DataLoader), and give the same arguments. None for
-            affinity "none".
+        ly_a, ly_v: (B, K, C) l(y) of this process's clips, see `cross_affinity`. If the encoders
+            differ in width, l maps them to one. All processes have the same B (drop_last=True of a
+            DataLoader), and give the same arguments. None for affinity "none".
         z_a, z_v: (B, K, D) projections, of any length: they are brought to unit length here. Clips
-            come first: torch.stack([view_0, view_1], dim=1). (K, B, D) would go unnoticed.
+            come first: torch.stack([view_0, view_1], dim=1). Three mistakes go unnoticed:
+            (K, B, D), z in place of y, and other clips or views in one of the four.
         eta: temperature of Eq. 1 ("constant", §2.1; 0.07 is GDT's).
         affinity: "clip" | "view": the scope of the softmax in Eq. 2 | "none": lam = 1/K^2, which
             is plain InfoNCE over co-augmented views (Table 1, rows 2 to 4; row 1 with K = 1).

@@ -16,7 +16,8 @@ support/layers.py, which can be copied too. GDT is the paper's reference [17],
 github.com/facebookresearch/GDT.
 
 Symbols: f video encoder, g audio encoder (Eq. 3 writes g(a), f(v)); B clips, K views, C = 512
-encoder width, D projection width, T frames, H, W pixels, M mel bands, F spectrogram frames.
+encoder width, D projection width, T frames, H, W pixels (the paper: 128 or 224), M mel bands, F
+spectrogram frames (augment.LogMel: 40, 101 in 1 s).
 """
 
 from torch import nn

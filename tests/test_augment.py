@@ -51,8 +51,9 @@ def test_a_fast_view():
     expected = speed_up_audio(wave, torch.tensor(2))
     with torch.autocast("cpu", torch.bfloat16):
         assert speed_up_audio(wave, 2).equal(expected)
-    for wave, tau in ((wave.short(), 2), (wave, 0), (wave, 1.5), (wave, math.nan)):
-        with pytest.raises(ValueError, match="give floats in .-1, 1. .*, and one whole "):
+    for wave, tau in ((wave.short(), 2), (wave.numpy(), 2), (wave, 0), (wave, 1.5),
+                      (wave, math.nan)):
+        with pytest.raises(ValueError, match="a tensor of floats in .-1, 1. .*, and one whole "):
             speed_up_audio(wave, tau)
 
 
@@ -69,8 +70,8 @@ def test_colours_and_mirror_of_fine_tuning():
         changed += not view.equal(frames) and not view.equal(frames.flip(-2))
     assert abs(changed / 300 - 0.8) < 0.1 and abs(mirrored / 300 - 0.5) < 0.1
     assert torch.get_rng_state().equal(state)
-    for wrong in (frames.float(), frames.movedim(-1, 1), frames[None]):
-        with pytest.raises(ValueError, match="give torch.uint8 .T, H, W, 3., the colours last"):
+    for wrong in (frames.float(), frames.movedim(-1, 1), frames[None], frames.numpy()):
+        with pytest.raises(ValueError, match="a tensor .T, H, W, 3. of uint8, the colours last"):
             flip_jitter(wrong, 0)
 
 
@@ -117,8 +118,9 @@ def test_windows_and_crops_of_evaluation():
     for size, place in ((15, 0.5), (8, 2)):
         with pytest.raises(ValueError, match=f"a crop of {size} pixels at place {place} does not"):
             crop_at(wide, size, place)
-    with pytest.raises(ValueError, match=r"frames are \(3, 10, 14\): give \(..., H, W, 3\)"):
-        crop_at(wide.movedim(-1, 0), 3)
+    for wrong, given in ((wide.movedim(-1, 0), r"int64 \(3, 10, 14\)"), (wide.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=rf"frames are {given}: give a tensor \(..., H, W, 3"):
+            crop_at(wrong, 3)
 
 
 def test_normalize_frames():
@@ -126,8 +128,8 @@ def test_normalize_frames():
     x = normalize_frames(frames)
     torch.testing.assert_close(x[0, 1, 2, 3], (frames[0, 1, 3, :, :, 2] / 255 - 0.45) / 0.225)
     assert x.flatten(0, 1).is_contiguous(memory_format=torch.channels_last_3d)
-    for wrong in (frames.movedim(-1, 2), frames[0, 0, 0], frames / 255):
-        with pytest.raises(ValueError, match="give torch.uint8 .*, T, H, W, 3., the colours last"):
+    for wrong in (frames.movedim(-1, 2), frames[0, 0, 0], frames / 255, frames.numpy()):
+        with pytest.raises(ValueError, match="a tensor .*T, H, W, 3. of uint8, the colours last"):
             normalize_frames(wrong)
 
 
@@ -145,7 +147,8 @@ def test_log_mel():
         torch.testing.assert_close(log_mel(waves[1]), x[1])
     louder = log_mel(10 * waves[0])[0, :, 50].max() - x[0, 0, :, 50].max()
     assert abs(louder - 2 * math.log(10) / 4.3) < 1e-3
-    for wrong, given in ((waves.short(), "int16"), (waves[..., :512], "float32")):
-        with pytest.raises(ValueError, match=f"the wave is {given} .*: give floats in .-1, 1."):
+    for wrong, given in ((waves.short(), "int16"), (waves[..., :512], "float32"),
+                         (waves.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=f"the wave is {given}.*: give a tensor of floats in "):
             log_mel(wrong)
     assert LogMel(96000)(tone(300, rate=96000)).shape == (1, 40, 101)   # its window is longer
